@@ -1,0 +1,231 @@
+"""Text to tensors: the shared vocabulary, token files, windows and batches.
+
+Shapes: B batch, T time (tokens).
+"""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data_loader import ByteRange, Corpus, read_text, sample_texts, say
+from tokenizer import END_OF_TEXT, BPETokenizer
+
+IGNORE = -100  # target that carries no loss: `ignore_index` of PyTorch's cross entropy
+TOKENIZER_TEXT_BYTES = 32 << 20  # of the training text the tokenizer learns from
+SAMPLE_WEIGHT = 1  # how often the bundled reviews and instructions count in the vocabulary
+
+
+def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETokenizer:
+    """The one vocabulary for everything: learned from the training part of the corpus and the
+    bundled reviews and instructions, so that these compress as well; kept in `cache_dir` for the
+    next time.
+    """
+    samples = sample_texts()
+    key = hashlib.sha256(
+        "\0".join([corpus.sha256, str(vocab_size), str(SAMPLE_WEIGHT), *samples.values()]).encode()
+    ).hexdigest()[:16]
+    path = cache_dir / f"tokenizer-{key}.json"
+    if path.is_file():
+        say(f"tokenizer: from {path}")
+        return BPETokenizer.load(path)
+    train_part, _ = corpus.split()
+    size = sum(r.stop - r.start for r in train_part)
+    if size > TOKENIZER_TEXT_BYTES:
+        say(f"tokenizer: learning from the first {TOKENIZER_TEXT_BYTES >> 20} MiB of the text")
+    weights = itertools.chain([SAMPLE_WEIGHT] * len(samples), itertools.repeat(1))
+    texts = list(itertools.chain(samples.values(), _first_bytes(train_part, TOKENIZER_TEXT_BYTES)))
+    tokenizer = BPETokenizer.train(texts, vocab_size, itertools.islice(weights, len(texts)))
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def _first_bytes(parts: list[ByteRange], limit: int) -> Iterator[str]:
+    for text in itertools.chain.from_iterable(map(read_text, parts)):
+        yield text
+        limit -= len(text.encode())
+        if limit <= 0:
+            return
+
+
+# ---- token files
+
+
+def token_dtype(vocab_size: int) -> type:
+    """Smallest unsigned type that holds every token id."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def prepare_token_ids(
+    name: str, parts: list[ByteRange], corpus: Corpus, tokenizer: BPETokenizer, cache_dir: Path
+) -> np.ndarray:
+    """Token ids of a part of the corpus, as a memory-mapped file that is written once.
+
+    Args:
+        name: Of the part, such as "train".
+        parts: Its bytes; `<|endoftext|>` stands between two files.
+        corpus: Names the file, together with the tokenizer.
+        tokenizer: Encodes piece by piece: memory does not grow with the text.
+        cache_dir: Where the file is kept.
+    """
+    path = cache_dir / f"{name}-{corpus.sha256[:16]}-{tokenizer.sha256[:16]}.bin"
+    dtype = token_dtype(tokenizer.vocab_size)
+    if path.is_file():
+        say(f"{name} tokens: from {path}")
+    else:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        part_path = path.with_name(path.name + ".part")
+        size = sum(r.stop - r.start for r in parts)
+        with (
+            part_path.open("wb") as file,
+            tqdm(total=size, unit="B", unit_scale=True, desc=f"{name} tokens") as progress,
+        ):
+            for i, part in enumerate(parts):
+                if i:
+                    file.write(dtype(tokenizer.special_tokens[END_OF_TEXT]).tobytes())
+                for ids in tokenizer.encode_stream(_watch(read_text(part), progress)):
+                    file.write(np.array(ids, dtype=dtype).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        part_path.replace(path)
+    if not path.stat().st_size:
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _watch(pieces: Iterable[str], progress: tqdm) -> Iterator[str]:
+    for piece in pieces:
+        yield piece
+        progress.update(len(piece.encode()))
+
+
+# ---- batches
+
+
+class TokenBatches:
+    """Random windows of a token file for language modelling, with subword regularisation.
+
+    Each epoch goes once over the windows that tile the text from a random offset, in random order.
+    Batches are a function of the seed and the step alone.
+
+    Subword regularisation (https://arxiv.org/abs/1910.13267) shows the model other spellings of the
+    same text: each token made by a merge is split, with a probability, into the two it was made of,
+    and these in turn (as in StochasTok, https://arxiv.org/abs/2506.01687). On a small corpus, read
+    many times, it delays over-fitting more than dropout does.
+    """
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        tokenizer: BPETokenizer,
+        context_length: int,
+        batch_size: int,
+        seed: int,
+        split_probability: float = 0.0,
+    ):
+        if len(ids) <= context_length:
+            raise ValueError(
+                f"the training text has {len(ids)} tokens, too few for a context of "
+                f"{context_length}: use a longer text or a smaller --context-length"
+            )
+        self.ids, self.context_length, self.seed = ids, context_length, seed
+        self.split_probability = split_probability
+        self.halves = merge_halves(tokenizer)
+        self.n_windows = max(1, (len(ids) - 1) // context_length - 1)
+        self.batch_size = min(batch_size, self.n_windows)
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in a pass over the text."""
+        return self.n_windows // self.batch_size
+
+    def __call__(self, step: int, parts: int = 1) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and targets of a step, each (B, T), cut into `parts` along B."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch[0]:
+            self._epoch = (epoch, self._starts(epoch))
+        starts = self._epoch[1][place * self.batch_size : (place + 1) * self.batch_size]
+        rng = np.random.default_rng([self.seed, 1, step])
+        T = self.context_length
+        rows = [
+            split_tokens(
+                self.ids[s : s + T + 1].astype(np.int64), self.halves, self.split_probability, rng
+            )
+            for s in starts
+        ]
+        tokens = torch.from_numpy(np.stack([row[: T + 1] for row in rows]))
+        return [(part[:, :-1], part[:, 1:]) for part in tokens.tensor_split(parts)]
+
+    def _starts(self, epoch: int) -> np.ndarray:
+        """Where the windows of an epoch start, in the order they are used."""
+        rng = np.random.default_rng([self.seed, 0, epoch])
+        spare = len(self.ids) - 1 - self.n_windows * self.context_length
+        offset = rng.integers(min(spare, self.context_length) + 1)
+        return offset + self.context_length * rng.permutation(self.n_windows)
+
+
+def merge_halves(tokenizer: BPETokenizer) -> np.ndarray:
+    """(V, 2): the two tokens each token was merged from, or -1."""
+    halves = np.full((tokenizer.vocab_size, 2), -1)
+    for left, right, merged in reversed(tokenizer.merges):
+        halves[merged] = left, right
+    return halves
+
+
+def split_tokens(
+    ids: np.ndarray, halves: np.ndarray, probability: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Splits each token with a probability into its two halves, and these in turn.
+
+    Decodes to the same text; the same ids when the probability is 0.
+    """
+    fresh = np.ones(len(ids), dtype=bool)
+    while probability > 0:
+        chosen = fresh & (halves[ids, 0] >= 0) & (rng.random(len(ids)) < probability)
+        if not chosen.any():
+            break
+        counts = 1 + chosen
+        places = (np.cumsum(counts) - counts)[chosen]
+        split = np.repeat(ids, counts)
+        split[places], split[places + 1] = halves[ids[chosen]].T
+        ids, fresh = split, np.repeat(chosen, counts)
+    return ids
+
+
+def scoring_windows(
+    ids: np.ndarray, context_length: int, start_id: int, batch_size: int = 32
+) -> list[tuple[Tensor, Tensor]]:
+    """Windows that score every token of a text exactly once, most of them with a long context.
+
+    Windows of `context_length` tokens advance by half a context; each scores the tokens that no
+    earlier one did, so that all but the first window's have at least half a context before them.
+    The first token is predicted from `start_id`.
+
+    Returns:
+        Batches of inputs and targets (B, T), targets that were scored before being IGNORE.
+    """
+    sequence = np.concatenate([[start_id], ids]).astype(np.int64)
+    n, T = len(ids), min(context_length, len(ids))
+    starts = [*range(0, n - T, max(1, context_length // 2)), n - T]
+    inputs = np.stack([sequence[s : s + T] for s in starts])
+    targets = np.stack([sequence[s + 1 : s + T + 1] for s in starts])
+    for row in range(1, len(starts)):
+        targets[row, : starts[row - 1] + T - starts[row]] = IGNORE
+    return list(
+        zip(torch.from_numpy(inputs).split(batch_size), torch.from_numpy(targets).split(batch_size))
+    )
+
+
+def count_bytes(ids: np.ndarray, tokenizer: BPETokenizer) -> int:
+    """Bytes of text that token ids stand for; special tokens stand for none."""
+    lengths = np.array([len(token) for token in tokenizer.vocab])
+    lengths[list(tokenizer.special_tokens.values())] = 0
+    return int(lengths[ids].sum())

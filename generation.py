@@ -1,0 +1,250 @@
+"""Text from a trained model, a token at a time.
+
+    python generation.py --prompt "ROMEO:" --temperature 0.8 --top-p 0.95
+
+Shapes: B batch, T time (tokens), V vocabulary.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model import GPTModel, KVCache
+from tokenizer import END_OF_TEXT, BPETokenizer
+from training import HelpFormatter, load_base_model, one_line_errors
+
+
+def sample_next_token(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draws a token from each row of logits.
+
+    Args:
+        logits: (B, V).
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Draw only from the k likeliest tokens (all, where V is smaller).
+        top_p: Draw only from the fewest tokens whose probabilities add up to this (nucleus
+            sampling, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
+        generator: Source of randomness, on the logits' device.
+
+    Returns:
+        Token ids (B,).
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    _check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = token_probabilities(logits, temperature, top_k, top_p)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+
+def token_probabilities(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Probabilities (B, V) that `sample_next_token` draws from; temperature above 0."""
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    probabilities = logits.softmax(dim=-1)
+    if top_p is not None and top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # the likeliest token always stays
+        probabilities = torch.zeros_like(probabilities).scatter(
+            -1, order, ordered.masked_fill(before >= top_p, 0.0)
+        )
+        probabilities /= probabilities.sum(dim=-1, keepdim=True)
+    return probabilities
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 or more, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top-k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top-p must lie in (0, 1], not {top_p}")
+
+
+def window_start(n_tokens: int, context_length: int) -> int:
+    """First token the model sees of a text of n tokens.
+
+    A text that outgrows the context goes on from its last half context or more, so that the window
+    moves once in half a context and the keys and values in between can be kept.
+    """
+    over = max(0, n_tokens - context_length)
+    step = max(1, context_length // 2)
+    return -(-over // step) * step
+
+
+def generate(
+    model: GPTModel,
+    prompt: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_token: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yields the next token of each row, one step after the other.
+
+    Args:
+        model: In evaluation mode.
+        prompt: Token ids (B, T) of at least one token; may be longer than the context.
+        max_new_tokens: Most steps.
+        temperature: See `sample_next_token`, also for `top_k`, `top_p` and `generator`.
+        top_k: See there.
+        top_p: See there.
+        stop_token: Ends the text, without being yielded, when all rows draw it in the same step.
+        generator: See there.
+
+    Raises:
+        ValueError: The prompt is empty or a sampling argument is out of range.
+    """
+    if prompt.shape[1] == 0:
+        raise ValueError("the prompt needs at least one token")
+    cache = KVCache(model, prompt.shape[0])
+    tokens, start, seen = prompt, 0, 0
+    for _ in range(max_new_tokens):
+        moved = window_start(tokens.shape[1], model.config.context_length)
+        if moved != start:
+            start = seen = moved
+            cache.length = 0
+        with torch.inference_mode():
+            logits = model.head(model.hidden(tokens[:, seen:], cache)[:, -1])
+        seen = tokens.shape[1]
+        next_token = sample_next_token(
+            logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
+        if stop_token is not None and (next_token == stop_token).all():
+            return
+        yield next_token
+        tokens = torch.cat([tokens, next_token[:, None]], dim=1)
+
+
+def continue_prompt(
+    model: GPTModel,
+    tokenizer: BPETokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = 0.95,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yields the token ids that follow a prompt, up to `<|endoftext|>`.
+
+    An empty prompt starts a text of the model's own. Turn the ids into text as they come with
+    `tokenizer.decode_stream`. Arguments as in `generate`.
+    """
+    device = model.token_embedding.weight.device
+    stop_token = tokenizer.special_tokens[END_OF_TEXT]
+    ids = tokenizer.encode(prompt) or [stop_token]
+    tokens = generate(
+        model,
+        torch.tensor([ids], device=device),
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_token=stop_token,
+        generator=torch.Generator(device).manual_seed(seed),
+    )
+    return (token.item() for token in tokens)
+
+
+def load_language_model(path: Path) -> tuple[GPTModel, BPETokenizer, dict]:
+    """Base model, the tokenizer beside it, and the checkpoint's other facts.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged, or the model was trained with another tokenizer.
+    """
+    model, checkpoint = load_base_model(path)
+    tokenizer_path = path.with_name("tokenizer.json")
+    tokenizer = BPETokenizer.load(tokenizer_path)
+    if tokenizer.sha256 != checkpoint["tokenizer_sha256"]:
+        raise ValueError(
+            f"{path} was trained with another tokenizer than {tokenizer_path}: put the "
+            "right one back, or train again with `python main.py`"
+        )
+    return model, tokenizer, checkpoint
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Command line: streams text, or prints one JSON object."""
+    args = _parse(argv)
+    model, tokenizer, _ = load_language_model(args.checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _check_sampling(args.temperature, args.top_k, args.top_p)
+    started = time.perf_counter()
+    ids: list[int] = []
+    stream = continue_prompt(
+        model.to(device),
+        tokenizer,
+        args.prompt,
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    if not args.json:
+        print(args.prompt, end="")
+    text = ""
+    for piece in tokenizer.decode_stream(_noting(stream, ids)):
+        text += piece
+        if not args.json:
+            print(piece, end="", flush=True)
+    seconds = time.perf_counter() - started
+    if args.json:
+        speed = {"seconds": seconds, "tokens_per_second": len(ids) / seconds}
+        print(json.dumps({"text": text, "tokens": len(ids), **speed}))
+    else:
+        print()
+    return 0
+
+
+def _noting(stream: Iterator[int], ids: list[int]) -> Iterator[int]:
+    for token_id in stream:
+        ids.append(token_id)
+        yield token_id
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Continue a prompt with the trained language model.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--prompt", default="", help="text to continue; empty starts a new text")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("models/model_weights.pth"), help="base model"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=300, help="most tokens to generate")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
+    parser.add_argument("--top-p", type=float, default=0.95, help="draw from this share only")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

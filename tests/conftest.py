@@ -1,0 +1,81 @@
+"""Fixtures small enough to build in a blink; everything is written below `tmp_path`."""
+
+import os
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_loader import SAMPLES
+from model import GPTConfig, GPTModel
+from tokenizer import BPETokenizer
+from training import FORMAT_VERSION, Runtime, save_checkpoint
+
+PLAY = (SAMPLES / "play.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def play() -> str:
+    """The bundled play, in TinyShakespeare's format."""
+    return PLAY
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> BPETokenizer:
+    """400 tokens learned from the bundled play; shared, so do not change it."""
+    return BPETokenizer.train([PLAY], vocab_size=400)
+
+
+@pytest.fixture
+def model(tokenizer: BPETokenizer) -> GPTModel:
+    """A two-layer model with random weights everywhere (a fresh one starts with zero logits)."""
+    return randomised(GPTModel(tiny_config(tokenizer.vocab_size)))
+
+
+@pytest.fixture
+def runtime() -> Runtime:
+    """CPU in full precision."""
+    return Runtime(torch.device("cpu"), torch.float32)
+
+
+def tiny_config(vocab_size: int, **changes: object) -> GPTConfig:
+    """Two layers of two heads, context of 16 tokens."""
+    shape = {"context_length": 16, "n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.0}
+    return GPTConfig(vocab_size=vocab_size, **{**shape, **changes})
+
+
+def randomised(model: GPTModel, seed: int = 0) -> GPTModel:
+    """The model in evaluation mode, every parameter drawn anew."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture
+def own_text(tmp_path: Path) -> Path:
+    """A text file of one's own."""
+    path = tmp_path / "own.txt"
+    path.write_text(PLAY[:20_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def base_checkpoint(tmp_path: Path, model: GPTModel, tokenizer: BPETokenizer) -> Path:
+    """A base checkpoint of random weights with its tokenizer beside it."""
+    path = tmp_path / "checkpoints" / "model_weights.pth"
+    checkpoint = {
+        "format": FORMAT_VERSION,
+        "kind": "base",
+        "model_config": asdict(model.config),
+        "weights": model.state_dict(),
+        "tokenizer_sha256": tokenizer.sha256,
+    }
+    save_checkpoint(path, checkpoint)
+    tokenizer.save(path.with_name("tokenizer.json"))
+    return path

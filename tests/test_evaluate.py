@@ -1,0 +1,101 @@
+"""Perplexity and bits per byte against hand-worked values and a plain loop."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+
+import data_loader
+import evaluate
+from data_loader import RemoteFile
+from model import GPTModel
+from tokenizer import END_OF_TEXT, BPETokenizer
+from training import Runtime
+
+
+def test_a_model_that_guesses_evenly(tokenizer: BPETokenizer, runtime: Runtime):
+    uniform = GPTModel(tiny_config(400)).eval()  # a fresh head is all zeros
+    text = "Speak, speak. " * 20
+    ids = np.array(tokenizer.encode(text))
+    found = evaluate.perplexity(uniform, tokenizer, ids, runtime)
+    assert found["perplexity"] == pytest.approx(400, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(math.log2(400) * len(ids) / len(text), rel=1e-5)
+    assert found["tokens"] == len(ids) and found["bytes"] == len(text)
+
+
+def test_perplexity_equals_a_plain_loop(
+    model: GPTModel, tokenizer: BPETokenizer, play: str, runtime: Runtime
+):
+    ids = tokenizer.encode(play[:400])
+    sequence = [tokenizer.special_tokens[END_OF_TEXT], *ids]
+    nats, T = 0.0, model.config.context_length
+    for position in range(1, len(sequence)):
+        # Windows start every half context; the last one ends with the text.
+        covered = next(
+            s for s in [*range(0, len(ids) - T, T // 2), len(ids) - T] if s + T >= position
+        )
+        with torch.no_grad():
+            logits = model(torch.tensor([sequence[covered:position]]))[0, -1]
+        nats -= logits.log_softmax(-1)[sequence[position]].item()
+    found = evaluate.perplexity(model, tokenizer, np.array(ids), runtime)
+    assert found["nats_per_byte"] == pytest.approx(nats / 400, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats / 400 / math.log(2), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / len(ids)), rel=1e-4)
+
+
+def test_every_byte_of_a_file_counts(
+    base_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    content = "\ufeff“Oz”\r\n\u2028 naïve \U0001f9c2 end".encode() * 30
+    (tmp_path / "oz.txt").write_bytes(content)
+    options = ["--checkpoint", str(base_checkpoint), "--data", str(tmp_path / "oz.txt")]
+    assert evaluate.main(["perplexity", *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"bits_per_byte", "nats_per_byte", "perplexity", "tokens", "bytes"}
+    assert found["bytes"] == len(content)
+    assert evaluate.main(["perplexity", *options]) == 0
+    assert f"bytes: {len(content):,}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"a\0b"])
+def test_bad_files_are_one_line(
+    base_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+):
+    path = tmp_path / "bad.txt"
+    if content is not None:
+        path.write_bytes(content)
+    options = ["--checkpoint", str(base_checkpoint), "--data", str(path)]
+    assert evaluate.main(["perplexity", *options]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "bad.txt" in message and message.count("\n") == 1
+
+
+def test_the_table_names_the_command_for_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert evaluate.main(["--models", str(tmp_path)]) == 0
+    assert "run `python main.py`" in capsys.readouterr().out
+
+
+def test_the_table_measures_in_and_out_of_domain(
+    base_checkpoint: Path,
+    tmp_path: Path,
+    play: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    for name, content in (("TINY_SHAKESPEARE", play[:5000]), ("WIZARD_OF_OZ", "Dorothy " * 99)):
+        sha256 = data_loader.hashlib.sha256(content.encode()).hexdigest()
+        file = RemoteFile(f"{name}.txt", "http://127.0.0.1:9/", sha256)
+        (tmp_path / file.name).write_text(content)
+        monkeypatch.setattr(data_loader, name, file)
+        if hasattr(evaluate, name):
+            monkeypatch.setattr(evaluate, name, file)
+    options = ["--models", str(base_checkpoint.parent), "--data-dir", str(tmp_path)]
+    assert evaluate.main(options) == 0
+    table = capsys.readouterr().out
+    assert "validation part (500 bytes)" in table and "The Wizard of Oz (792 bytes)" in table

@@ -1,0 +1,79 @@
+"""The house rules: who imports whom, documentation, help texts."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(ROOT.glob("*.py"))
+LOW = {"tokenizer", "model", "data_loader"}
+MAY_IMPORT = {
+    "tokenizer": set(),
+    "model": set(),
+    "data_loader": set(),
+    "training": {"model"},
+    "data_utils": {"tokenizer", "data_loader"},
+    "generation": {"model", "tokenizer", "training"},
+    "evaluate": {*LOW, "training", "data_utils", "generation"},
+    "main": {*LOW, "training", "data_utils", "generation", "evaluate"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found & {file.stem for file in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_each_file_imports_only_what_it_may(path: Path):
+    assert imports(path) <= MAY_IMPORT[path.stem]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_public_names_are_documented_and_typed(path: Path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if node.name != "wrapped":
+            assert ast.get_docstring(node), f"{path.name}: {node.name}"
+        if isinstance(node, ast.FunctionDef):
+            arguments = [a for a in [*node.args.args, *node.args.kwonlyargs] if a.arg != "self"]
+            missing = [a.arg for a in arguments if a.annotation is None and a.arg != "cls"]
+            assert not missing and node.returns is not None, f"{path.name}: {node.name} {missing}"
+
+
+@pytest.mark.parametrize("name", ["main", "generation", "evaluate"])
+def test_help_shows_every_default(name: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(name).main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "default" in text and "None" not in text
+
+
+def test_the_readme_lists_the_files_that_are_there():
+    readme = (ROOT / "README.md").read_text()
+    listed = set(re.findall(r"^([a-z_]+\.py) ", readme, re.MULTILINE))
+    assert listed == {path.name for path in FILES}
+
+
+def test_versions_are_pinned():
+    names = ("requirements.txt", "requirements-dev.txt")
+    lines = [line for name in names for line in (ROOT / name).read_text().splitlines()]
+    assert "torch==2.13.0" in lines and "-r requirements.txt" in lines
+    assert all("==" in line or line.startswith("-r") for line in lines)
+
+
+def test_plain_text_only():
+    for path in [*FILES, *ROOT.glob("tests/*.py"), ROOT / "README.md"]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search("[\U0001f300-\U0001faff\u2600-\u27bf]", text), path.name

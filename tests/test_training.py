@@ -1,0 +1,395 @@
+"""The loop: schedule, gradients, resuming, faults. The models here are not GPTs."""
+
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training import (
+    Batch,
+    Runtime,
+    TrainConfig,
+    TrainResult,
+    bfloat16_is_faster,
+    learning_rate_factor,
+    load_checkpoint,
+    make_optimizers,
+    mean_loss,
+    next_token_loss,
+    save_checkpoint,
+    train,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+class Net(nn.Module):
+    """An embedding, a hidden matrix, a norm, dropout and a head: one of each kind."""
+
+    def __init__(self, dropout: float = 0.1):
+        super().__init__()
+        self.embedding = nn.Embedding(8, 6)
+        self.hidden = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.dropout(self.norm(F.relu(self.hidden(self.embedding(x))))))
+
+
+def batches(step: int, parts: int = 1) -> list[Batch]:
+    x = torch.randint(8, (10,), generator=torch.Generator().manual_seed(step))
+    return list(zip(x.tensor_split(parts), (x % 3).tensor_split(parts)))
+
+
+def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    x, y = batch
+    return F.cross_entropy(model(x), y, reduction="sum"), torch.tensor(len(x))
+
+
+def new_net(dropout: float = 0.1) -> Net:
+    torch.manual_seed(0)
+    return Net(dropout)
+
+
+def run(
+    tmp_path: Path,
+    runtime: Runtime,
+    net: nn.Module | None = None,
+    batches: Callable[[int, int], list[Batch]] = batches,
+    resume: bool = False,
+    facts: dict[str, Any] | None = None,
+    **changes: Any,
+) -> tuple[nn.Module, TrainResult]:
+    net = net or new_net()
+    settings = {"steps": 20, "eval_every": 5, "warmup_steps": 3, **changes}
+
+    def validate() -> dict[str, float]:
+        return {"val_loss": mean_loss(net, batches_of_validation(), loss_fn, runtime)}
+
+    result = train(
+        net,
+        batches,
+        loss_fn,
+        TrainConfig(**settings),
+        runtime=runtime,
+        validate=validate,
+        run_path=tmp_path / "run",
+        facts=facts or {},
+        resume=resume,
+    )
+    return net, result
+
+
+def batches_of_validation() -> list[Batch]:
+    return [batches(1000 + i)[0] for i in range(3)]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_it_learns(tmp_path: Path, runtime: Runtime, optimizer: str):
+    rate = {"learning_rate": 0.03, "muon_learning_rate": 0.03}
+    _, result = run(tmp_path, runtime, new_net(0), steps=150, optimizer=optimizer, **rate)
+    assert result.best["val_loss"] < 0.05 < math.log(3)
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path: Path, runtime: Runtime):
+    one, two = run(tmp_path / "1", runtime)[0], run(tmp_path / "2", runtime)[0]
+    other = run(tmp_path / "3", runtime, seed=1)[0]
+    assert same(one.state_dict(), two.state_dict())
+    assert not same(one.state_dict(), other.state_dict())
+
+
+def test_the_best_weights_are_kept(tmp_path: Path, runtime: Runtime):
+    figures = iter([3.0, 1.0, 2.0, 4.0])
+    net, weights = new_net(), []
+
+    def validate() -> dict[str, float]:
+        weights.append({k: v.clone() for k, v in net.state_dict().items()})
+        return {"val_loss": next(figures)}
+
+    config = TrainConfig(steps=20, eval_every=5)
+    result = train(
+        net,
+        batches,
+        loss_fn,
+        config,
+        runtime=runtime,
+        validate=validate,
+        run_path=tmp_path / "run",
+        facts={},
+    )
+    assert result.best == {"step": 10, "val_loss": 1.0}
+    assert same(result.best_weights, weights[1])
+
+
+def test_the_schedule():
+    config = TrainConfig(steps=100, warmup_steps=10, decay_share=0.5)
+    factors = [learning_rate_factor(step, config) for step in range(100)]
+    assert factors[0] == 0.1 and factors[9:51] == [1.0] * 42
+    assert factors[75] == 0.5 and factors[99] == pytest.approx(0.02)
+    constant = TrainConfig(steps=100, warmup_steps=0, decay_share=0.0)
+    assert {learning_rate_factor(step, constant) for step in range(100)} == {1.0}
+
+
+def test_each_parameter_goes_to_its_optimizer():
+    net = new_net()
+    net.norm.weight.requires_grad = False
+    adamw, muon = make_optimizers(net, TrainConfig(steps=1))
+    assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(net.hidden.weight)]
+    matrices, vectors = adamw.param_groups
+    assert {id(p) for p in matrices["params"]} == {id(net.embedding.weight), id(net.head.weight)}
+    assert {id(p) for p in vectors["params"]} == {
+        id(net.hidden.bias),
+        id(net.norm.bias),
+        id(net.head.bias),
+    }
+    assert matrices["weight_decay"] > 0 == vectors["weight_decay"]
+    (only,) = make_optimizers(net, TrainConfig(steps=1, optimizer="adamw"))
+    assert sum(len(g["params"]) for g in only.param_groups) == 6
+
+
+def test_nothing_to_train_is_an_error():
+    with pytest.raises(ValueError, match="nothing to train"):
+        make_optimizers(new_net().requires_grad_(False), TrainConfig(steps=1))
+
+
+def test_the_step_follows_adamw_on_the_mean_loss(tmp_path: Path, runtime: Runtime):
+    net = new_net(dropout=0)
+    oracle = new_net(dropout=0)
+    optimizer = torch.optim.AdamW(oracle.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0)
+    for step in range(4):
+        ((x, y),) = batches(step)
+        optimizer.zero_grad()
+        F.cross_entropy(oracle(x), y).backward()
+        nn.utils.clip_grad_norm_(oracle.parameters(), 0.2)
+        optimizer.step()
+    options = {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.0, "decay_share": 0.0}
+    run(tmp_path, runtime, net, steps=4, warmup_steps=0, max_grad_norm=0.2, **options)
+    for ours, theirs in zip(net.parameters(), oracle.parameters()):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 10, 13])
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    tmp_path: Path, runtime: Runtime, parts: int
+):
+    whole, _ = run(tmp_path / "a", runtime, new_net(0))
+    cut, _ = run(tmp_path / "b", runtime, new_net(0), grad_accumulation=parts)
+    for ours, theirs in zip(whole.parameters(), cut.parameters()):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_mean_loss_weighs_batches_by_their_size(runtime: Runtime):
+    net, sizes = new_net().eval(), [1, 7, 4]
+    x = torch.arange(12) % 8
+    cut = list(zip(x.split(sizes), (x % 3).split(sizes)))
+    expected = F.cross_entropy(net(x), x % 3).item()
+    assert mean_loss(net, cut, loss_fn, runtime) == pytest.approx(expected, rel=1e-5)
+
+
+def test_masked_targets_carry_no_loss():
+    logits = torch.randn(2, 3, 5)
+    targets = torch.tensor([[1, -100, 2], [-100, -100, 4]])
+    loss, weight = next_token_loss(lambda _: logits, (targets, targets))
+    log_p = logits.log_softmax(-1)
+    assert weight == 3
+    torch.testing.assert_close(loss, -(log_p[0, 0, 1] + log_p[0, 2, 2] + log_p[1, 2, 4]))
+
+
+def test_a_step_without_targets_changes_nothing(tmp_path: Path, runtime: Runtime):
+    def masked(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss, _ = loss_fn(model, batch)
+        return loss * 0, torch.tensor(0)
+
+    net, before = new_net(), new_net().state_dict()
+    train(
+        net,
+        batches,
+        masked,
+        TrainConfig(steps=3),
+        runtime=runtime,
+        validate=lambda: {"val_loss": 1.0},
+        run_path=tmp_path / "run",
+        facts={},
+    )
+    assert same(net.state_dict(), before)
+
+
+# ---- resuming
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop_at", [1, 7, 10])
+def test_an_interrupted_run_ends_with_the_same_weights(
+    tmp_path: Path, runtime: Runtime, stop_at: int, sent: signal.Signals
+):
+    expected, _ = run(tmp_path / "a", runtime)
+
+    def interrupted(step: int, parts: int) -> list[Batch]:
+        if step == stop_at:
+            os.kill(os.getpid(), sent)
+        return batches(step, parts)
+
+    _, result = run(tmp_path / "b", runtime, batches=interrupted)
+    assert result.interrupted == sent
+    assert signal.getsignal(sent) in (signal.default_int_handler, signal.SIG_DFL)
+    resumed, result = run(tmp_path / "b", runtime, resume=True)
+    assert same(resumed.state_dict(), expected.state_dict())
+    logs = [(tmp_path / d / "run.log.jsonl").read_text() for d in "ab"]
+    assert len(logs[0].split("\n")) <= len(logs[1].split("\n"))
+
+
+def test_a_run_that_died_resumes_from_its_last_state(tmp_path: Path, runtime: Runtime):
+    class Died(Exception):
+        pass
+
+    def dying(step: int, parts: int) -> list[Batch]:
+        if step == 13:
+            raise Died
+        return batches(step, parts)
+
+    expected, _ = run(tmp_path / "a", runtime)
+    with pytest.raises(Died):
+        run(tmp_path / "b", runtime, batches=dying)
+    resumed, result = run(tmp_path / "b", runtime, resume=True)
+    assert same(resumed.state_dict(), expected.state_dict())
+    assert result.best["step"] in (5, 10, 15, 20)
+    steps = [line.split(",")[0] for line in (tmp_path / "b" / "run.log.jsonl").open()]
+    assert steps == ['{"step": 5', '{"step": 10', '{"step": 15', '{"step": 20']
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"learning_rate": 0.5}, "train_config.learning_rate was 0.003, is 0.5"),
+        ({"facts": {"data": "b"}}, "data was a, is b"),
+        ({"steps": 30}, "train_config.steps was 20, is 30"),
+    ],
+)
+def test_another_run_is_not_resumed(
+    tmp_path: Path, runtime: Runtime, changes: dict, difference: str
+):
+    run(tmp_path, runtime, facts={"data": "a"})
+    with pytest.raises(ValueError, match=difference):
+        run(tmp_path, runtime, **{"facts": {"data": "a"}, **changes}, resume=True)
+
+
+def test_nothing_to_resume_is_an_error(tmp_path: Path, runtime: Runtime):
+    with pytest.raises(FileNotFoundError, match="without --resume"):
+        run(tmp_path, runtime, resume=True)
+
+
+# ---- faults
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_good_states(
+    tmp_path: Path, runtime: Runtime
+):
+    net = new_net()
+
+    def poisoned(step: int, parts: int) -> list[Batch]:
+        if step == 12:
+            net.head.weight.data.fill_(math.nan)
+        return batches(step, parts)
+
+    with pytest.raises(FloatingPointError, match="at step 12: lower the learning rates"):
+        run(tmp_path, runtime, net, batches=poisoned)
+    state = load_checkpoint(tmp_path / "run.resume.pth", "resume")
+    assert all(tensor.isfinite().all() for tensor in state["weights"].values())
+
+
+def limit_file_size(limit: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_is_an_error_and_the_old_file_stays(tmp_path: Path):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"format": 1, "kind": "base", "x": torch.ones(3)})
+    before = path.read_bytes()
+    script = (
+        "import torch, pathlib, training\n"
+        f"training.save_checkpoint(pathlib.Path({str(path)!r}), {{'x': torch.ones(100_000)}})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: limit_file_size(10_000),
+    )
+    assert "OSError: cannot write" in done.stderr and "a.pth" in done.stderr
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.999])
+def test_cut_off_checkpoints_are_named(tmp_path: Path, share: float):
+    path = tmp_path / "cut.pth"
+    save_checkpoint(path, {"format": 1, "kind": "base", "x": torch.ones(1000)})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"cut\.pth is damaged .*python main\.py"):
+        load_checkpoint(path, "base")
+
+
+def test_other_files_are_not_taken_for_a_checkpoint(tmp_path: Path):
+    path = tmp_path / "a.pth"
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_checkpoint(path, "base")
+    for content, message in (
+        ({"format": 1, "kind": "resume"}, "of kind resume, not base"),
+        ({"format": 0, "kind": "base"}, "has format 0"),
+        ([1, 2], "of kind list"),
+    ):
+        save_checkpoint(path, content)
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(path, "base")
+
+
+def test_a_pickle_that_would_run_code_does_not(tmp_path: Path):
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"format": 1, "kind": "base", "x": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"evil\.pth is damaged or no checkpoint"):
+        load_checkpoint(tmp_path / "evil.pth", "base")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"optimizer": "sgd"}, "muon or adamw"),
+        ({"learning_rate": -1.0}, "learning_rate must not be negative"),
+        ({"learning_rate": math.nan}, "learning_rate must not be negative"),
+        ({"decay_share": 2.0}, "decay_share"),
+    ],
+)
+def test_impossible_configurations_are_refused(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{"steps": 1, **changes})
+
+
+def test_precision_is_asked_of_the_hardware(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    assert bfloat16_is_faster(torch.device("cuda"))
+    assert not bfloat16_is_faster(torch.device("mps"))
+    assert isinstance(bfloat16_is_faster(torch.device("cpu")), bool)

@@ -1,0 +1,441 @@
+"""Byte-level byte-pair encoding (BPE), the way GPT-2 does it.
+
+Text is cut into pre-tokens (words with their leading space, numbers, punctuation, white space),
+each pre-token is written as UTF-8 bytes, and the most frequent neighbouring pair of symbols is
+merged into a new symbol until the vocabulary is full (Sennrich et al. 2016,
+https://arxiv.org/abs/1508.07909; bytes as in Radford et al. 2019, "Language Models are Unsupervised
+Multitask Learners"). Every string can be encoded, and decoding gives it back exactly.
+
+Files are in the `tokenizer.json` layout of Hugging Face `tokenizers`, which reads them and gives
+the same ids:
+
+    tokenizer = BPETokenizer.train([text], vocab_size=1024)
+    tokenizer.save(Path("models/tokenizer.json"))
+    ids = tokenizer.encode("To be, or not to be")
+    assert tokenizer.decode(ids) == "To be, or not to be"
+"""
+
+import codecs
+import hashlib
+import heapq
+import json
+import os
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import regex
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+
+# GPT-2's pre-tokenization. White space is spelled out as Unicode's White_Space property because
+# `regex` counts the control characters U+001C to U+001F as \s and `tokenizers` does not.
+_PRE_TOKEN = regex.compile(
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+"
+    r"|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+"
+)
+# The last place where a pre-token surely ends: before white space that follows something else.
+_LAST_WORD_END = regex.compile(r"(?r)(?<=\P{White_Space})(?=\p{White_Space})")
+_CACHE_SIZE = (
+    1 << 17
+)  # pre-tokens; natural text repeats few words often, so a full cache stays useful
+_CACHED_LENGTH = 64  # characters; longer pre-tokens hardly ever come twice
+
+
+def _byte_alphabet() -> list[str]:
+    """GPT-2's printable stand-in for each byte: itself where printable, else U+0100 upwards."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+_BYTE_TO_CHAR = _byte_alphabet()
+_CHAR_TO_BYTE = {char: byte for byte, char in enumerate(_BYTE_TO_CHAR)}
+_BYTES_IN_ID_ORDER = [_CHAR_TO_BYTE[char] for char in sorted(_BYTE_TO_CHAR)]  # GPT-2's ids 0..255
+
+
+def _to_chars(token: bytes) -> str:
+    return "".join(_BYTE_TO_CHAR[byte] for byte in token)
+
+
+class BPETokenizer:
+    """Byte-level BPE with a vocabulary of bytes, merges and special tokens.
+
+    Attributes:
+        vocab: The bytes of each token id; a special token's entry is its name in UTF-8.
+        merges: `(left id, right id, merged id)` in the order learned, which is the order applied.
+        special_tokens: Name to id. Text never turns into these unless `encode` is told so.
+    """
+
+    def __init__(
+        self,
+        vocab: Sequence[bytes],
+        merges: Sequence[tuple[int, int, int]],
+        special_tokens: dict[str, int],
+    ):
+        self.vocab = list(vocab)
+        self.merges = list(merges)
+        self.special_tokens = dict(special_tokens)
+        self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(merges)}
+        special_ids = set(special_tokens.values())
+        self._byte_ids = [0] * 256
+        for token_id, token in enumerate(self.vocab):
+            if len(token) == 1 and token_id not in special_ids:
+                self._byte_ids[token[0]] = token_id
+        self._cache: dict[str, list[int]] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids (V), special tokens included."""
+        return len(self.vocab)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the file that `save` writes: the identity that checkpoints record."""
+        return hashlib.sha256(self._to_json().encode()).hexdigest()
+
+    # ---- training
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        weights: Iterable[int] | None = None,
+        special_tokens: Sequence[str] = (END_OF_TEXT, PAD),
+    ) -> "BPETokenizer":
+        """Learns merges from texts.
+
+        The most frequent pair is merged first; among equally frequent pairs the one with the
+        smaller left id, then the smaller right id. `tokenizers` has the same rule, so it learns the
+        same merges.
+
+        Args:
+            texts: Pieces of text, counted as if each stood alone.
+            vocab_size: Tokens wanted: 256 bytes, merges and special tokens together.
+            weights: How often each text counts, one whole number a text; once each by default.
+            special_tokens: Names that get the last ids.
+
+        Returns:
+            A tokenizer with `vocab_size` tokens, or with fewer, after a warning, where the texts
+            have no pair left to merge.
+
+        Raises:
+            ValueError: `vocab_size` has no room for the bytes and the special tokens.
+        """
+        n_ordinary = vocab_size - len(special_tokens)
+        if n_ordinary < 256:
+            raise ValueError(
+                f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} "
+                f"special tokens need {256 + len(special_tokens)}"
+            )
+        counts = _count_pre_tokens(texts, weights)
+        vocab, merges = _learn_merges(counts, n_ordinary)
+        if len(vocab) < n_ordinary:
+            warnings.warn(
+                f"the text has only {len(merges)} merges: the vocabulary has "
+                f"{len(vocab) + len(special_tokens)} tokens, not {vocab_size}",
+                stacklevel=2,
+            )
+        ids = {name: len(vocab) + i for i, name in enumerate(special_tokens)}
+        return cls([*vocab, *(name.encode() for name in special_tokens)], merges, ids)
+
+    # ---- text to ids and back
+
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        """Turns text into token ids.
+
+        Args:
+            text: Any string without lone surrogates.
+            allowed_special: Names of special tokens that become their single id where they stand in
+                the text; everywhere else, and by default, such names are plain text.
+
+        Raises:
+            ValueError: The text has a lone surrogate, or an allowed name is not a special token.
+        """
+        _check_encodable(text)
+        if not allowed_special:
+            return self._encode_ordinary(text)
+        unknown = sorted(set(allowed_special) - set(self.special_tokens))
+        if unknown:
+            raise ValueError(f"not special tokens of this tokenizer: {', '.join(unknown)}")
+        names = sorted(allowed_special, key=len, reverse=True)
+        pieces = regex.split("(" + "|".join(map(regex.escape, names)) + ")", text)
+        ids: list[int] = []
+        for i, piece in enumerate(pieces):  # odd pieces are the names
+            ids.extend([self.special_tokens[piece]] if i % 2 else self._encode_ordinary(piece))
+        return ids
+
+    def encode_stream(self, pieces: Iterable[str]) -> Iterator[list[int]]:
+        """Encodes a text that comes in pieces, cut anywhere: yields the ids that `encode` gives for
+        the whole, in memory for about one piece (more only where a piece has no white space).
+        """
+        held = ""
+        for piece in pieces:
+            held += piece
+            if (end := _LAST_WORD_END.search(held)) is not None:
+                yield self.encode(held[: end.start()])
+                held = held[end.start() :]
+        if held:
+            yield self.encode(held)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turns token ids into text; bytes that are no valid UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: An id lies outside the vocabulary.
+        """
+        return b"".join(self._token(i) for i in ids).decode("utf-8", errors="replace")
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yields text as token ids come in, holding back the bytes of an unfinished character."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token_id in ids:
+            if piece := decoder.decode(self._token(token_id)):
+                yield piece
+        if rest := decoder.decode(b"", final=True):
+            yield rest
+
+    def _token(self, token_id: int) -> bytes:
+        if not 0 <= token_id < len(self.vocab):
+            raise ValueError(
+                f"token id {token_id} lies outside the vocabulary of {self.vocab_size}"
+            )
+        return self.vocab[token_id]
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        cache = self._cache
+        ids: list[int] = []
+        for word in _PRE_TOKEN.findall(text):
+            word_ids = cache.get(word)
+            if word_ids is None:
+                word_ids = self._merge([self._byte_ids[byte] for byte in word.encode()])
+                if len(word) <= _CACHED_LENGTH and len(cache) < _CACHE_SIZE:
+                    cache[word] = word_ids
+            ids += word_ids
+        return ids
+
+    def _merge(self, symbols: list[int]) -> list[int]:
+        """Applies the merges to one pre-token: lowest rank first, leftmost among equals.
+
+        A heap over a linked list, so that a pre-token of n bytes takes O(n log n).
+        """
+        ranks, n = self._ranks, len(symbols)
+        after = list(range(1, n + 1))
+        before = list(range(-1, n - 1))
+        heap = [(ranks[p], i) for i, p in enumerate(zip(symbols, symbols[1:])) if p in ranks]
+        heapq.heapify(heap)
+        while heap:
+            rank, i = heapq.heappop(heap)
+            j = after[i]
+            if j == n or ranks.get((symbols[i], symbols[j])) != rank:
+                continue  # an earlier merge took one of the two
+            symbols[i], symbols[j] = self.merges[rank][2], -1
+            after[i] = k = after[j]
+            if k < n:
+                before[k] = i
+                if (right := ranks.get((symbols[i], symbols[k]))) is not None:
+                    heapq.heappush(heap, (right, i))
+            h = before[i]
+            if h >= 0 and (left := ranks.get((symbols[h], symbols[i]))) is not None:
+                heapq.heappush(heap, (left, h))
+        return [symbol for symbol in symbols if symbol >= 0]
+
+    # ---- files
+
+    def save(self, path: Path) -> None:
+        """Writes `tokenizer.json`: to a temporary file beside it first, then renamed."""
+        part = path.with_name(path.name + ".part")
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(self._to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "BPETokenizer":
+        """Reads a `tokenizer.json` written by `save` or by Hugging Face `tokenizers`.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is not a byte-level BPE of GPT-2's kind; the message says why.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            _check_layout(data)
+            merges = [m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"]]
+            special = {t["content"]: t["id"] for t in data["added_tokens"]}
+            return cls._from_strings(data["model"]["vocab"], merges, special)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a byte-level BPE tokenizer.json: {error}") from None
+
+    @classmethod
+    def load_gpt2(cls, vocab_path: Path, merges_path: Path) -> "BPETokenizer":
+        """Reads the two files GPT-2 was published with (`vocab.json` and `merges.txt`, also known
+        as `encoder.json` and `vocab.bpe`); tokens that no merge makes are its special tokens.
+
+        Raises:
+            FileNotFoundError: One of the files is missing.
+            ValueError: The files do not hold a byte-level BPE; the message says why.
+        """
+        try:
+            vocab = json.loads(vocab_path.read_text(encoding="utf-8"))
+            lines = merges_path.read_text(encoding="utf-8").split("\n")
+            merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+            made = {left + right for left, right in merges} | set(_CHAR_TO_BYTE)
+            special = {token: i for token, i in vocab.items() if token not in made}
+            return cls._from_strings(vocab, merges, special)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{vocab_path} and {merges_path} are no GPT-2 files: {error}"
+            ) from None
+
+    @classmethod
+    def _from_strings(
+        cls, vocab: dict[str, int], merges: Iterable[Sequence[str]], special: dict[str, int]
+    ) -> "BPETokenizer":
+        """Builds a tokenizer from tokens in the printable alphabet; checks that they fit
+        together."""
+        tokens = {
+            i: bytes(_CHAR_TO_BYTE[c] for c in t) for t, i in vocab.items() if t not in special
+        }
+        tokens |= {i: name.encode() for name, i in special.items()}
+        if set(tokens) != set(range(len(vocab.keys() | special.keys()))):
+            raise ValueError("token ids are not 0, 1, 2, ... without gaps")
+        if missing := set(_CHAR_TO_BYTE) - set(vocab):
+            raise ValueError(f"{len(missing)} of the 256 bytes have no token")
+        triples = [(vocab[left], vocab[right], vocab[left + right]) for left, right in merges]
+        return cls([tokens[i] for i in range(len(tokens))], triples, special)
+
+    def _to_json(self) -> str:
+        special_ids = set(self.special_tokens.values())
+        chars = {i: _to_chars(t) for i, t in enumerate(self.vocab) if i not in special_ids}
+        byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        model = {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in chars.items()},
+            "merges": [[chars[left], chars[right]] for left, right, _ in self.merges],
+        }
+        layout = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": i, "content": name, **flags, "special": True}
+                for name, i in sorted(self.special_tokens.items(), key=lambda item: item[1])
+            ],
+            "normalizer": None,
+            "pre_tokenizer": {**byte_level, "add_prefix_space": False},
+            "post_processor": None,
+            "decoder": {**byte_level, "add_prefix_space": True},
+            "model": model,
+        }
+        return json.dumps(layout, ensure_ascii=False, indent=1) + "\n"
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+            f"{error.start}, which UTF-8 cannot hold: remove it, or read the file as UTF-8"
+        ) from None
+
+
+def _check_layout(data: dict) -> None:
+    """Refuses what `tokenizers` can do and this tokenizer does not: better no ids than other
+    ids."""
+    model, pre = data["model"], data["pre_tokenizer"]
+    if model.get("type") != "BPE" or not pre or pre.get("type") != "ByteLevel":
+        raise ValueError("the model is not BPE over a ByteLevel pre-tokenizer")
+    if pre.get("add_prefix_space") or not pre.get("use_regex", True) or data.get("normalizer"):
+        raise ValueError("add_prefix_space, use_regex=false and normalizers are not supported")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "ignore_merges"):
+        if model.get(name):
+            raise ValueError(f"the model option {name} is not supported")
+
+
+def _count_pre_tokens(texts: Iterable[str], weights: Iterable[int] | None) -> Counter[bytes]:
+    counts: Counter[bytes] = Counter()
+    pairs = ((text, 1) for text in texts) if weights is None else zip(texts, weights, strict=True)
+    for text, weight in pairs:
+        _check_encodable(text)
+        for word, count in Counter(_PRE_TOKEN.findall(text)).items():
+            counts[word.encode()] += weight * count
+    return counts
+
+
+def _learn_merges(
+    counts: Counter[bytes], n_tokens: int
+) -> tuple[list[bytes], list[tuple[int, int, int]]]:
+    """Merges the most frequent pair until there are `n_tokens` tokens or no pairs.
+
+    Pair counts are kept up to date word by word. The heap may hold outdated counts: a count that
+    grew is pushed again, one that shrank is corrected when it comes to the top.
+    """
+    vocab = [bytes([byte]) for byte in _BYTES_IN_ID_ORDER]
+    ids = {token: i for i, token in enumerate(vocab)}
+    words = [[ids[bytes([byte])] for byte in word] for word in counts]
+    word_counts = list(counts.values())
+    pair_counts: Counter[tuple[int, int]] = Counter()
+    words_with: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_counts[pair] += word_counts[i]
+            words_with[pair].add(i)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+    merges: list[tuple[int, int, int]] = []
+    while len(vocab) < n_tokens and heap:
+        negative_count, pair = heapq.heappop(heap)
+        if (count := pair_counts[pair]) != -negative_count:
+            if count > 0:
+                heapq.heappush(heap, (-count, pair))
+            continue
+        token = vocab[pair[0]] + vocab[pair[1]]
+        new_id = ids.setdefault(token, len(vocab))  # two pairs can make the same token
+        if new_id == len(vocab):
+            vocab.append(token)
+        merges.append((*pair, new_id))
+        changes: Counter[tuple[int, int]] = Counter()
+        for i in words_with.pop(pair):
+            changes.subtract({p: word_counts[i] * n for p, n in _pairs(words[i]).items()})
+            words[i] = _replace_pair(words[i], pair, new_id)
+            for new_pair, n in _pairs(words[i]).items():
+                changes[new_pair] += word_counts[i] * n
+                words_with[new_pair].add(i)
+        for changed, change in changes.items():
+            pair_counts[changed] += change
+            if change > 0:
+                heapq.heappush(heap, (-pair_counts[changed], changed))
+    return vocab, merges
+
+
+def _pairs(word: list[int]) -> Counter[tuple[int, int]]:
+    return Counter(zip(word, word[1:]))
+
+
+def _replace_pair(word: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
+    """Replaces each occurrence of the pair, left to right, by the new id."""
+    merged: list[int] = []
+    i = 0
+    while i < len(word):
+        if i + 1 < len(word) and (word[i], word[i + 1]) == pair:
+            merged.append(new_id)
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return merged

@@ -1,0 +1,689 @@
+"""One training loop for every model of this repository; it knows nothing of GPT.
+
+    result = train(model, batches, loss_fn, TrainConfig(steps=1000), ...)
+
+The caller says what a batch and its loss are. The loop does the rest: AdamW or Muon, learning-rate
+schedule, gradient accumulation and clipping, mixed precision, validation, log, checkpoints,
+resuming, Ctrl-C, and several processes under torchrun.
+
+Nothing random is kept between steps: the batches, and the dropout masks, of step n follow from the
+seed and n alone. That is why a run that was killed and resumed ends with the very same weights.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model import GPTConfig, GPTModel
+
+FORMAT_VERSION = 1
+LOG_EVERY = 10  # steps
+
+Batch = tuple[Tensor, ...]
+LossFn = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        steps: Optimizer steps.
+        optimizer: "muon" (Muon for the matrices inside the network, AdamW for embeddings, head and
+            norms; Jordan 2024, https://kellerjordan.github.io/posts/muon) or "adamw" for
+            everything.
+        learning_rate: AdamW's peak rate.
+        muon_learning_rate: Muon's peak rate.
+        weight_decay: Of matrices; norms and biases have none.
+        warmup_steps: Steps in which the rates rise from zero.
+        decay_share: Share of the steps, at the end, in which the rates fall linearly to zero.
+        max_grad_norm: Gradients are scaled down to this norm.
+        grad_accumulation: Parts a step's batch is cut into, one after the other, to save memory.
+        eval_every: Steps between two validations, each with a resumable state written.
+        seed: Of initial weights, batches and dropout.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    steps: int
+    optimizer: str = "muon"
+    learning_rate: float = 0.003
+    muon_learning_rate: float = 0.01
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    decay_share: float = 0.6
+    max_grad_norm: float = 1.0
+    grad_accumulation: int = 1
+    eval_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("muon", "adamw"):
+            raise ValueError(f"optimizer must be muon or adamw, not {self.optimizer}")
+        for name in ("steps", "grad_accumulation", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("learning_rate", "muon_learning_rate", "weight_decay", "warmup_steps", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.decay_share <= 1 or self.max_grad_norm <= 0:
+            raise ValueError("decay_share must lie in [0, 1] and max_grad_norm above 0")
+
+
+# ---- device, precision, processes
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how precisely to compute, chosen once at the entry point.
+
+    Attributes:
+        device: CUDA, else MPS, else CPU.
+        dtype: Of matrix products under autocast: bfloat16 where that is faster, else float32.
+        rank: Number of this process under torchrun; 0 writes the files.
+        world_size: Number of processes.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Context in which matrix products run in `dtype`."""
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
+
+    def describe(self) -> str:
+        """One line for the log and the terminal, such as "cpu, bfloat16, 2 threads"."""
+        precision = str(self.dtype).removeprefix("torch.")
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        processes = f", {self.world_size} processes" if self.world_size > 1 else ""
+        return f"{self.device}, {precision}{threads}{processes}"
+
+
+@contextlib.contextmanager
+def start_runtime() -> Iterator[Runtime]:
+    """Chooses device and precision and, under torchrun, joins the other processes."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    dtype = torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
+    if world_size == 1:
+        yield Runtime(device, dtype)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        choice = [dtype]
+        dist.broadcast_object_list(choice, src=0)
+        yield Runtime(device, choice[0], rank, world_size)
+    finally:
+        dist.destroy_process_group()
+
+
+def bfloat16_is_faster(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 matrices faster than float32 ones; on a CPU, timed."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] * 1.3 < seconds[torch.float32]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: on the GPU if there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---- checkpoints
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Writes a checkpoint whole or not at all: a temporary file, flushed to disk, then renamed.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written; an older file stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from None
+
+
+def load_checkpoint(path: Path, kind: str, hint: str = "python main.py") -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU, tensors and plain values only.
+
+    Args:
+        path: The file.
+        kind: What the file must be, such as "base".
+        hint: Command that makes such a file, for the error messages.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, of another kind, or of another format version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: make it with `{hint}`")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error class of its own: zip, pickle, EOF, ...
+        first_line = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} is damaged or no checkpoint ({first_line}): make it again with `{hint}`"
+        ) from None
+    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+    if found != kind:
+        raise ValueError(f"{path} is of kind {found}, not {kind}: make one with `{hint}`")
+    if checkpoint.get("format") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format {checkpoint.get('format')}, this program reads {FORMAT_VERSION}: "
+            f"make it again with `{hint}`"
+        )
+    return checkpoint
+
+
+def load_base_model(path: Path) -> tuple[GPTModel, dict[str, Any]]:
+    """Builds the language model of a base checkpoint, in evaluation mode on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a whole base checkpoint.
+    """
+    checkpoint = load_checkpoint(path, "base")
+    try:
+        model = GPTModel(GPTConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["weights"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        first_line = str(error).split("\n")[0]
+        raise ValueError(f"{path} does not fit this program's model: {first_line}") from None
+    return model.eval(), checkpoint
+
+
+# ---- the loop
+
+
+@dataclass
+class TrainResult:
+    """What a training came to.
+
+    Attributes:
+        interrupted: The signal that ended it early (a resumable state is on disk), or None.
+        best_weights: State dict at the best validation.
+        best: Step and validation figures of `best_weights`.
+        seconds: Training time, validation included, over all sessions of the run.
+    """
+
+    interrupted: signal.Signals | None
+    best_weights: dict[str, Tensor]
+    best: dict[str, float]
+    seconds: float
+
+
+def train(
+    model: nn.Module,
+    batches: Callable[[int, int], Sequence[Batch]],
+    loss_fn: LossFn,
+    config: TrainConfig,
+    *,
+    runtime: Runtime,
+    validate: Callable[[], dict[str, float]],
+    run_path: Path,
+    facts: dict[str, Any],
+    resume: bool = False,
+) -> TrainResult:
+    """Trains `model` in place.
+
+    Args:
+        model: Parameters that require gradients are trained.
+        batches: `batches(step, parts)` is the batch of a step, cut into that many parts (some may
+            be empty); it must not depend on anything else.
+        loss_fn: `loss_fn(model, batch)` is (sum of losses, number of things summed): the step
+            follows the mean over all parts on all processes.
+        config: How.
+        runtime: Where.
+        validate: Figures of the model as it is, called on every process; the weights with the
+            lowest "val_loss" are kept.
+        run_path: Path of the run without suffix: `.log.jsonl` gets a line every few steps,
+            `.resume.pth` the resumable state, which the caller removes once the result is saved.
+        facts: What the run was started with (data, tokenizer, model); `resume` refuses others.
+        resume: Whether to go on from `.resume.pth`.
+
+    Raises:
+        FileNotFoundError: `resume` without a state to resume.
+        FloatingPointError: The loss or a gradient is not finite; the states on disk are good.
+        ValueError: The state to resume is of a run with another configuration.
+    """
+    facts = {**facts, "world_size": runtime.world_size, "precision": str(runtime.dtype)}
+    optimizers = make_optimizers(model, config)
+    run = _Run(model, optimizers, config, facts, run_path, resume)
+    if runtime.world_size > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    progress = tqdm(
+        total=config.steps,
+        initial=run.step,
+        unit="step",
+        disable=None if runtime.rank == 0 else True,
+    )
+    model.train()
+    with _SignalCatcher() as signals, progress:
+        while run.step < config.steps:
+            started = time.perf_counter()
+            factor = learning_rate_factor(run.step, config)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+            loss, weight, stop = _accumulate_gradients(
+                model, parameters, batches, loss_fn, config, runtime, run.step, signals.caught
+            )
+            if weight:
+                _clip_gradients(parameters, weight, config.max_grad_norm, loss, run.step)
+                for optimizer in optimizers:
+                    optimizer.step()
+            run.step += 1
+            run.count(loss, weight, time.perf_counter() - started)
+            progress.update()
+            progress.set_postfix(loss=f"{run.mean_loss():.3f}", val=f"{run.best['val_loss']:.4f}")
+            finished = run.step == config.steps
+            validated = run.step % config.eval_every == 0 or finished
+            if validated:
+                started = time.perf_counter()
+                model.eval()
+                run.keep_if_best(validate())
+                model.train()
+                run.seconds += time.perf_counter() - started
+            if runtime.rank == 0:
+                if validated or run.step % LOG_EVERY == 0:
+                    run.log(config.learning_rate * factor)
+                if validated or stop:
+                    run.save()
+            if stop and not finished:
+                return TrainResult(signals.caught or signal.SIGTERM, {}, run.best, run.seconds)
+    return TrainResult(None, run.best_weights, run.best, run.seconds)
+
+
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """Share of the peak rate at a step: linear warm-up, constant, linear decay to zero."""
+    warmup = (step + 1) / config.warmup_steps if config.warmup_steps else 1.0
+    decay_steps = config.decay_share * config.steps
+    decay = (config.steps - step) / decay_steps if decay_steps else 1.0
+    return min(1.0, warmup, decay)
+
+
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Optimizers over the parameters that require gradients; each group knows its peak rate.
+
+    Raises:
+        ValueError: No parameter requires gradients.
+    """
+    matrices, others, vectors = [], [], []
+    hidden = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.endswith("head")
+    }
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif config.optimizer == "muon" and id(parameter) in hidden:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups := [g for g in (others, vectors) if g]:
+        decays = [0.0 if g is vectors else config.weight_decay for g in groups]
+        optimizers.append(
+            torch.optim.AdamW(
+                [{"params": g, "weight_decay": d} for g, d in zip(groups, decays)],
+                lr=config.learning_rate,
+                betas=(0.9, 0.95),
+                fused=True,
+            )
+        )
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay
+            )
+        )
+    if not optimizers:
+        raise ValueError("no parameter requires gradients: nothing to train")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def mean_loss(
+    model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, runtime: Runtime
+) -> float:
+    """Mean loss over fixed batches, shared out among the processes.
+
+    Returns:
+        Sum of losses divided by the sum of weights; NaN where the weights are zero.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    with torch.inference_mode(), runtime.autocast():
+        for batch in batches[runtime.rank :: runtime.world_size]:
+            loss, weight = loss_fn(model, _to(batch, runtime.device))
+            sums += torch.stack([loss, weight]).double().cpu()
+    if runtime.world_size > 1:
+        sums = sums.to(runtime.device if runtime.device.type == "cuda" else "cpu")
+        dist.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy in nats, and the number of targets that count.
+
+    Args:
+        model: Maps token ids (B, T) to logits (B, T, V).
+        batch: Inputs and targets, each (B, T); targets of -100 carry no loss.
+    """
+    inputs, targets = batch
+    logits = model(inputs).float()
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return loss, (targets != -100).sum()
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+
+
+def _accumulate_gradients(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    batches: Callable[[int, int], Sequence[Batch]],
+    loss_fn: LossFn,
+    config: TrainConfig,
+    runtime: Runtime,
+    step: int,
+    caught: signal.Signals | None,
+) -> tuple[float, float, bool]:
+    """Leaves the gradient of the summed loss of the whole step in `.grad`, on every process.
+
+    Returns:
+        Mean loss, the weight it was divided by, and whether any process was told to stop.
+    """
+    for parameter in parameters:
+        parameter.grad = None
+    torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + runtime.rank)  # dropout
+    sums = torch.zeros(3, device=runtime.device)
+    sums[2] = float(caught is not None)
+    parts = batches(step, config.grad_accumulation * runtime.world_size)
+    for batch in parts[runtime.rank :: runtime.world_size]:
+        if not len(batch[0]):
+            continue
+        with runtime.autocast():
+            loss, weight = loss_fn(model, _to(batch, runtime.device))
+        loss.backward()
+        sums[:2] += torch.stack([loss.detach(), weight])
+    if runtime.world_size > 1:
+        _sum_over_processes(parameters, sums)
+    loss, weight, stop = sums.tolist()
+    return (loss / weight if weight else math.nan), weight, stop > 0
+
+
+def _sum_over_processes(parameters: list[nn.Parameter], sums: Tensor) -> None:
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([sums, *(parameter.grad.flatten() for parameter in parameters)])
+    dist.all_reduce(flat)
+    sizes = [len(sums), *(parameter.numel() for parameter in parameters)]
+    total, *gradients = flat.split(sizes)
+    sums.copy_(total)
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad.copy_(gradient.view_as(parameter))
+
+
+def _clip_gradients(
+    parameters: list[nn.Parameter], weight: float, max_norm: float, loss: float, step: int
+) -> None:
+    """Turns gradients of the sum into gradients of the mean and scales them to `max_norm`."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients).item() / weight
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise FloatingPointError(
+            f"loss {loss} and gradient norm {norm} at step {step}: lower the learning rates and "
+            "start again; the states written so far are good"
+        )
+    torch._foreach_mul_(gradients, min(1.0, max_norm / (norm + 1e-6)) / weight)
+
+
+class _SignalCatcher:
+    """Notes the first Ctrl-C or SIGTERM instead of dying; a second one acts as usual."""
+
+    def __enter__(self) -> "_SignalCatcher":
+        self.caught: signal.Signals | None = None
+        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.caught = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+
+class _Run:
+    """Everything about a run that outlives a step: its place, its best weights, its files."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        config: TrainConfig,
+        facts: dict[str, Any],
+        run_path: Path,
+        resume: bool,
+    ):
+        self.model, self.optimizers = model, optimizers
+        self.facts = {**facts, "train_config": asdict(config)}
+        self.state_path = run_path.with_name(run_path.name + ".resume.pth")
+        self.log_path = run_path.with_name(run_path.name + ".log.jsonl")
+        self.step, self.seconds, self.tokens = 0, 0.0, 0.0
+        self.best: dict[str, float] = {"val_loss": math.inf}
+        self.best_weights: dict[str, Tensor] = {}
+        self.recent: list[float] = []
+        self.validation: dict[str, float] = {}
+        self.log_bytes = 0
+        if resume:
+            self._load()
+
+    def count(self, loss: float, weight: float, seconds: float) -> None:
+        self.tokens += weight
+        self.seconds += seconds
+        self.recent = [*self.recent, loss][-LOG_EVERY:]
+
+    def mean_loss(self) -> float:
+        return sum(self.recent) / len(self.recent)
+
+    def keep_if_best(self, figures: dict[str, float]) -> None:
+        self.validation = figures
+        if figures["val_loss"] < self.best["val_loss"]:
+            self.best = {"step": self.step, **figures}
+            self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
+    def log(self, learning_rate: float) -> None:
+        """Appends a line; the first one of a run replaces an older run's log."""
+        line = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "loss": self.mean_loss(),
+            "learning_rate": learning_rate,
+            **self.validation,
+        }
+        self.validation = {}
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("r+b" if self.log_bytes else "wb") as file:
+            file.truncate(self.log_bytes)
+            file.seek(self.log_bytes)
+            self.log_bytes += file.write(json.dumps(line).encode() + b"\n")
+
+    def save(self) -> None:
+        state = {
+            "format": FORMAT_VERSION,
+            "kind": "resume",
+            "facts": self.facts,
+            "weights": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "best": self.best,
+            "best_weights": self.best_weights,
+            "place": [self.step, self.seconds, self.tokens, self.log_bytes],
+            "recent": self.recent,
+        }
+        save_checkpoint(self.state_path, state)
+
+    def _load(self) -> None:
+        state = load_checkpoint(self.state_path, "resume", hint="the same command without --resume")
+        differences = _differences(state["facts"], self.facts)
+        if differences:
+            raise ValueError(
+                f"{self.state_path} is of another run ({'; '.join(differences)}): give the same "
+                "options, or start over without --resume"
+            )
+        self.model.load_state_dict(state["weights"])
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        self.best, self.best_weights = state["best"], state["best_weights"]
+        self.step, self.seconds, self.tokens, self.log_bytes = state["place"]
+        self.recent = state["recent"]
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} was {a}, is {b}")
+    return found
+
+
+# ---- command lines
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default but None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def add_config_flags(
+    parser: argparse.ArgumentParser, config_class: type, defaults: dict[str, Any], skip: str = ""
+) -> None:
+    """Adds a `--kebab-case` flag for each field of a config dataclass.
+
+    Args:
+        parser: Gets the flags; a flag not given leaves no trace in the parsed arguments.
+        config_class: Its field types, defaults and "Attributes:" lines make the flags.
+        defaults: Values to show instead of the dataclass's own defaults.
+        skip: A field that gets no flag.
+    """
+    group = parser.add_argument_group(config_class.__name__)
+    for field in fields(config_class):
+        if field.name == skip:
+            continue
+        default = defaults.get(field.name, field.default)
+        text = f"{_attribute_help(config_class, field.name)} (default: {default})"
+        flag = "--" + field.name.replace("_", "-")
+        kind: dict[str, Any] = {"type": field.type, "metavar": field.type.__name__.upper()}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
+
+
+def given_flags(args: argparse.Namespace, config_class: type) -> dict[str, Any]:
+    """The fields of a config dataclass that were given on the command line."""
+    names = {field.name for field in fields(config_class)}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def _attribute_help(config_class: type, name: str) -> str:
+    """The text of an attribute in a Google-style docstring, for `--help`."""
+    _, _, after = (config_class.__doc__ or "").partition(f"        {name}: ")
+    lines = after.split("\n")
+    more = (line.strip() for line in _take_indented(lines[1:]))
+    return " ".join([lines[0].strip(), *more]).replace("%", "%%").rstrip(".")
+
+
+def _take_indented(lines: list[str]) -> Iterator[str]:
+    for line in lines:
+        if not line.startswith(" " * 12):
+            return
+        yield line
+
+
+def one_line_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+    """Makes a script's `main` report what a user got wrong in a line on stderr, with exit code
+    2."""
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except (ValueError, OSError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return wrapped
