@@ -5,6 +5,7 @@ Everything downloaded is verified by SHA-256 and written whole or not at all. A 
 name is strict; "auto" tries one source after the other and says on stderr which it took and why.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -19,13 +20,16 @@ from functools import cached_property
 from pathlib import Path
 
 import requests
+import urllib3
 from tqdm import tqdm
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 PIECE_BYTES = 1 << 20
-CONNECT_TIMEOUT, READ_TIMEOUT, DOWNLOAD_TIMEOUT = 3.05, 5.0, 120.0  # seconds
-PAUSES = (0.5, 1.5)  # seconds between the three tries
-PIP_TIMEOUT = 15.0  # seconds
+# Seconds. Without a network the three tries and pip together take under half a minute.
+CONNECT_TIMEOUT, READ_TIMEOUT, DOWNLOAD_TIMEOUT = 2.0, 3.0, 120.0
+PAUSES = (0.5, 1.5)  # between the tries, none of which starts after
+LAST_TRY = 10.0
+PIP_TIMEOUT = 12.0
 
 
 @dataclass(frozen=True)
@@ -120,26 +124,25 @@ def read_text(part: ByteRange) -> Iterator[str]:
     Raises:
         ValueError: The bytes are not UTF-8 text; the message says where.
     """
-    position, rest = part.start, b""
+    position, decoder = part.start, codecs.getincrementaldecoder("utf-8")()
     with part.path.open("rb") as file:
         file.seek(position)
-        while position < part.stop or rest:
+        while position < part.stop:
             read = file.read(min(PIECE_BYTES, part.stop - position))
-            position += len(read)
-            piece = rest + read
+            pending = len(decoder.getstate()[0])
             try:
-                text, rest = piece.decode(), b""
+                text = decoder.decode(read, final=not read or position + len(read) == part.stop)
             except UnicodeDecodeError as error:
-                if len(piece) - error.start >= 4 or position >= part.stop or not read:
-                    where = position - len(piece) + error.start
-                    raise ValueError(
-                        f"{part.path} is not UTF-8 text (byte {where}): convert it, say with "
-                        "iconv -t UTF-8"
-                    ) from None
-                text, rest = piece[: error.start].decode(), piece[error.start :]
+                raise ValueError(
+                    f"{part.path} is not UTF-8 text (byte {position - pending + error.start}): "
+                    "convert it, say with iconv -t UTF-8"
+                ) from None
             if "\0" in text:
                 raise ValueError(f"{part.path} holds NUL bytes: it is a binary file, not text")
             yield text
+            if not read:  # the file has become shorter
+                return
+            position += len(read)
 
 
 # ---- choosing a corpus
@@ -160,7 +163,7 @@ def load_corpus(dataset: str, data: Path | None, data_dir: Path) -> Corpus:
 
     Raises:
         FileNotFoundError: `data` does not exist or holds no text.
-        ValueError: The text is empty or not UTF-8, or a source asked for by name failed.
+        ValueError: The text is empty, or a source asked for by name failed.
     """
     if data is not None:
         return _own_text(data)
@@ -187,7 +190,7 @@ def _own_text(data: Path) -> Corpus:
         raise FileNotFoundError(f"no such file or folder: {data}")
     if not sum(path.stat().st_size for path in paths):
         raise ValueError(f"{data} is empty")
-    return Corpus(data.name, paths)
+    return Corpus(data.resolve().name, paths)
 
 
 def fetch_tiny_shakespeare(data_dir: Path) -> Path:
@@ -260,15 +263,15 @@ def download(url: str, sha256: str) -> bytes:
     Raises:
         SourceError: No answer, an error status, or other content, after at most two minutes.
     """
-    deadline = time.monotonic() + DOWNLOAD_TIMEOUT
+    started = time.monotonic()
     for pause in (*PAUSES, None):
         try:
-            content = _get(url, deadline)
+            content = _get(url, started + DOWNLOAD_TIMEOUT)
             break
-        except requests.RequestException as error:
-            status = getattr(error.response, "status_code", None)
+        except (OSError, urllib3.exceptions.HTTPError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
             final = status is not None and 400 <= status < 500 and status not in (408, 429)
-            if pause is None or final or time.monotonic() + pause > deadline:
+            if pause is None or final or time.monotonic() + pause > started + LAST_TRY:
                 reason = f"status {status}" if status else type(error).__name__
                 raise SourceError(f"{url} cannot be downloaded ({reason})") from None
             time.sleep(pause)
@@ -279,10 +282,11 @@ def download(url: str, sha256: str) -> bytes:
 def _get(url: str, deadline: float) -> bytes:
     with requests.get(url, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
         response.raise_for_status()
-        size = int(response.headers.get("Content-Length", 0)) or None
+        length = response.headers.get("Content-Length", "")
+        size = int(length) if length.isdigit() else None
         content = bytearray()
         with tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/")[-1]) as progress:
-            for piece in response.iter_content(1 << 16):
+            while piece := response.raw.read1(1 << 16, decode_content=True):
                 content += piece
                 progress.update(len(piece))
                 if time.monotonic() > deadline:
@@ -335,4 +339,5 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 def say(message: str) -> None:
     """Prints a line for the person at the terminal, on stderr, where it disturbs no output."""
-    print(message, file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process speaks
+        print(message, file=sys.stderr)

@@ -20,7 +20,6 @@ import numpy as np
 from data_loader import (
     WIZARD_OF_OZ,
     ByteRange,
-    Corpus,
     SourceError,
     fetch,
     find_data_dir,
@@ -68,7 +67,7 @@ def perplexity(
     return {
         "bits_per_byte": nats_per_byte / math.log(2),
         "nats_per_byte": nats_per_byte,
-        "perplexity": math.exp(nats_per_token),
+        "perplexity": math.exp(nats_per_token) if nats_per_token < 700 else math.inf,
         "tokens": len(ids),
         "bytes": n_bytes,
     }
@@ -78,7 +77,7 @@ def measure_file(checkpoint: Path, parts: list[ByteRange], runtime: Runtime) -> 
     """Perplexity of a base checkpoint on text files; see `perplexity`."""
     model, tokenizer, _ = load_language_model(checkpoint)
     pieces = itertools.chain.from_iterable(map(read_text, parts))
-    ids = np.array([i for piece in tokenizer.encode_stream(pieces) for i in piece])
+    ids = np.concatenate([np.array(piece) for piece in tokenizer.encode_stream(pieces)])
     return perplexity(model.to(runtime.device), tokenizer, ids, runtime)
 
 
@@ -114,21 +113,18 @@ def comparison_table(models: Path, data_dir: Path, runtime: Runtime) -> str:
 def _language_texts(data_dir: Path) -> dict[str, list[ByteRange] | str]:
     """In-domain and out-of-domain text, or why it cannot be had."""
     texts: dict[str, list[ByteRange] | str] = {}
-    try:
-        texts["TinyShakespeare, validation part"] = _validation(
-            load_corpus("tinyshakespeare", None, data_dir)
-        )
-    except SourceError as error:
-        texts["TinyShakespeare, validation part"] = str(error)
-    try:
-        texts["The Wizard of Oz"] = _whole(fetch(WIZARD_OF_OZ, data_dir))
-    except SourceError as error:
-        texts["The Wizard of Oz"] = str(error)
+    sources = {
+        "TinyShakespeare, validation part": lambda: load_corpus(
+            "tinyshakespeare", None, data_dir
+        ).split()[1],
+        "The Wizard of Oz": lambda: _whole(fetch(WIZARD_OF_OZ, data_dir)),
+    }
+    for name, find in sources.items():
+        try:
+            texts[name] = find()
+        except SourceError as error:
+            texts[name] = str(error)
     return texts
-
-
-def _validation(corpus: Corpus) -> list[ByteRange]:
-    return corpus.split()[1]
 
 
 @one_line_errors

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import GPTModel, KVCache
+from model import GPTConfig, GPTModel, KVCache
 from tokenizer import END_OF_TEXT, BPETokenizer
-from training import HelpFormatter, load_base_model, one_line_errors
+from training import HelpFormatter, load_checkpoint, one_line_errors
 
 
 def sample_next_token(
@@ -55,7 +55,7 @@ def token_probabilities(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
     """Probabilities (B, V) that `sample_next_token` draws from; temperature above 0."""
-    logits = logits.float() / temperature
+    logits = (logits - logits.max(dim=-1, keepdim=True).values).float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -114,10 +114,10 @@ def generate(
         generator: See there.
 
     Raises:
-        ValueError: The prompt is empty or a sampling argument is out of range.
+        ValueError: With the first token: the prompt is empty or an argument is out of range.
     """
-    if prompt.shape[1] == 0:
-        raise ValueError("the prompt needs at least one token")
+    if prompt.shape[1] == 0 or max_new_tokens < 0:
+        raise ValueError("the prompt needs at least one token, and max-new-tokens 0 or more")
     cache = KVCache(model, prompt.shape[0])
     tokens, start, seen = prompt, 0, 0
     for _ in range(max_new_tokens):
@@ -176,7 +176,7 @@ def load_language_model(path: Path) -> tuple[GPTModel, BPETokenizer, dict]:
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, or the model was trained with another tokenizer.
     """
-    model, checkpoint = load_base_model(path)
+    model, checkpoint = _load_base_model(path)
     tokenizer_path = path.with_name("tokenizer.json")
     tokenizer = BPETokenizer.load(tokenizer_path)
     if tokenizer.sha256 != checkpoint["tokenizer_sha256"]:
@@ -185,6 +185,23 @@ def load_language_model(path: Path) -> tuple[GPTModel, BPETokenizer, dict]:
             "right one back, or train again with `python main.py`"
         )
     return model, tokenizer, checkpoint
+
+
+def _load_base_model(path: Path) -> tuple[GPTModel, dict]:
+    """Builds the language model of a base checkpoint, in evaluation mode on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a whole base checkpoint.
+    """
+    checkpoint = load_checkpoint(path, "base")
+    try:
+        model = GPTModel(GPTConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["weights"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        first_line = str(error).split("\n")[0]
+        raise ValueError(f"{path} does not fit this program's model: {first_line}") from None
+    return model.eval(), checkpoint
 
 
 @one_line_errors

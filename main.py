@@ -13,6 +13,7 @@ import argparse
 import math
 import platform
 import shlex
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data_loader import Corpus, find_data_dir, load_corpus, say
 from data_utils import TokenBatches, prepare_token_ids, prepare_tokenizer
@@ -35,7 +35,8 @@ from training import (
     TrainConfig,
     TrainResult,
     add_config_flags,
-    given_flags,
+    chosen_fields,
+    first_process_first,
     next_token_loss,
     one_line_errors,
     peak_memory_bytes,
@@ -44,7 +45,7 @@ from training import (
     train,
 )
 
-MAX_VALIDATION_TOKENS = 500_000  # of a large corpus; TinyShakespeare's validation part is smaller
+MAX_VALIDATION_TOKENS = 100_000  # of a large corpus; TinyShakespeare's validation part is smaller
 SAMPLE_PROMPT = "ROMEO:"
 SAMPLE_TOKENS = 250
 
@@ -97,59 +98,111 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class _Data:
+    corpus: Corpus
+    tokenizer: BPETokenizer
+    train_ids: np.ndarray
+    validation_ids: np.ndarray
+
+
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Trains and shows a sample; returns the exit code (130 or 143 when interrupted)."""
     args = _parse(argv)
     options = {**PRESETS[args.preset], **vars(args)}
-    data_config = DataConfig(**_fields(DataConfig, options))
-    train_config = TrainConfig(**_fields(TrainConfig, options))
-    command = shlex.join(["python", "main.py", *(sys.argv[1:] if argv is None else argv)])
+    data_config = DataConfig(**chosen_fields(DataConfig, options))
+    train_config = TrainConfig(**chosen_fields(TrainConfig, options))
     with start_runtime() as runtime:
-        return _run(args, options, data_config, train_config, runtime, command)
+        command = _command(argv, runtime)
+        data = _prepare_data(args, data_config, runtime)
+        shape = {**chosen_fields(GPTConfig, options), "vocab_size": data.tokenizer.vocab_size}
+        model = _new_model(GPTConfig(**shape), train_config.seed, runtime, args.compile)
+        facts = {
+            "data_sha256": data.corpus.sha256,
+            "tokenizer_sha256": data.tokenizer.sha256,
+            "model_config": asdict(model.config),
+            "data_config": asdict(data_config),
+        }
+        path = args.out_dir / "model_weights.pth"
+        result = _train(model, data, data_config, train_config, runtime, path, facts, args.resume)
+        if runtime.rank == 0 and not result.interrupted:
+            made = {"command": command, "dataset": data.corpus.name, "runtime": runtime.describe()}
+            _save(path, result, {**facts, "made": {**made, **_measured(runtime, result)}})
+            data.tokenizer.save(path.with_name("tokenizer.json"))
+            path.with_suffix(".resume.pth").unlink(missing_ok=True)
+            model.load_state_dict(result.best_weights)
+            _report(path, model.eval(), data.tokenizer, result, runtime)
+    if result.interrupted:
+        say(f"interrupted; continue with: {command}{'' if args.resume else ' --resume'}")
+        return 128 + result.interrupted
+    return 0
 
 
-def _fields(config_class: type, options: dict[str, Any]) -> dict[str, Any]:
-    return given_flags(argparse.Namespace(**options), config_class)
+def _prepare_data(args: argparse.Namespace, config: DataConfig, runtime: Runtime) -> _Data:
+    """Corpus, tokenizer and token ids; made by the first process, then read by the others."""
+    with first_process_first(runtime):
+        corpus = load_corpus(args.dataset, args.data, find_data_dir(args.data_dir))
+        cache = args.out_dir / "cache"
+        tokenizer = prepare_tokenizer(corpus, config.vocab_size, cache)
+        train_ids, validation_ids = (
+            prepare_token_ids(name, part, corpus, tokenizer, cache)
+            for name, part in zip(("train", "validation"), corpus.split())
+        )
+        if not len(validation_ids):
+            raise ValueError(f"the text {corpus.name} is too short to split: use a longer one")
+    if len(validation_ids) > MAX_VALIDATION_TOKENS:
+        say(f"validation: the first {MAX_VALIDATION_TOKENS:,} of {len(validation_ids):,} tokens")
+    return _Data(corpus, tokenizer, train_ids, validation_ids[:MAX_VALIDATION_TOKENS])
 
 
-def _run(
-    args: argparse.Namespace,
-    options: dict[str, Any],
+def _command(argv: list[str] | None, runtime: Runtime) -> str:
+    """The command line as typed, to be shown and recorded."""
+    n = runtime.world_size
+    launcher = ["torchrun", f"--nproc_per_node={n}"] if n > 1 else ["python"]
+    return shlex.join([*launcher, "main.py", *(sys.argv[1:] if argv is None else argv)])
+
+
+def _new_model(config: GPTConfig, seed: int, runtime: Runtime, compiled: bool) -> GPTModel:
+    compilers = ("g++", "clang++", "cl")
+    if compiled and runtime.device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise ValueError("--compile needs a C++ compiler such as g++: install one or leave it out")
+    torch.manual_seed(seed)
+    model = GPTModel(config).to(runtime.device)
+    if compiled:
+        model.compile()
+    return model
+
+
+def _train(
+    model: GPTModel,
+    data: _Data,
     data_config: DataConfig,
     train_config: TrainConfig,
     runtime: Runtime,
-    command: str,
-) -> int:
-    corpus, tokenizer, train_ids, validation_ids = _prepare(args, data_config, runtime)
-    model_config = GPTConfig(**{**_fields(GPTConfig, options), "vocab_size": tokenizer.vocab_size})
-    torch.manual_seed(train_config.seed)
-    model = GPTModel(model_config).to(runtime.device)
-    if args.compile:
-        model.compile()
+    path: Path,
+    facts: dict[str, Any],
+    resume: bool,
+) -> TrainResult:
     batches = TokenBatches(
-        train_ids,
-        tokenizer,
-        model_config.context_length,
+        data.train_ids,
+        data.tokenizer,
+        model.config.context_length,
         data_config.batch_size,
         train_config.seed,
         data_config.split_probability,
     )
-    if runtime.rank == 0:
-        _describe(corpus, tokenizer, train_ids, model, batches, train_config, runtime)
-    facts = {
-        "data_sha256": corpus.sha256,
-        "tokenizer_sha256": tokenizer.sha256,
-        "model_config": asdict(model_config),
-        "data_config": asdict(data_config),
-    }
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    epochs = train_config.steps / batches.steps_per_epoch
+    say(f"runtime: {runtime.describe()}")
+    say(f"text: {data.corpus.name}, {len(data.train_ids):,} training tokens")
+    say(f"model: {size:.2f} M parameters, {train_config.steps} steps, {epochs:.1f} epochs")
 
     def validate() -> dict[str, float]:
-        figures = perplexity(model, tokenizer, validation_ids, runtime)
+        figures = perplexity(model, data.tokenizer, data.validation_ids, runtime)
         return {"val_loss": figures["nats_per_byte"], **figures}
 
-    path = args.out_dir / "model_weights.pth"
-    result = train(
+    return train(
         model,
         batches,
         next_token_loss,
@@ -158,99 +211,35 @@ def _run(
         validate=validate,
         run_path=path.with_suffix(""),
         facts=facts,
-        resume=args.resume,
+        resume=resume,
     )
-    if result.interrupted:
-        if runtime.rank == 0:
-            flag = "" if args.resume else " --resume"
-            say(f"interrupted; continue with: {command}{flag}")
-        return 128 + result.interrupted
-    if runtime.rank == 0:
-        _save(path, result, facts, tokenizer, corpus, runtime, train_config, command)
-        model.load_state_dict(result.best_weights)
-        _report(path, model.eval(), tokenizer, result)
-    return 0
 
 
-def _prepare(
-    args: argparse.Namespace, config: DataConfig, runtime: Runtime
-) -> tuple[Corpus, BPETokenizer, np.ndarray, np.ndarray]:
-    """Corpus, tokenizer and token ids; made by one process, then read by the others."""
-    if runtime.rank:
-        dist.barrier()
-    corpus = load_corpus(args.dataset, args.data, find_data_dir(args.data_dir))
-    cache = args.out_dir / "cache"
-    tokenizer = prepare_tokenizer(corpus, config.vocab_size, cache)
-    train_part, validation_part = corpus.split()
-    train_ids = prepare_token_ids("train", train_part, corpus, tokenizer, cache)
-    validation_ids = prepare_token_ids("validation", validation_part, corpus, tokenizer, cache)
-    if runtime.rank == 0 and runtime.world_size > 1:
-        dist.barrier()
-    if not len(validation_ids):
-        raise ValueError(f"the text {corpus.name} is too short to split: use a longer one")
-    if len(validation_ids) > MAX_VALIDATION_TOKENS:
-        say(f"validation: the first {MAX_VALIDATION_TOKENS:,} of {len(validation_ids):,} tokens")
-    return corpus, tokenizer, train_ids, validation_ids[:MAX_VALIDATION_TOKENS]
-
-
-def _describe(
-    corpus: Corpus,
-    tokenizer: BPETokenizer,
-    train_ids: np.ndarray,
-    model: GPTModel,
-    batches: TokenBatches,
-    config: TrainConfig,
-    runtime: Runtime,
-) -> None:
-    n_parameters = sum(p.numel() for p in model.parameters())
-    epochs = config.steps / batches.steps_per_epoch
-    say(f"runtime: {runtime.describe()}")
-    say(
-        f"text: {corpus.name}, {len(train_ids):,} training tokens of {tokenizer.vocab_size:,} kinds"
-    )
-    say(f"model: {n_parameters / 1e6:.2f} M parameters, {config.steps} steps, {epochs:.1f} epochs")
-
-
-def _save(
-    path: Path,
-    result: TrainResult,
-    facts: dict[str, Any],
-    tokenizer: BPETokenizer,
-    corpus: Corpus,
-    runtime: Runtime,
-    config: TrainConfig,
-    command: str,
-) -> None:
-    made = {
-        "command": command,
-        "dataset": corpus.name,
-        "runtime": runtime.describe(),
+def _measured(runtime: Runtime, result: TrainResult) -> dict[str, Any]:
+    return {
         "seconds": result.seconds,
         "peak_memory_bytes": peak_memory_bytes(runtime.device),
-        "train_config": asdict(config),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
-    checkpoint = {
-        "format": FORMAT_VERSION,
-        "kind": "base",
-        **facts,
-        "weights": result.best_weights,
-        "metrics": result.best,
-        "made": made,
-    }
-    tokenizer.save(path.with_name("tokenizer.json"))
-    save_checkpoint(path, checkpoint)
-    path.with_suffix(".resume.pth").unlink(missing_ok=True)
 
 
-def _report(path: Path, model: GPTModel, tokenizer: BPETokenizer, result: TrainResult) -> None:
+def _save(path: Path, result: TrainResult, facts: dict[str, Any]) -> None:
+    header = {"format": FORMAT_VERSION, "kind": "base"}
+    best = {"weights": result.best_weights, "metrics": result.best}
+    save_checkpoint(path, {**header, **facts, **best})
+
+
+def _report(
+    path: Path, model: GPTModel, tokenizer: BPETokenizer, result: TrainResult, runtime: Runtime
+) -> None:
     best = result.best
     print(
         f"best at step {best['step']}: {best['bits_per_byte']:.4f} bits per byte, "
         f"{best['nats_per_byte']:.4f} nats per byte, perplexity {best['perplexity']:.2f} on "
         f"{best['bytes']:,} bytes of validation text"
     )
-    print(f"wrote {path} after {math.ceil(result.seconds)} s of training\n")
+    memory = peak_memory_bytes(runtime.device) / 2**30
+    print(f"wrote {path}: {math.ceil(result.seconds)} s of training, {memory:.2f} GiB at most\n")
     ids = continue_prompt(model, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
     print(SAMPLE_PROMPT + "".join(tokenizer.decode_stream(ids)))
 

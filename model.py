@@ -4,11 +4,11 @@ better.
 Shapes in this file: B batch, T time (tokens), C channels (`n_embd`), H heads, D head size (C / H),
 V vocabulary, L layers, S tokens seen so far (cached ones and the T new ones).
 
-With `position="learned", activation="gelu", bias=True, qk_norm=False` the model is GPT-2; the
+With learned positions, GELU, biases, tied weights and no query/key normalisation it is GPT-2; the
 defaults are the recipe of `main.py`: rotary positions (Su et al. 2021,
 https://arxiv.org/abs/2104.09864), squared ReLU (So et al. 2021, https://arxiv.org/abs/2109.08668),
-query/key normalisation (Henry et al. 2020, https://arxiv.org/abs/2010.04245) and output projections
-that start at zero.
+query/key normalisation (Dehghani et al. 2023, https://arxiv.org/abs/2302.05442) and output
+projections that start at zero.
 """
 
 import math
@@ -33,7 +33,7 @@ class GPTConfig:
         bias: Whether linear layers and norms have biases, as in GPT-2.
         activation: "gelu" (GPT-2's tanh form) or "relu2" (squared ReLU).
         position: "learned" (GPT-2's table) or "rotary".
-        qk_norm: Whether queries and keys are scaled to unit root mean square per head.
+        qk_norm: Whether queries and keys get mean 0 and variance 1 in each head.
         tie_weights: Whether the head is the token embedding, as in GPT-2.
 
     Raises:
@@ -115,8 +115,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Dropout(nn.Module):
     """Zeroes a share `p` of the elements in training and scales the rest by 1 / (1 - p).
 
-    As `nn.Dropout`, ten times faster on a CPU: it draws 16 random bits an element, four elements a
-    draw, so `p` is rounded to a multiple of 2^-16.
+    `nn.Dropout`, but on a CPU several times faster: 16 random bits decide an element, four elements
+    a draw, so `p` is rounded to a multiple of 2^-16.
     """
 
     def __init__(self, p: float):
@@ -125,8 +125,8 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x."""
-        if not self.training or not self.p:
-            return x
+        if x.device.type != "cpu" or not self.training or not self.p:
+            return F.dropout(x, self.p, self.training)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(
             -(2**63), None
         )
@@ -180,7 +180,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         if x.is_cuda:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
+            mask = None if cache is None else mask.to(q.dtype)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         else:
             y = self.weights(q, k, mask) @ v
         return self.proj(y.transpose(1, 2).reshape(B, T, C))

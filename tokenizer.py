@@ -295,7 +295,7 @@ class BPETokenizer:
 
     @classmethod
     def _from_strings(
-        cls, vocab: dict[str, int], merges: Iterable[Sequence[str]], special: dict[str, int]
+        cls, vocab: dict[str, int], merges: Sequence[Sequence[str]], special: dict[str, int]
     ) -> "BPETokenizer":
         """Builds a tokenizer from tokens in the printable alphabet; checks that they fit
         together."""
@@ -305,8 +305,10 @@ class BPETokenizer:
         tokens |= {i: name.encode() for name, i in special.items()}
         if set(tokens) != set(range(len(vocab.keys() | special.keys()))):
             raise ValueError("token ids are not 0, 1, 2, ... without gaps")
-        if missing := set(_CHAR_TO_BYTE) - set(vocab):
+        if missing := set(_CHAR_TO_BYTE) - (vocab.keys() - special.keys()):
             raise ValueError(f"{len(missing)} of the 256 bytes have no token")
+        if both := {left + right for left, right in merges} & special.keys():
+            raise ValueError(f"special tokens that merges make, too: {', '.join(sorted(both))}")
         triples = [(vocab[left], vocab[right], vocab[left + right]) for left, right in merges]
         return cls([tokens[i] for i in range(len(tokens))], triples, special)
 
@@ -358,10 +360,13 @@ def _check_layout(data: dict) -> None:
     """Refuses what `tokenizers` can do and this tokenizer does not: better no ids than other
     ids."""
     model, pre = data["model"], data["pre_tokenizer"]
-    if model.get("type") != "BPE" or not pre or pre.get("type") != "ByteLevel":
+    post = data.get("post_processor")
+    if model.get("type", "BPE") != "BPE" or not pre or pre.get("type") != "ByteLevel":
         raise ValueError("the model is not BPE over a ByteLevel pre-tokenizer")
     if pre.get("add_prefix_space") or not pre.get("use_regex", True) or data.get("normalizer"):
         raise ValueError("add_prefix_space, use_regex=false and normalizers are not supported")
+    if data.get("truncation") or (post and post.get("type") != "ByteLevel"):
+        raise ValueError("truncation and post-processors that add tokens are not supported")
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "ignore_merges"):
         if model.get(name):
             raise ValueError(f"the model option {name} is not supported")
@@ -374,7 +379,7 @@ def _count_pre_tokens(texts: Iterable[str], weights: Iterable[int] | None) -> Co
         _check_encodable(text)
         for word, count in Counter(_PRE_TOKEN.findall(text)).items():
             counts[word.encode()] += weight * count
-    return counts
+    return +counts  # without those of weight 0
 
 
 def _learn_merges(

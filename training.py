@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-
-from model import GPTConfig, GPTModel
 
 FORMAT_VERSION = 1
 LOG_EVERY = 10  # steps
@@ -82,8 +81,12 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("learning_rate", "muon_learning_rate", "weight_decay", "warmup_steps", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        if not 0 <= self.decay_share <= 1 or self.max_grad_norm <= 0:
+                raise ValueError(
+                    f"{name} must be finite and not negative, not {getattr(self, name)}"
+                )
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2^32, not {self.seed}")
+        if not 0 <= self.decay_share <= 1 or not self.max_grad_norm > 0:
             raise ValueError("decay_share must lie in [0, 1] and max_grad_norm above 0")
 
 
@@ -126,6 +129,10 @@ def start_runtime() -> Iterator[Runtime]:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"{world_size} processes need a GPU each, there are {torch.cuda.device_count()}"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
@@ -134,13 +141,33 @@ def start_runtime() -> Iterator[Runtime]:
     if world_size == 1:
         yield Runtime(device, dtype)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # one may encode a large corpus
     try:
         choice = [dtype]
         dist.broadcast_object_list(choice, src=0)
         yield Runtime(device, choice[0], rank, world_size)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_process_first(runtime: Runtime) -> Iterator[None]:
+    """Lets the first process go through the body before the others, so that these find its files.
+
+    If it fails there, the others end quietly.
+    """
+    done = [False]
+    if runtime.rank:
+        dist.broadcast_object_list(done, src=0)
+        if not done[0]:
+            raise SystemExit(2)
+    try:
+        yield
+        done = [True]
+    finally:
+        if runtime.rank == 0 and runtime.world_size > 1:
+            dist.broadcast_object_list(done, src=0)
 
 
 def bfloat16_is_faster(device: torch.device) -> bool:
@@ -153,7 +180,7 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(512, 512, dtype=dtype)
         times = []
-        for _ in range(8):
+        for _ in range(20):
             start = time.perf_counter()
             x @ x
             times.append(time.perf_counter() - start)
@@ -227,23 +254,6 @@ def load_checkpoint(path: Path, kind: str, hint: str = "python main.py") -> dict
     return checkpoint
 
 
-def load_base_model(path: Path) -> tuple[GPTModel, dict[str, Any]]:
-    """Builds the language model of a base checkpoint, in evaluation mode on the CPU.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not a whole base checkpoint.
-    """
-    checkpoint = load_checkpoint(path, "base")
-    try:
-        model = GPTModel(GPTConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["weights"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        first_line = str(error).split("\n")[0]
-        raise ValueError(f"{path} does not fit this program's model: {first_line}") from None
-    return model.eval(), checkpoint
-
-
 # ---- the loop
 
 
@@ -253,7 +263,7 @@ class TrainResult:
 
     Attributes:
         interrupted: The signal that ended it early (a resumable state is on disk), or None.
-        best_weights: State dict at the best validation.
+        best_weights: State dict at the best validation; empty if interrupted.
         best: Step and validation figures of `best_weights`.
         seconds: Training time, validation included, over all sessions of the run.
     """
@@ -298,51 +308,27 @@ def train(
         FloatingPointError: The loss or a gradient is not finite; the states on disk are good.
         ValueError: The state to resume is of a run with another configuration.
     """
-    facts = {**facts, "world_size": runtime.world_size, "precision": str(runtime.dtype)}
-    optimizers = make_optimizers(model, config)
-    run = _Run(model, optimizers, config, facts, run_path, resume)
+    run = _Run(model, config, runtime, facts, run_path)
+    if resume:
+        run.load()
+    else:
+        run.write(log=False, state=True)
     if runtime.world_size > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     progress = tqdm(
-        total=config.steps,
-        initial=run.step,
-        unit="step",
-        disable=None if runtime.rank == 0 else True,
+        total=config.steps, initial=run.step, unit="step", disable=runtime.rank > 0, mininterval=0.5
     )
     model.train()
     with _SignalCatcher() as signals, progress:
         while run.step < config.steps:
-            started = time.perf_counter()
-            factor = learning_rate_factor(run.step, config)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
-            loss, weight, stop = _accumulate_gradients(
-                model, parameters, batches, loss_fn, config, runtime, run.step, signals.caught
-            )
-            if weight:
-                _clip_gradients(parameters, weight, config.max_grad_norm, loss, run.step)
-                for optimizer in optimizers:
-                    optimizer.step()
-            run.step += 1
-            run.count(loss, weight, time.perf_counter() - started)
-            progress.update()
-            progress.set_postfix(loss=f"{run.mean_loss():.3f}", val=f"{run.best['val_loss']:.4f}")
+            stop = run.take_step(batches, loss_fn, stop=signals.caught is not None)
             finished = run.step == config.steps
-            validated = run.step % config.eval_every == 0 or finished
-            if validated:
-                started = time.perf_counter()
-                model.eval()
-                run.keep_if_best(validate())
-                model.train()
-                run.seconds += time.perf_counter() - started
-            if runtime.rank == 0:
-                if validated or run.step % LOG_EVERY == 0:
-                    run.log(config.learning_rate * factor)
-                if validated or stop:
-                    run.save()
+            if validated := run.step % config.eval_every == 0 or finished:
+                run.validate(validate)
+            run.write(log=validated or run.step % LOG_EVERY == 0, state=validated or stop)
+            progress.set_postfix(run.figures(), refresh=False)
+            progress.update()
             if stop and not finished:
                 return TrainResult(signals.caught or signal.SIGTERM, {}, run.best, run.seconds)
     return TrainResult(None, run.best_weights, run.best, run.seconds)
@@ -414,7 +400,7 @@ def mean_loss(
     with torch.inference_mode(), runtime.autocast():
         for batch in batches[runtime.rank :: runtime.world_size]:
             loss, weight = loss_fn(model, _to(batch, runtime.device))
-            sums += torch.stack([loss, weight]).double().cpu()
+            sums += torch.stack([loss, weight]).cpu().double()
     if runtime.world_size > 1:
         sums = sums.to(runtime.device if runtime.device.type == "cuda" else "cpu")
         dist.all_reduce(sums)
@@ -438,41 +424,8 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     return tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
 
-def _accumulate_gradients(
-    model: nn.Module,
-    parameters: list[nn.Parameter],
-    batches: Callable[[int, int], Sequence[Batch]],
-    loss_fn: LossFn,
-    config: TrainConfig,
-    runtime: Runtime,
-    step: int,
-    caught: signal.Signals | None,
-) -> tuple[float, float, bool]:
-    """Leaves the gradient of the summed loss of the whole step in `.grad`, on every process.
-
-    Returns:
-        Mean loss, the weight it was divided by, and whether any process was told to stop.
-    """
-    for parameter in parameters:
-        parameter.grad = None
-    torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + runtime.rank)  # dropout
-    sums = torch.zeros(3, device=runtime.device)
-    sums[2] = float(caught is not None)
-    parts = batches(step, config.grad_accumulation * runtime.world_size)
-    for batch in parts[runtime.rank :: runtime.world_size]:
-        if not len(batch[0]):
-            continue
-        with runtime.autocast():
-            loss, weight = loss_fn(model, _to(batch, runtime.device))
-        loss.backward()
-        sums[:2] += torch.stack([loss.detach(), weight])
-    if runtime.world_size > 1:
-        _sum_over_processes(parameters, sums)
-    loss, weight, stop = sums.tolist()
-    return (loss / weight if weight else math.nan), weight, stop > 0
-
-
 def _sum_over_processes(parameters: list[nn.Parameter], sums: Tensor) -> None:
+    """Adds up `sums` and the gradients of all processes, in one message."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -485,18 +438,26 @@ def _sum_over_processes(parameters: list[nn.Parameter], sums: Tensor) -> None:
         parameter.grad.copy_(gradient.view_as(parameter))
 
 
-def _clip_gradients(
+def _scale_gradients(
     parameters: list[nn.Parameter], weight: float, max_norm: float, loss: float, step: int
 ) -> None:
-    """Turns gradients of the sum into gradients of the mean and scales them to `max_norm`."""
+    """Turns gradients of the sum into gradients of the mean and clips their norm.
+
+    Raises:
+        FloatingPointError: The loss or the norm is not finite.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item() / weight
     if not math.isfinite(loss) or not math.isfinite(norm):
-        raise FloatingPointError(
-            f"loss {loss} and gradient norm {norm} at step {step}: lower the learning rates and "
-            "start again; the states written so far are good"
-        )
+        raise FloatingPointError(_diverged(f"loss {loss} and gradient norm {norm}", step))
     torch._foreach_mul_(gradients, min(1.0, max_norm / (norm + 1e-6)) / weight)
+
+
+def _diverged(what: str, step: int) -> str:
+    return (
+        f"{what} at step {step}: lower the learning rates and start again; the states written so "
+        "far are good"
+    )
 
 
 class _SignalCatcher:
@@ -520,52 +481,121 @@ class _SignalCatcher:
 
 
 class _Run:
-    """Everything about a run that outlives a step: its place, its best weights, its files."""
+    """A training under way: its steps, its place, its best weights, its files."""
 
     def __init__(
         self,
         model: nn.Module,
-        optimizers: list[torch.optim.Optimizer],
         config: TrainConfig,
+        runtime: Runtime,
         facts: dict[str, Any],
         run_path: Path,
-        resume: bool,
     ):
-        self.model, self.optimizers = model, optimizers
-        self.facts = {**facts, "train_config": asdict(config)}
+        self.model, self.config, self.runtime = model, config, runtime
+        self.optimizers = make_optimizers(model, config)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.facts = {
+            **facts,
+            "world_size": runtime.world_size,
+            "train_config": asdict(config),
+        }
         self.state_path = run_path.with_name(run_path.name + ".resume.pth")
         self.log_path = run_path.with_name(run_path.name + ".log.jsonl")
-        self.step, self.seconds, self.tokens = 0, 0.0, 0.0
-        self.best: dict[str, float] = {"val_loss": math.inf}
+        self.step, self.seconds, self.tokens, self.log_bytes = 0, 0.0, 0.0, 0
+        self.best: dict[str, float] = {}
         self.best_weights: dict[str, Tensor] = {}
-        self.recent: list[float] = []
-        self.validation: dict[str, float] = {}
-        self.log_bytes = 0
-        if resume:
-            self._load()
+        self.recent_losses: list[float] = []
+        self.validation: dict[str, float] = {}  # not yet logged
 
-    def count(self, loss: float, weight: float, seconds: float) -> None:
+    def take_step(
+        self, batches: Callable[[int, int], Sequence[Batch]], loss_fn: LossFn, stop: bool
+    ) -> bool:
+        """One optimizer step; returns whether any process was told to stop."""
+        started = time.perf_counter()
+        factor = learning_rate_factor(self.step, self.config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        loss, weight, stop = self._accumulate_gradients(batches, loss_fn, stop)
+        if weight:
+            max_norm = self.config.max_grad_norm
+            _scale_gradients(self.parameters, weight, max_norm, loss, self.step)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.step += 1
         self.tokens += weight
-        self.seconds += seconds
-        self.recent = [*self.recent, loss][-LOG_EVERY:]
+        if weight:
+            self.recent_losses = [*self.recent_losses, loss][-LOG_EVERY:]
+        self.seconds += time.perf_counter() - started
+        return stop
 
-    def mean_loss(self) -> float:
-        return sum(self.recent) / len(self.recent)
+    def _accumulate_gradients(
+        self, batches: Callable[[int, int], Sequence[Batch]], loss_fn: LossFn, stop: bool
+    ) -> tuple[float, float, bool]:
+        """Leaves the gradient of the summed loss of the whole step in `.grad`, on every process.
 
-    def keep_if_best(self, figures: dict[str, float]) -> None:
-        self.validation = figures
-        if figures["val_loss"] < self.best["val_loss"]:
-            self.best = {"step": self.step, **figures}
+        Returns:
+            Mean loss, the weight it was divided by, and whether any process was told to stop.
+        """
+        rank, world_size = self.runtime.rank, self.runtime.world_size
+        for parameter in self.parameters:
+            parameter.grad = None
+        torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 4096 + rank)  # dropout
+        sums = torch.tensor([0.0, 0.0, float(stop)], device=self.runtime.device)
+        parts = batches(self.step, self.config.grad_accumulation * world_size)
+        for batch in parts[rank::world_size]:
+            if not len(batch[0]):
+                continue
+            with self.runtime.autocast():
+                loss, weight = loss_fn(self.model, _to(batch, self.runtime.device))
+            loss.backward()
+            sums[:2] += torch.stack([loss.detach(), weight])
+        if world_size > 1:
+            _sum_over_processes(self.parameters, sums)
+        loss, weight, stops = sums.tolist()
+        return (loss / weight if weight else math.nan), weight, stops > 0
+
+    def validate(self, validate: Callable[[], dict[str, float]]) -> None:
+        """Takes the figures of the model as it is; keeps the weights if they are the best."""
+        started = time.perf_counter()
+        self.model.eval()
+        self.validation = validate()
+        self.model.train()
+        if not math.isfinite(self.validation["val_loss"]):
+            raise FloatingPointError(
+                _diverged(f"validation loss {self.validation['val_loss']}", self.step)
+            )
+        if not self.best or self.validation["val_loss"] < self.best["val_loss"]:
+            self.best = {"step": self.step, **self.validation}
             self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.seconds += time.perf_counter() - started
 
-    def log(self, learning_rate: float) -> None:
-        """Appends a line; the first one of a run replaces an older run's log."""
+    def figures(self) -> dict[str, str]:
+        """What the progress bar shows."""
+        shown = {"loss": self._recent_loss(), "best": self.best.get("val_loss")}
+        return {name: f"{value:.4f}" for name, value in shown.items() if value is not None}
+
+    def _recent_loss(self) -> float | None:
+        losses = self.recent_losses
+        return sum(losses) / len(losses) if losses else None
+
+    def write(self, log: bool, state: bool) -> None:
+        """Writes a log line and the resumable state, if asked to and the first process."""
+        if self.runtime.rank:
+            return
+        if log:
+            self._log()
+        if state:
+            self._save()
+
+    def _log(self) -> None:
+        """Appends a line behind those of this run; the first one replaces an older run's log."""
         line = {
             "step": self.step,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
-            "loss": self.mean_loss(),
-            "learning_rate": learning_rate,
+            "loss": self._recent_loss(),
+            "learning_rate": self.optimizers[0].param_groups[0]["lr"],
             **self.validation,
         }
         self.validation = {}
@@ -575,7 +605,7 @@ class _Run:
             file.seek(self.log_bytes)
             self.log_bytes += file.write(json.dumps(line).encode() + b"\n")
 
-    def save(self) -> None:
+    def _save(self) -> None:
         state = {
             "format": FORMAT_VERSION,
             "kind": "resume",
@@ -585,14 +615,19 @@ class _Run:
             "best": self.best,
             "best_weights": self.best_weights,
             "place": [self.step, self.seconds, self.tokens, self.log_bytes],
-            "recent": self.recent,
+            "recent_losses": self.recent_losses,
         }
         save_checkpoint(self.state_path, state)
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Goes on from the state on disk.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is damaged or of another run.
+        """
         state = load_checkpoint(self.state_path, "resume", hint="the same command without --resume")
-        differences = _differences(state["facts"], self.facts)
-        if differences:
+        if differences := _differences(state["facts"], self.facts):
             raise ValueError(
                 f"{self.state_path} is of another run ({'; '.join(differences)}): give the same "
                 "options, or start over without --resume"
@@ -602,7 +637,7 @@ class _Run:
             optimizer.load_state_dict(optimizer_state)
         self.best, self.best_weights = state["best"], state["best_weights"]
         self.step, self.seconds, self.tokens, self.log_bytes = state["place"]
-        self.recent = state["recent"]
+        self.recent_losses = state["recent_losses"]
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -650,10 +685,9 @@ def add_config_flags(
         group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
 
 
-def given_flags(args: argparse.Namespace, config_class: type) -> dict[str, Any]:
-    """The fields of a config dataclass that were given on the command line."""
-    names = {field.name for field in fields(config_class)}
-    return {name: value for name, value in vars(args).items() if name in names}
+def chosen_fields(config_class: type, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are fields of a config dataclass."""
+    return {f.name: options[f.name] for f in fields(config_class) if f.name in options}
 
 
 def _attribute_help(config_class: type, name: str) -> str:
@@ -677,13 +711,18 @@ def one_line_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[s
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
+        if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character shows "?"
+            sys.stdout.reconfigure(errors="replace")
         try:
             return main(argv)
         except (ValueError, OSError, FloatingPointError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            message, code = f"error: {error}", 2
+        except torch.OutOfMemoryError:
+            message, code = "error: out of GPU memory: raise --grad-accumulation", 2
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+            message, code = "interrupted", 130
+        if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process speaks
+            print(message, file=sys.stderr)
+        return code
 
     return wrapped

@@ -38,6 +38,12 @@ class Handler(BaseHTTPRequestHandler):
             self._head(302, Location=self.path + "x")
         elif answer.isdigit():
             self._head(int(answer), **{"Content-Length": "0"})
+        elif answer == "trickles":
+            self._head(200)
+            for _ in range(100):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                threading.Event().wait(0.05)
         elif answer == "stalls":
             self._head(200, **{"Content-Length": str(len(CONTENT))})
             self.wfile.write(CONTENT[:100])
@@ -62,6 +68,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(data_loader, "PAUSES", (0.01, 0.02))
     monkeypatch.setattr(data_loader, "READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(data_loader, "DOWNLOAD_TIMEOUT", 1.0)
     with Server(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -87,7 +94,15 @@ def test_a_download_survives_passing_trouble(
 
 @pytest.mark.parametrize(
     ("answer", "tries"),
-    [("404", 1), ("500", 3), ("cut", 3), ("stalls", 3), ("wrong", 1), ("redirects", None)],
+    [
+        ("404", 1),
+        ("500", 3),
+        ("cut", 3),
+        ("stalls", 3),
+        ("wrong", 1),
+        ("redirects", None),
+        ("trickles", None),
+    ],
 )
 def test_a_failed_download_leaves_nothing(
     server: Server, tmp_path: Path, answer: str, tries: int | None

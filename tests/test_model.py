@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomised, tiny_config
+from gpt2_oracle import copy_into_gpt2, parameter_pairs
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import (
     CausalSelfAttention,
@@ -36,48 +36,6 @@ def build(recipe: str = "default", **changes: object) -> GPTModel:
 
 def some_ids(*shape: int) -> Tensor:
     return torch.randint(50, shape, generator=torch.Generator().manual_seed(1))
-
-
-def copy_into_gpt2(model: GPTModel) -> GPT2LMHeadModel:
-    """The same weights in GPT-2 of `transformers`, whose linear layers are transposed."""
-    config = model.config
-    gpt2 = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.context_length,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            attn_pdrop=0.0,
-            embd_pdrop=0.0,
-            resid_pdrop=0.0,
-        )
-    )
-    with torch.no_grad():
-        for ours, theirs, transposed in parameter_pairs(model, gpt2):
-            theirs.copy_(ours.T if transposed else ours)
-    return gpt2
-
-
-def parameter_pairs(model: GPTModel, gpt2: GPT2LMHeadModel) -> list[tuple[Tensor, Tensor, bool]]:
-    top = gpt2.transformer
-    pairs = [
-        (model.token_embedding.weight, top.wte.weight, False),
-        (model.position_embedding.weight, top.wpe.weight, False),
-        (model.final_norm.weight, top.ln_f.weight, False),
-        (model.final_norm.bias, top.ln_f.bias, False),
-    ]
-    for ours, theirs in zip(model.blocks, top.h, strict=True):
-        for mine, other, transposed in (
-            (ours.norm1, theirs.ln_1, False),
-            (ours.norm2, theirs.ln_2, False),
-            (ours.attn.qkv, theirs.attn.c_attn, True),
-            (ours.attn.proj, theirs.attn.c_proj, True),
-            (ours.mlp.fc, theirs.mlp.c_fc, True),
-            (ours.mlp.proj, theirs.mlp.c_proj, True),
-        ):
-            pairs += [(mine.weight, other.weight, transposed), (mine.bias, other.bias, False)]
-    return pairs
 
 
 def test_logits_and_gradients_equal_those_of_gpt2():
@@ -153,6 +111,16 @@ def test_attention_maps_are_the_weights_the_model_uses():
     assert maps.shape == (2, 2, 2, 9, 9)
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 2, 9))
     assert (maps.triu(1) == 0).all()
+    for layer, block in enumerate(model.blocks):
+        seen = {}
+        hook = block.attn.register_forward_hook(
+            lambda _, inputs, output, seen=seen: seen.update(x=inputs[0], y=output)
+        )
+        model(ids)
+        hook.remove()
+        v = block.attn.project(seen["x"], None)[2]
+        expected = block.attn.proj((maps[layer] @ v).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(seen["y"], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_rotary_scores_depend_on_the_distance_alone():

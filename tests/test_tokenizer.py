@@ -57,12 +57,6 @@ def test_learns_the_same_merges_as_tokenizers(play: str, vocab_size: int):
     assert json.loads(ours._to_json())["model"]["merges"] == expected
 
 
-def test_training_does_not_depend_on_how_the_text_is_cut_at_words(play: str):
-    whole = BPETokenizer.train([play], 350)
-    lines = BPETokenizer.train(play.split("\n\n"), 350, weights=[1] * len(play.split("\n\n")))
-    assert len(whole.merges) == len(lines.merges)
-
-
 def test_weights_count_like_repeated_texts(play: str):
     weighted = BPETokenizer.train([play[:5000], play[5000:9000]], 400, weights=[3, 1])
     repeated = BPETokenizer.train([play[:5000]] * 3 + [play[5000:9000]], 400)
@@ -116,6 +110,12 @@ def test_a_stream_holds_back_unfinished_characters(tokenizer: BPETokenizer):
     assert len(ids) == 6  # the salt shaker is four bytes
     assert list(tokenizer.decode_stream(ids)) == ["a", "\U0001f9c2", "b"]
     assert list(tokenizer.decode_stream(ids[:3])) == ["a", "�"]
+
+
+@given(st.lists(st.integers(0, 399)))
+@settings(max_examples=300, deadline=None)
+def test_a_stream_of_any_ids_gives_the_decoded_text(tokenizer: BPETokenizer, ids: list[int]):
+    assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("text", ["a\ud800", "\udfff", "ok \ud83e\udd5a"])
@@ -214,6 +214,14 @@ def _damage(layout: dict, change: str) -> object:
             model["merges"].append(["qq", "zz"])
         case "no model":
             del layout["model"]
+        case "special byte":
+            layout["added_tokens"].append({"content": ",", "id": model["vocab"][","]})
+        case "special merge":
+            left, right = model["merges"][0]
+            token = {"content": left + right, "id": model["vocab"][left + right]}
+            layout["added_tokens"].append(token)
+        case "adds tokens":
+            layout["post_processor"] = {"type": "RobertaProcessing"}
         case "a list":
             return [layout]
     return layout
@@ -229,6 +237,9 @@ def _damage(layout: dict, change: str) -> object:
         "gap in ids",
         "merge of nothing",
         "no model",
+        "special byte",
+        "special merge",
+        "adds tokens",
         "a list",
     ],
 )
