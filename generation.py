@@ -127,10 +127,10 @@ def generate(
             cache.length = 0
         with torch.inference_mode():
             logits = model.head(model.hidden(tokens[:, seen:], cache)[:, -1])
+            next_token = sample_next_token(
+                logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+            )
         seen = tokens.shape[1]
-        next_token = sample_next_token(
-            logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
         if stop_token is not None and (next_token == stop_token).all():
             return
         yield next_token

@@ -64,7 +64,7 @@ class DataConfig:
     """
 
     vocab_size: int = 2048
-    batch_size: int = 16
+    batch_size: int = 32
     split_probability: float = 0.1
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class DataConfig:
 
 # What each preset changes; the dataclasses' own defaults are the recipe for two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {"steps": 1800, "eval_every": 300},
+    "cpu": {"steps": 1250},
     "gpu": {
         "n_layer": 8,
         "n_head": 6,
@@ -89,9 +89,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "n_layer": 2,
+        "n_head": 2,
         "n_embd": 128,
-        "vocab_size": 1024,
-        "steps": 300,
+        "batch_size": 16,
+        "steps": 200,
         "eval_every": 100,
         "warmup_steps": 20,
     },
@@ -117,15 +118,24 @@ def main(argv: list[str] | None = None) -> int:
         command = _command(argv, runtime)
         data = _prepare_data(args, data_config, runtime)
         shape = {**chosen_fields(GPTConfig, options), "vocab_size": data.tokenizer.vocab_size}
-        model = _new_model(GPTConfig(**shape), train_config.seed, runtime, args.compile)
+        model_config = GPTConfig(**shape)
+        batches = TokenBatches(
+            data.train_ids,
+            data.tokenizer,
+            model_config.context_length,
+            data_config.batch_size,
+            train_config.seed,
+            data_config.split_probability,
+        )
+        model = _new_model(model_config, train_config.seed, runtime, args.compile)
         facts = {
             "data_sha256": data.corpus.sha256,
             "tokenizer_sha256": data.tokenizer.sha256,
-            "model_config": asdict(model.config),
+            "model_config": asdict(model_config),
             "data_config": asdict(data_config),
         }
         path = args.out_dir / "model_weights.pth"
-        result = _train(model, data, data_config, train_config, runtime, path, facts, args.resume)
+        result = _train(model, data, batches, train_config, runtime, path, facts, args.resume)
         if runtime.rank == 0 and not result.interrupted:
             made = {"command": command, "dataset": data.corpus.name, "runtime": runtime.describe()}
             _save(path, result, {**facts, "made": {**made, **_measured(runtime, result)}})
@@ -177,36 +187,29 @@ def _new_model(config: GPTConfig, seed: int, runtime: Runtime, compiled: bool) -
 def _train(
     model: GPTModel,
     data: _Data,
-    data_config: DataConfig,
-    train_config: TrainConfig,
+    batches: TokenBatches,
+    config: TrainConfig,
     runtime: Runtime,
     path: Path,
     facts: dict[str, Any],
     resume: bool,
 ) -> TrainResult:
-    batches = TokenBatches(
-        data.train_ids,
-        data.tokenizer,
-        model.config.context_length,
-        data_config.batch_size,
-        train_config.seed,
-        data_config.split_probability,
-    )
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    epochs = train_config.steps / batches.steps_per_epoch
+    epochs = config.steps / batches.steps_per_epoch
     say(f"runtime: {runtime.describe()}")
     say(f"text: {data.corpus.name}, {len(data.train_ids):,} training tokens")
-    say(f"model: {size:.2f} M parameters, {train_config.steps} steps, {epochs:.1f} epochs")
+    say(f"model: {size:.2f} M parameters, {config.steps} steps, {epochs:.1f} epochs")
 
     def validate() -> dict[str, float]:
         figures = perplexity(model, data.tokenizer, data.validation_ids, runtime)
-        return {"val_loss": figures["nats_per_byte"], **figures}
+        named = {f"val_{name}": value for name, value in figures.items()}
+        return {"val_loss": figures["nats_per_byte"], **named}
 
     return train(
         model,
         batches,
         next_token_loss,
-        train_config,
+        config,
         runtime=runtime,
         validate=validate,
         run_path=path.with_suffix(""),
@@ -234,9 +237,9 @@ def _report(
 ) -> None:
     best = result.best
     print(
-        f"best at step {best['step']}: {best['bits_per_byte']:.4f} bits per byte, "
-        f"{best['nats_per_byte']:.4f} nats per byte, perplexity {best['perplexity']:.2f} on "
-        f"{best['bytes']:,} bytes of validation text"
+        f"best at step {best['step']}: {best['val_bits_per_byte']:.4f} bits per byte, "
+        f"{best['val_nats_per_byte']:.4f} nats per byte, perplexity {best['val_perplexity']:.2f} "
+        f"on {best['val_bytes']:,} bytes of validation text"
     )
     memory = peak_memory_bytes(runtime.device) / 2**30
     print(f"wrote {path}: {math.ceil(result.seconds)} s of training, {memory:.2f} GiB at most\n")

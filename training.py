@@ -63,14 +63,14 @@ class TrainConfig:
 
     steps: int
     optimizer: str = "muon"
-    learning_rate: float = 0.003
-    muon_learning_rate: float = 0.01
-    weight_decay: float = 0.01
+    learning_rate: float = 0.004
+    muon_learning_rate: float = 0.014
+    weight_decay: float = 0.1
     warmup_steps: int = 50
     decay_share: float = 0.6
     max_grad_norm: float = 1.0
     grad_accumulation: int = 1
-    eval_every: int = 100
+    eval_every: int = 250
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -103,8 +103,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_it_learns(tmp_path: Path, runtime: Runtime, optimizer: str):
     rate = {"learning_rate": 0.03, "muon_learning_rate": 0.03}
-    _, result = run(tmp_path, runtime, new_net(0), steps=150, optimizer=optimizer, **rate)
-    assert result.best["val_loss"] < 0.05 < math.log(3)
+    _, result = run(tmp_path, runtime, new_net(0), steps=300, optimizer=optimizer, **rate)
+    assert result.best["val_loss"] < 0.3  # guessing costs ln 3 = 1.1
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path: Path, runtime: Runtime):
@@ -194,6 +194,23 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
+def test_two_processes_take_the_steps_of_one(tmp_path: Path, runtime: Runtime):
+    one, _ = run(tmp_path, runtime, new_net(0))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "tests" / "torchrun_worker.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
+    assert same(*ranks)
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(ranks[0][name], tensor, atol=1e-5, rtol=1e-4)
+
+
 def test_mean_loss_weighs_batches_by_their_size(runtime: Runtime):
     net, sizes = new_net().eval(), [1, 7, 4]
     x = torch.arange(12) % 8
@@ -276,7 +293,7 @@ def test_a_run_that_died_resumes_from_its_last_state(tmp_path: Path, runtime: Ru
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"learning_rate": 0.5}, "train_config.learning_rate was 0.003, is 0.5"),
+        ({"learning_rate": 0.5}, "train_config.learning_rate was 0.004, is 0.5"),
         ({"facts": {"data": "b"}}, "data was a, is b"),
         ({"steps": 30}, "train_config.steps was 20, is 30"),
     ],
@@ -378,8 +395,8 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path):
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"optimizer": "sgd"}, "muon or adamw"),
-        ({"learning_rate": -1.0}, "learning_rate must not be negative"),
-        ({"learning_rate": math.nan}, "learning_rate must not be negative"),
+        ({"learning_rate": -1.0}, "learning_rate must be finite"),
+        ({"learning_rate": math.nan}, "learning_rate must be finite"),
         ({"decay_share": 2.0}, "decay_share"),
     ],
 )

@@ -124,7 +124,10 @@ def benchmark_generation(repeats: int, new_tokens: int = 240) -> None:
     torch.manual_seed(0)
     config = GPTConfig(
         vocab_size=1024,
+        context_length=256,
         n_layer=4,
+        n_head=4,
+        n_embd=256,
         dropout=0.0,
         bias=True,
         activation="gelu",
