@@ -201,7 +201,7 @@ def test_impossible_lengths_are_refused(length: int):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_head": 3}, "not a multiple of n_head 3"),
+        ({"n_head": 5}, "not a multiple of n_head 5"),
         ({"n_layer": 0}, "n_layer must be at least 1"),
         ({"dropout": 1.0}, "dropout must lie in"),
         ({"activation": "tanh"}, "gelu or relu2"),
