@@ -19,7 +19,7 @@ from tokenizer import END_OF_TEXT, BPETokenizer
 
 IGNORE = -100  # target that carries no loss: `ignore_index` of PyTorch's cross entropy
 TOKENIZER_TEXT_BYTES = 32 << 20  # of the training text the tokenizer learns from
-SAMPLE_WEIGHT = 1  # how often the bundled reviews and instructions count in the vocabulary
+SAMPLE_WEIGHT = 3  # how often the bundled reviews and instructions count in the vocabulary
 
 
 def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETokenizer:

@@ -414,22 +414,20 @@ def _learn_merges(
         if new_id == len(vocab):
             vocab.append(token)
         merges.append((*pair, new_id))
-        changes: Counter[tuple[int, int]] = Counter()
+        changes: defaultdict[tuple[int, int], int] = defaultdict(int)
         for i in words_with.pop(pair):
-            changes.subtract({p: word_counts[i] * n for p, n in _pairs(words[i]).items()})
-            words[i] = _replace_pair(words[i], pair, new_id)
-            for new_pair, n in _pairs(words[i]).items():
-                changes[new_pair] += word_counts[i] * n
+            word, count = words[i], word_counts[i]
+            for old_pair in zip(word, word[1:]):
+                changes[old_pair] -= count
+            words[i] = word = _replace_pair(word, pair, new_id)
+            for new_pair in zip(word, word[1:]):
+                changes[new_pair] += count
                 words_with[new_pair].add(i)
         for changed, change in changes.items():
             pair_counts[changed] += change
             if change > 0:
                 heapq.heappush(heap, (-pair_counts[changed], changed))
     return vocab, merges
-
-
-def _pairs(word: list[int]) -> Counter[tuple[int, int]]:
-    return Counter(zip(word, word[1:]))
 
 
 def _replace_pair(word: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
