@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_torch_compile_trains_too(own_text: Path, tmp_path: Path):
     assert main.main(options(own_text, tmp_path / "out", "--compile", "--steps", "3")) == 0
     assert (tmp_path / "out" / "model_weights.pth").exists()
