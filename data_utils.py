@@ -118,7 +118,8 @@ class TokenBatches:
     Subword regularisation (https://arxiv.org/abs/1910.13267) shows the model other spellings of the
     same text: each token made by a merge is split, with a probability, into the two it was made of,
     and these in turn (as in StochasTok, https://arxiv.org/abs/2506.01687). On a small corpus, read
-    many times, it delays over-fitting more than dropout does.
+    many times, it delays over-fitting. The probability falls linearly to zero at the last step, so
+    that the model ends on the spelling it will be used with.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class TokenBatches:
         batch_size: int,
         seed: int,
         split_probability: float = 0.0,
+        steps: int = 1,
     ):
         if len(ids) <= context_length:
             raise ValueError(
@@ -136,7 +138,7 @@ class TokenBatches:
                 f"{context_length}: use a longer text or a smaller --context-length"
             )
         self.ids, self.context_length, self.seed = ids, context_length, seed
-        self.split_probability = split_probability
+        self.split_probability, self.steps = split_probability, steps
         self.halves = merge_halves(tokenizer)
         self.n_windows = max(1, (len(ids) - 1) // context_length - 1)
         self.batch_size = min(batch_size, self.n_windows)
@@ -155,10 +157,9 @@ class TokenBatches:
         starts = self._epoch[1][place * self.batch_size : (place + 1) * self.batch_size]
         rng = np.random.default_rng([self.seed, 1, step])
         T = self.context_length
+        probability = self.split_probability * max(0.0, 1 - step / self.steps)
         rows = [
-            split_tokens(
-                self.ids[s : s + T + 1].astype(np.int64), self.halves, self.split_probability, rng
-            )
+            split_tokens(self.ids[s : s + T + 1].astype(np.int64), self.halves, probability, rng)
             for s in starts
         ]
         tokens = torch.from_numpy(np.stack([row[: T + 1] for row in rows]))

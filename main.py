@@ -57,7 +57,8 @@ class DataConfig:
     Attributes:
         vocab_size: Tokens in the vocabulary.
         batch_size: Windows of text a step, over all processes.
-        split_probability: Chance that a token is split into the two it was merged from.
+        split_probability: Chance that a token is split into the two it was merged from, at the
+            start; it falls to zero at the last step.
 
     Raises:
         ValueError: A value is out of range.
@@ -65,7 +66,7 @@ class DataConfig:
 
     vocab_size: int = 2048
     batch_size: int = 32
-    split_probability: float = 0.1
+    split_probability: float = 0.2
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -76,7 +77,7 @@ class DataConfig:
 
 # What each preset changes; the dataclasses' own defaults are the recipe for two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {"steps": 1250},
+    "cpu": {"steps": 1200},
     "gpu": {
         "n_layer": 8,
         "n_head": 6,
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
             data_config.batch_size,
             train_config.seed,
             data_config.split_probability,
+            train_config.steps,
         )
         model = _new_model(model_config, train_config.seed, runtime, args.compile)
         facts = {

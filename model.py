@@ -45,7 +45,7 @@ class GPTConfig:
     n_layer: int = 4
     n_head: int = 3
     n_embd: int = 192
-    dropout: float = 0.1
+    dropout: float = 0.15
     bias: bool = False
     activation: str = "relu2"
     position: str = "rotary"

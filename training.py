@@ -70,7 +70,7 @@ class TrainConfig:
     decay_share: float = 0.6
     max_grad_norm: float = 1.0
     grad_accumulation: int = 1
-    eval_every: int = 250
+    eval_every: int = 200
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -120,12 +120,22 @@ def test_an_epoch_goes_over_the_text_once(tokenizer: BPETokenizer):
 
 
 def test_parts_make_up_the_batch(tokenizer: BPETokenizer):
-    batches = batches_of(tokenizer, split_probability=0.2)
+    batches = batches_of(tokenizer, split_probability=0.2, steps=100)
     whole = batches(2)[0][0]
     for parts in (2, 3, 8):  # more parts than rows leave some empty
         pieces = batches(2, parts)
         assert len(pieces) == parts
         assert torch.equal(torch.cat([inputs for inputs, _ in pieces]), whole)
+
+
+def test_tokens_are_split_less_and_less(tokenizer: BPETokenizer, play: str):
+    ids = np.array(tokenizer.encode(play))
+    batches = TokenBatches(ids, tokenizer, 64, 16, seed=0, split_probability=0.5, steps=100)
+    bytes_seen = [count_bytes(batches(step)[0][0].numpy(), tokenizer) for step in (0, 50, 99, 100)]
+    assert bytes_seen == sorted(bytes_seen) and bytes_seen[0] < 0.8 * bytes_seen[-1]
+    start = batches._starts(100 // batches.steps_per_epoch)
+    place = 100 % batches.steps_per_epoch * 16
+    assert np.array_equal(batches(100)[0][0][0], ids[start[place] : start[place] + 64])
 
 
 def test_too_short_a_text_is_refused(tokenizer: BPETokenizer):
