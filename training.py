@@ -311,8 +311,6 @@ def train(
     run = _Run(model, config, runtime, facts, run_path)
     if resume:
         run.load()
-    else:
-        run.write(log=False, state=True)
     if runtime.world_size > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
@@ -321,6 +319,8 @@ def train(
     )
     model.train()
     with _SignalCatcher() as signals, progress:
+        if not resume:
+            run.write(log=False, state=True)  # from here on there is something to resume
         while run.step < config.steps:
             stop = run.take_step(batches, loss_fn, stop=signals.caught is not None)
             finished = run.step == config.steps
