@@ -1,8 +1,10 @@
 """Fixtures small enough to build in a blink; everything is written below `tmp_path`."""
 
 import os
+import tempfile
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = tempfile.mkdtemp(prefix="hypothesis-")
 
 from dataclasses import asdict
 from pathlib import Path
