@@ -112,8 +112,8 @@ def _watch(pieces: Iterable[str], progress: tqdm) -> Iterator[str]:
 class TokenBatches:
     """Random windows of a token file for language modelling, with subword regularisation.
 
-    Each epoch goes once over the windows that tile the text from a random offset, in random order.
-    Batches are a function of the seed and the step alone.
+    Each epoch goes once over the windows that tile the text from a random offset, in random order;
+    a window that splitting makes longer loses its tail. Batches follow from seed and step alone.
 
     Subword regularisation (https://arxiv.org/abs/1910.13267) shows the model other spellings of the
     same text: each token made by a merge is split, with a probability, into the two it was made of,

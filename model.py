@@ -108,8 +108,7 @@ def rotary_table(config: GPTConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x[i], x[i + D/2]) of (..., T, H, D) by an angle that grows with the
-    position."""
+    """Turns each pair (x[i], x[i + D/2]) of x (..., T, H, D) by an angle growing with position."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
@@ -130,9 +129,7 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(
-            -(2**63), None
-        )
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         keep = bits.view(torch.int16)[: x.numel()] >= round(self.p * 2**16) - 2**15
         return x * keep.view(x.shape).to(x.dtype).mul_(1 / (1 - self.p))
 
@@ -153,8 +150,7 @@ class Linear(nn.Linear):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and earlier tokens (Vaswani et al.
-    2017)."""
+    """Multi-head attention to a token itself and to earlier ones (Vaswani et al. 2017)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
