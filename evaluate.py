@@ -2,6 +2,7 @@
 
     python evaluate.py                                          # table of everything in models/
     python evaluate.py perplexity --data FILE [--checkpoint FILE] [--json]
+    python evaluate.py sentiment --data FILE [--checkpoint FILE] [--json]
 
 Bits per byte compares models with different vocabularies: the loss of a whole text in bits, divided
 by its bytes in UTF-8. Perplexity, e to the loss per token, does not: longer tokens are harder to
@@ -14,30 +15,42 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix, f1_score
+from sklearn.pipeline import Pipeline, make_pipeline
 
 from data_loader import (
     WIZARD_OF_OZ,
     ByteRange,
+    Review,
     SourceError,
     fetch,
     find_data_dir,
     load_corpus,
+    read_reviews,
     read_text,
 )
-from data_utils import count_bytes, scoring_windows
-from generation import load_language_model
-from model import GPTModel
+from data_utils import count_bytes, review_batches, scoring_windows
+from generation import load_language_model, load_tokenizer
+from lora import LoRAConfig, apply_lora, load_lora_state_dict
+from model import GPTClassificationModel, GPTConfig, GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (
     HelpFormatter,
     Runtime,
+    load_checkpoint,
     mean_loss,
     next_token_loss,
     one_line_errors,
     start_runtime,
 )
+
+FINETUNE_HINT = "python finetune_classifier.py"
 
 
 def perplexity(
@@ -79,6 +92,132 @@ def measure_file(checkpoint: Path, parts: list[ByteRange], runtime: Runtime) -> 
     pieces = itertools.chain.from_iterable(map(read_text, parts))
     ids = np.concatenate([np.array(piece) for piece in tokenizer.encode_stream(pieces)])
     return perplexity(model.to(runtime.device), tokenizer, ids, runtime)
+
+
+# ---- sentiment
+
+
+CLASSES = ("negative", "positive")
+REVIEW_MODEL = "review_model_weights.pth"  # language model that the classifiers start from
+
+
+def classification_figures(predicted: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """How well predicted classes (N,) match labels (N,).
+
+    Returns:
+        "accuracy"; "ci95", its 95 % interval (Wilson 1927); "macro_f1", the mean of both classes'
+        F1; "confusion", row: label, column: prediction; "n", the number of texts.
+    """
+    n, accuracy = len(labels), float((predicted == labels).mean())
+    z = 1.96
+    middle = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    classes = list(range(len(CLASSES)))
+    return {
+        "accuracy": accuracy,
+        "ci95": [middle - half, middle + half],
+        "macro_f1": float(
+            f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)
+        ),
+        "confusion": confusion_matrix(labels, predicted, labels=classes).tolist(),
+        "n": n,
+    }
+
+
+@torch.inference_mode()
+def class_probabilities(
+    model: GPTClassificationModel, tokenizer: BPETokenizer, texts: list[str], runtime: Runtime
+) -> np.ndarray:
+    """Probabilities (N, classes) of texts, in their order; model in evaluation mode.
+
+    A text longer than the model's context is read without its middle.
+    """
+    rows = [Review(text, 0) for text in texts]
+    batches, order = review_batches(rows, tokenizer, model.backbone.config.context_length)
+    found = np.empty((len(texts), len(CLASSES)))
+    with runtime.autocast():
+        logits = [model(i.to(runtime.device), n.to(runtime.device)).float() for i, n, _ in batches]
+    found[order] = torch.cat(logits).softmax(dim=-1).cpu().numpy()
+    return found
+
+
+def linear_baseline(train: list[Review]) -> Pipeline:
+    """The classifier to beat: logistic regression on TF-IDF weights of words and word pairs."""
+    features = TfidfVectorizer(ngram_range=(1, 2))
+    model = make_pipeline(features, LogisticRegression(C=10, max_iter=1000))
+    return model.fit([r.text for r in train], [r.label for r in train])
+
+
+def baseline_figures(train: list[Review], test: list[Review]) -> dict[str, dict[str, Any]]:
+    """Figures on the test part of the linear baseline and of guessing the larger class."""
+    labels = np.array([r.label for r in test])
+    linear = linear_baseline(train).predict([r.text for r in test])
+    larger = np.full(len(test), 2 * sum(r.label for r in train) > len(train), dtype=int)
+    return {
+        "TF-IDF + logistic regression": classification_figures(linear, labels),
+        "majority class": classification_figures(larger, labels),
+    }
+
+
+def sentiment_table(figures: dict[str, dict[str, Any]]) -> str:
+    """Figures of several classifiers on the same texts, as Markdown."""
+    n = max(f["n"] for f in figures.values())
+    rows = [
+        f"| on {n:,} test reviews | accuracy | 95 % interval | macro F1 | "
+        "true neg. | false pos. | false neg. | true pos. |",
+        "|" + "---|" * 8,
+    ]
+    for name, f in figures.items():
+        low, high = f["ci95"]
+        counts = " | ".join(str(count) for row in f["confusion"] for count in row)
+        rows.append(
+            f"| {name} | {f['accuracy']:.1%} | {low:.1%} to {high:.1%} | {f['macro_f1']:.3f} | "
+            f"{counts} |"
+        )
+    return "\n".join(rows)
+
+
+def load_classifier(path: Path) -> tuple[GPTClassificationModel, BPETokenizer, dict[str, Any]]:
+    """A sentiment classifier, fully fine-tuned or an adapter on its base, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged or of another kind, or made from another base or tokenizer.
+    """
+    checkpoint = load_checkpoint(path, ("classifier", "lora_classifier"), FINETUNE_HINT)
+    tokenizer = load_tokenizer(path, checkpoint)
+    try:
+        model = GPTClassificationModel(GPTModel(GPTConfig(**checkpoint["model_config"])), 2)
+        if checkpoint["kind"] == "classifier":
+            model.load_state_dict(checkpoint["weights"])
+        else:
+            model.backbone.load_state_dict(_load_review_model(path, checkpoint))
+            apply_lora(model, LoRAConfig(**checkpoint["lora_config"]))
+            load_lora_state_dict(model, checkpoint["weights"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        first_line = str(error).split("\n")[0]
+        raise ValueError(f"{path} does not fit this program's model: {first_line}") from None
+    return model.eval(), tokenizer, checkpoint
+
+
+def _load_review_model(path: Path, adapter: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights of the language model that an adapter was trained on.
+
+    Raises:
+        ValueError: The model beside the adapter is another one, or not of the base beside it.
+    """
+    base_path, hint = path.with_name(REVIEW_MODEL), "python finetune_lora_classifier.py"
+    found = load_checkpoint(base_path, "base", hint)
+    if found["weights_sha256"] != adapter["base_sha256"]:
+        raise ValueError(f"{path} is not an adapter of {base_path}: train it again with `{hint}`")
+    origin = path.with_name("model_weights.pth")
+    if origin.is_file():
+        base_sha256 = load_checkpoint(origin, "base")["weights_sha256"]
+        if base_sha256 != found["base_sha256"]:
+            raise ValueError(
+                f"{path} was trained from another base than {origin}: train it again with `{hint}`"
+            )
+    return found["weights"]
 
 
 def _whole(path: Path) -> list[ByteRange]:
@@ -127,6 +266,18 @@ def _language_texts(data_dir: Path) -> dict[str, list[ByteRange] | str]:
     return texts
 
 
+def measure_reviews(checkpoint: Path, data: Path, runtime: Runtime) -> dict[str, Any]:
+    """Figures of a sentiment classifier on a file of labelled texts; see `read_reviews`."""
+    reviews = read_reviews(data)
+    model, tokenizer, _ = load_classifier(checkpoint)
+    texts = [review.text for review in reviews]
+    found = class_probabilities(model.to(runtime.device), tokenizer, texts, runtime)
+    return classification_figures(found.argmax(1), np.array([review.label for review in reviews]))
+
+
+# ---- command line
+
+
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Command line: the table, or one checkpoint on one file."""
@@ -134,16 +285,14 @@ def main(argv: list[str] | None = None) -> int:
     with start_runtime() as runtime:
         if args.task is None:
             print(comparison_table(args.models, find_data_dir(args.data_dir), runtime))
-            return 0
-        figures = measure_file(args.checkpoint, _whole(args.data), runtime)
-    if args.json:
-        print(json.dumps(figures))
-    else:
-        print(
-            "\n".join(
-                f"{name}: {value:,.4f}".replace(".0000", "") for name, value in figures.items()
-            )
-        )
+        elif args.task == "perplexity":
+            figures = measure_file(args.checkpoint, _whole(args.data), runtime)
+            lines = [f"{k}: {v:,.4f}".removesuffix(".0000") for k, v in figures.items()]
+            print(json.dumps(figures) if args.json else "\n".join(lines))
+        else:
+            figures = measure_reviews(args.checkpoint, args.data, runtime)
+            table = sentiment_table({args.checkpoint.name: figures})
+            print(json.dumps(figures) if args.json else table)
     return 0
 
 
@@ -155,15 +304,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data-dir", type=Path, help="folder of data sets; else $GPT_DATA_DIR, else data"
     )
-    tasks = parser.add_subparsers(dest="task", metavar="perplexity")
-    task = tasks.add_parser(
-        "perplexity", help="one base checkpoint on one text file", formatter_class=HelpFormatter
-    )
-    task.add_argument(
-        "--checkpoint", type=Path, default=Path("models/model_weights.pth"), help="base model"
-    )
-    task.add_argument("--data", type=Path, required=True, help="UTF-8 text file")
-    task.add_argument("--json", action="store_true", help="print one JSON object")
+    tasks = parser.add_subparsers(dest="task", metavar="TASK")
+    for name, what, checkpoint, data in (
+        ("perplexity", "a base model on a text", "model_weights", "UTF-8 text file"),
+        (
+            "sentiment",
+            "a classifier on labelled reviews",
+            "finetuned_classifier_weights",
+            "JSONL, CSV or TSV file with text, or title and content, and label",
+        ),
+    ):
+        task = tasks.add_parser(name, help=what, formatter_class=HelpFormatter)
+        default = Path(f"models/{checkpoint}.pth")
+        task.add_argument("--checkpoint", type=Path, default=default, help="what to measure")
+        task.add_argument("--data", type=Path, required=True, help=data)
+        task.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
 
 

@@ -177,6 +177,16 @@ def load_language_model(path: Path) -> tuple[GPTModel, BPETokenizer, dict]:
         ValueError: A file is damaged, or the model was trained with another tokenizer.
     """
     model, checkpoint = _load_base_model(path)
+    return model, load_tokenizer(path, checkpoint), checkpoint
+
+
+def load_tokenizer(path: Path, checkpoint: dict) -> BPETokenizer:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, or the checkpoint was made with another one.
+    """
     tokenizer_path = path.with_name("tokenizer.json")
     tokenizer = BPETokenizer.load(tokenizer_path)
     if tokenizer.sha256 != checkpoint["tokenizer_sha256"]:
@@ -184,7 +194,7 @@ def load_language_model(path: Path) -> tuple[GPTModel, BPETokenizer, dict]:
             f"{path} was trained with another tokenizer than {tokenizer_path}: put the "
             "right one back, or train again with `python main.py`"
         )
-    return model, tokenizer, checkpoint
+    return tokenizer
 
 
 def _load_base_model(path: Path) -> tuple[GPTModel, dict]:

@@ -11,8 +11,6 @@ Ctrl-C keeps a state that `--resume` goes on from.
 
 import argparse
 import math
-import platform
-import shlex
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -36,7 +34,10 @@ from training import (
     TrainResult,
     add_config_flags,
     chosen_fields,
+    command_line,
     first_process_first,
+    half_precision,
+    measured,
     next_token_loss,
     one_line_errors,
     peak_memory_bytes,
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     data_config = DataConfig(**chosen_fields(DataConfig, options))
     train_config = TrainConfig(**chosen_fields(TrainConfig, options))
     with start_runtime() as runtime:
-        command = _command(argv, runtime)
+        command = command_line("main.py", argv, runtime)
         data = _prepare_data(args, data_config, runtime)
         shape = {**chosen_fields(GPTConfig, options), "vocab_size": data.tokenizer.vocab_size}
         model_config = GPTConfig(**shape)
@@ -139,11 +140,13 @@ def main(argv: list[str] | None = None) -> int:
         path = args.out_dir / "model_weights.pth"
         result = _train(model, data, batches, train_config, runtime, path, facts, args.resume)
         if runtime.rank == 0 and not result.interrupted:
-            made = {"command": command, "dataset": data.corpus.name, "runtime": runtime.describe()}
-            _save(path, result, {**facts, "made": {**made, **_measured(runtime, result)}})
+            made = {"command": command, "dataset": data.corpus.name, **measured(runtime, result)}
+            weights = half_precision(result.best_weights)
+            header = {"format": FORMAT_VERSION, "kind": "base", "metrics": result.best}
+            save_checkpoint(path, {**header, **facts, "made": made, "weights": weights})
             data.tokenizer.save(path.with_name("tokenizer.json"))
             path.with_suffix(".resume.pth").unlink(missing_ok=True)
-            model.load_state_dict(result.best_weights)
+            model.load_state_dict(weights)
             _report(path, model.eval(), data.tokenizer, result, runtime)
     if result.interrupted:
         say(f"interrupted; continue with: {command}{'' if args.resume else ' --resume'}")
@@ -166,13 +169,6 @@ def _prepare_data(args: argparse.Namespace, config: DataConfig, runtime: Runtime
     if len(validation_ids) > MAX_VALIDATION_TOKENS:
         say(f"validation: the first {MAX_VALIDATION_TOKENS:,} of {len(validation_ids):,} tokens")
     return _Data(corpus, tokenizer, train_ids, validation_ids[:MAX_VALIDATION_TOKENS])
-
-
-def _command(argv: list[str] | None, runtime: Runtime) -> str:
-    """The command line as typed, to be shown and recorded."""
-    n = runtime.world_size
-    launcher = ["torchrun", f"--nproc_per_node={n}"] if n > 1 else ["python"]
-    return shlex.join([*launcher, "main.py", *(sys.argv[1:] if argv is None else argv)])
 
 
 def _new_model(config: GPTConfig, seed: int, runtime: Runtime, compiled: bool) -> GPTModel:
@@ -218,20 +214,6 @@ def _train(
         facts=facts,
         resume=resume,
     )
-
-
-def _measured(runtime: Runtime, result: TrainResult) -> dict[str, Any]:
-    return {
-        "seconds": result.seconds,
-        "peak_memory_bytes": peak_memory_bytes(runtime.device),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-    }
-
-
-def _save(path: Path, result: TrainResult, facts: dict[str, Any]) -> None:
-    header = {"format": FORMAT_VERSION, "kind": "base"}
-    best = {"weights": result.best_weights, "metrics": result.best}
-    save_checkpoint(path, {**header, **facts, **best})
 
 
 def _report(

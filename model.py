@@ -349,3 +349,7 @@ class GPTClassificationModel(nn.Module):
         hidden = self.backbone.hidden(ids)
         last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
         return self.classifier_head(last)
+
+    def token_logits(self, ids: Tensor) -> Tensor:
+        """Class logits (B, T, classes) after each token of ids (B, T), for training."""
+        return self.classifier_head(self.backbone.hidden(ids))

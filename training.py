@@ -13,9 +13,12 @@ seed and n alone. That is why a run that was killed and resumed ends with the ve
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
+import platform
+import shlex
 import signal
 import sys
 import time
@@ -203,12 +206,29 @@ def peak_memory_bytes(device: torch.device) -> int:
 # ---- checkpoints
 
 
+def weights_sha256(weights: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values of tensors: the identity of a checkpoint."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def half_precision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they are saved: in float16, half the bytes, on the CPU."""
+    return {n: t.detach().to("cpu", torch.float16, copy=True) for n, t in weights.items()}
+
+
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Writes a checkpoint whole or not at all: a temporary file, flushed to disk, then renamed.
+
+    The hash of its "weights" goes with it.
 
     Raises:
         OSError: The disk is full or the folder cannot be written; an older file stays as it was.
     """
+    checkpoint = {**checkpoint, "weights_sha256": weights_sha256(checkpoint["weights"])}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
@@ -222,12 +242,14 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         raise OSError(f"cannot write {path}: {error}") from None
 
 
-def load_checkpoint(path: Path, kind: str, hint: str = "python main.py") -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, kind: str | tuple[str, ...], hint: str = "python main.py"
+) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU, tensors and plain values only.
 
     Args:
         path: The file.
-        kind: What the file must be, such as "base".
+        kind: What the file must be, such as "base", or several that it may be.
         hint: Command that makes such a file, for the error messages.
 
     Raises:
@@ -244,12 +266,19 @@ def load_checkpoint(path: Path, kind: str, hint: str = "python main.py") -> dict
             f"{path} is damaged or no checkpoint ({first_line}): make it again with `{hint}`"
         ) from None
     found = checkpoint.get("kind") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-    if found != kind:
-        raise ValueError(f"{path} is of kind {found}, not {kind}: make one with `{hint}`")
+    kinds = (kind,) if isinstance(kind, str) else kind
+    if found not in kinds:
+        raise ValueError(
+            f"{path} is of kind {found}, not {' or '.join(kinds)}: make one with `{hint}`"
+        )
     if checkpoint.get("format") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format {checkpoint.get('format')}, this program reads {FORMAT_VERSION}: "
             f"make it again with `{hint}`"
+        )
+    if checkpoint.get("weights_sha256") != weights_sha256(checkpoint["weights"]):
+        raise ValueError(
+            f"{path} is damaged (its weights have changed): make it again with `{hint}`"
         )
     return checkpoint
 
@@ -282,6 +311,7 @@ def train(
     *,
     runtime: Runtime,
     validate: Callable[[], dict[str, float]],
+    criterion: str = "val_loss",
     run_path: Path,
     facts: dict[str, Any],
     resume: bool = False,
@@ -296,8 +326,8 @@ def train(
             follows the mean over all parts on all processes.
         config: How.
         runtime: Where.
-        validate: Figures of the model as it is, called on every process; the weights with the
-            lowest "val_loss" are kept.
+        validate: Figures of the model as it is, called on every process.
+        criterion: The figure whose lowest value, the last one of equals, marks the weights to keep.
         run_path: Path of the run without suffix: `.log.jsonl` gets a line every few steps,
             `.resume.pth` the resumable state, which the caller removes once the result is saved.
         facts: What the run was started with (data, tokenizer, model); `resume` refuses others.
@@ -308,7 +338,7 @@ def train(
         FloatingPointError: The loss or a gradient is not finite; the states on disk are good.
         ValueError: The state to resume is of a run with another configuration.
     """
-    run = _Run(model, config, runtime, facts, run_path)
+    run = _Run(model, config, runtime, facts, run_path, criterion)
     if resume:
         run.load()
     if runtime.world_size > 1:
@@ -420,6 +450,41 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return loss, (targets != -100).sum()
 
 
+def classification_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy in nats, and the number of texts.
+
+    Args:
+        model: Maps token ids (B, T) and lengths (B,) to class logits (B, classes).
+        batch: Token ids, lengths and labels (B,).
+    """
+    ids, lengths, labels = batch
+    loss = F.cross_entropy(model(ids, lengths).float(), labels, reduction="sum")
+    return loss, torch.tensor(len(labels), device=loss.device)
+
+
+def prefix_classification_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """As `classification_loss`, half of it asked of each token instead of the last one alone.
+
+    A causal model has read a prefix of the text at each token: all of them are examples. The mean
+    over the tokens is weighted by their place, since a beginning says less.
+
+    Args:
+        model: Also has `token_logits`, which maps token ids (B, T) to logits (B, T, classes).
+        batch: Token ids, lengths and labels (B,).
+    """
+    ids, lengths, labels = batch
+    B, T = ids.shape
+    logits = model.token_logits(ids).float()
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), labels.repeat_interleave(T), reduction="none"
+    ).view(B, T)
+    places = torch.arange(1, T + 1, device=ids.device).expand(B, T)
+    weights = places * (places <= lengths[:, None])
+    everywhere = (losses * weights).sum(1) / weights.sum(1)
+    last = losses.gather(1, lengths[:, None] - 1).squeeze(1)
+    return (everywhere + last).sum() / 2, torch.tensor(B, device=ids.device)
+
+
 def _to(batch: Batch, device: torch.device) -> Batch:
     return tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
@@ -490,8 +555,10 @@ class _Run:
         runtime: Runtime,
         facts: dict[str, Any],
         run_path: Path,
+        criterion: str,
     ):
         self.model, self.config, self.runtime = model, config, runtime
+        self.criterion = criterion
         self.optimizers = make_optimizers(model, config)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.facts = {
@@ -561,18 +628,17 @@ class _Run:
         self.model.eval()
         self.validation = validate()
         self.model.train()
-        if not math.isfinite(self.validation["val_loss"]):
-            raise FloatingPointError(
-                _diverged(f"validation loss {self.validation['val_loss']}", self.step)
-            )
-        if not self.best or self.validation["val_loss"] < self.best["val_loss"]:
+        found = self.validation[self.criterion]
+        if not math.isfinite(found):
+            raise FloatingPointError(_diverged(f"{self.criterion} {found}", self.step))
+        if not self.best or found <= self.best[self.criterion]:
             self.best = {"step": self.step, **self.validation}
             self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.seconds += time.perf_counter() - started
 
     def figures(self) -> dict[str, str]:
         """What the progress bar shows."""
-        shown = {"loss": self._recent_loss(), "best": self.best.get("val_loss")}
+        shown = {"loss": self._recent_loss(), "best": self.best.get(self.criterion)}
         return {name: f"{value:.4f}" for name, value in shown.items() if value is not None}
 
     def _recent_loss(self) -> float | None:
@@ -654,6 +720,23 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 # ---- command lines
 
 
+def command_line(script: str, argv: list[str] | None, runtime: Runtime) -> str:
+    """The command as typed, to be shown and recorded."""
+    n = runtime.world_size
+    launcher = ["torchrun", f"--nproc_per_node={n}"] if n > 1 else ["python"]
+    return shlex.join([*launcher, script, *(sys.argv[1:] if argv is None else argv)])
+
+
+def measured(runtime: Runtime, result: TrainResult) -> dict[str, Any]:
+    """What a training took and ran on, for its checkpoint."""
+    return {
+        "runtime": runtime.describe(),
+        "seconds": result.seconds,
+        "peak_memory_bytes": peak_memory_bytes(runtime.device),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+    }
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default but None."""
 
@@ -677,11 +760,14 @@ def add_config_flags(
         if field.name == skip:
             continue
         default = defaults.get(field.name, field.default)
+        if field.type is bool:
+            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        elif field.type == tuple[str, ...]:
+            kind, default = {"nargs": "+", "metavar": "NAME"}, " ".join(default)
+        else:
+            kind = {"type": field.type, "metavar": field.type.__name__.upper()}
         text = f"{_attribute_help(config_class, field.name)} (default: {default})"
         flag = "--" + field.name.replace("_", "-")
-        kind: dict[str, Any] = {"type": field.type, "metavar": field.type.__name__.upper()}
-        if field.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
         group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
 
 

@@ -1,0 +1,434 @@
+"""Sentiment of Amazon reviews: the base model, every weight fine-tuned.
+
+    python finetune_classifier.py                     # Amazon polarity, ten minutes on two cores
+    python finetune_classifier.py --dataset sample    # the small bundled reviews
+    python finetune_classifier.py --data FILE         # your own: JSONL, CSV or TSV
+
+Needs `models/model_weights.pth` and `models/tokenizer.json` (`python main.py`). First the base goes
+on as a language model on the training reviews, whose English is not Shakespeare's (as in ULMFiT,
+Howard and Ruder 2018, https://arxiv.org/abs/1801.06146); the result, `review_model_weights.pth`, is
+kept, and `finetune_lora_classifier.py` starts from it, too. Then a classification head reads the
+last token's hidden state, and all weights learn from the labels. Writes
+`models/finetuned_classifier_weights.pth` and its log. Ctrl-C keeps a state that `--resume` goes on
+from.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_loader import REVIEW_SETS, find_data_dir, load_reviews, say
+from data_utils import ReviewBatches, Split, TokenBatches, encode_reviews, split_reviews
+from evaluate import (
+    CLASSES,
+    REVIEW_MODEL,
+    baseline_figures,
+    class_probabilities,
+    classification_figures,
+    load_classifier,
+    perplexity,
+    sentiment_table,
+)
+from generation import load_language_model
+from lora import count_parameters
+from model import GPTClassificationModel, GPTModel
+from tokenizer import END_OF_TEXT, BPETokenizer
+from training import (
+    FORMAT_VERSION,
+    HelpFormatter,
+    Runtime,
+    TrainConfig,
+    TrainResult,
+    add_config_flags,
+    chosen_fields,
+    command_line,
+    first_process_first,
+    half_precision,
+    measured,
+    next_token_loss,
+    one_line_errors,
+    peak_memory_bytes,
+    prefix_classification_loss,
+    save_checkpoint,
+    start_runtime,
+    train,
+    weights_sha256,
+)
+
+LANGUAGE_BATCH = 32  # windows a step
+LANGUAGE_EPOCHS = 6  # most passes; fewer where there are many reviews
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviewConfig:
+    """How reviews are read.
+
+    Attributes:
+        batch_size: Reviews a step, over all processes.
+        context_length: Tokens of a review that are read; the middle of a longer one is left out.
+        dropout: Share of embeddings and block outputs zeroed in training.
+        split_probability: Chance that a token is split into the two it was merged from.
+        epochs: Most passes over the reviews; `steps` may end the training sooner.
+        language_steps: Most steps of the language model on the training reviews.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    batch_size: int = 32
+    context_length: int = 256
+    dropout: float = 0.15
+    split_probability: float = 0.1
+    epochs: int = 4
+    language_steps: int = 600
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "context_length", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.language_steps < 0:
+            raise ValueError(f"language_steps must not be negative, not {self.language_steps}")
+        if not 0 <= self.split_probability < 1:
+            raise ValueError(f"split_probability must lie in [0, 1), not {self.split_probability}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of fine-tuning.
+
+    Attributes:
+        name: Of its files.
+        kind: Of its checkpoint.
+        script: Its file.
+        defaults: Of its flags, where they differ from the dataclasses'.
+        prepare: Called with the new classifier to choose what is trained; returns facts for the
+            checkpoint.
+        weights: What of the trained classifier is saved.
+    """
+
+    name: str
+    kind: str
+    script: str
+    defaults: dict[str, Any]
+    prepare: Callable[[GPTClassificationModel], dict[str, Any]]
+    weights: Callable[[GPTClassificationModel], dict[str, Tensor]]
+
+
+FULL = Method(
+    name="finetuned_classifier_weights",
+    kind="classifier",
+    script="finetune_classifier.py",
+    defaults={"steps": 450, "learning_rate": 0.002, "muon_learning_rate": 0.007},
+    prepare=lambda model: {},
+    weights=lambda model: model.state_dict(),
+)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run's data, and where it starts from."""
+
+    config: ReviewConfig
+    train_config: TrainConfig
+    name: str
+    data_sha256: str
+    split: Split
+    tokenizer: BPETokenizer
+    base: GPTModel
+    base_sha256: str
+    path: Path
+    runtime: Runtime
+
+    @property
+    def language_path(self) -> Path:
+        """The language model of the reviews."""
+        return self.path.with_name(REVIEW_MODEL)
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Fine-tunes every weight; returns the exit code (130 or 143 when interrupted)."""
+    parser = make_parser(FULL, "Fine-tune every weight of the base for the sentiment of reviews.")
+    return run(FULL, parser.parse_args(argv), argv)
+
+
+def run(method: Method, args: argparse.Namespace, argv: list[str] | None) -> int:
+    """Prepares, trains, saves, reloads and measures a classifier; returns the exit code."""
+    with start_runtime() as runtime:
+        command = command_line(method.script, argv, runtime)
+        with first_process_first(runtime):
+            job = _prepare(method, args, runtime)
+            language_model = _held_language_model(job)
+        language = result = None
+        if language_model is None:
+            language = _train_language_model(job, args.resume, command)
+            language_model = job.base
+        if not (language and language.interrupted):
+            model, facts = _new_classifier(method, language_model, job)
+            result = _train_classifier(model, facts, job, args.resume)
+        stopped = (result or language).interrupted
+        if runtime.rank == 0 and not stopped:
+            made = {"command": command, "dataset": job.name, **measured(runtime, result)}
+            _finish(method, model, result, {**facts, "made": made}, job)
+    if stopped:
+        say(f"interrupted; continue with: {command}{'' if args.resume else ' --resume'}")
+        return 128 + stopped
+    return 0
+
+
+def _prepare(method: Method, args: argparse.Namespace, runtime: Runtime) -> _Job:
+    """Reads everything, so that what is wrong with it is found before the training."""
+    options = {**method.defaults, **vars(args)}
+    config = ReviewConfig(**chosen_fields(ReviewConfig, options))
+    base, tokenizer, checkpoint = load_language_model(args.base)
+    context_length = base.config.context_length
+    if base.config.position == "learned" and config.context_length > context_length:
+        raise ValueError(
+            f"{args.base} has learned positions: --context-length must be at most {context_length}"
+        )
+    reviews = load_reviews(args.dataset, args.data, find_data_dir(args.data_dir), args.max_examples)
+    split = split_reviews(reviews)
+    sizes = ", ".join(f"{len(part):,} {name}" for name, part in vars(split).items())
+    say(f"reviews: {reviews.name}, {sizes}; runtime: {runtime.describe()}")
+    steps_per_epoch = max(1, len(split.train) // config.batch_size)
+    steps = min(options["steps"], config.epochs * steps_per_epoch)
+    options |= {"steps": steps, "eval_every": options.get("eval_every", steps_per_epoch)}
+    path = args.out_dir / f"{method.name}.pth"
+    tokenizer.save(path.with_name("tokenizer.json"))
+    states = [
+        path.with_suffix(".resume.pth"),
+        path.with_name(REVIEW_MODEL).with_suffix(".resume.pth"),
+    ]
+    if not args.resume:
+        states[0].unlink(missing_ok=True)  # of a run that was given up
+    elif not any(state.is_file() for state in states):
+        raise FileNotFoundError(f"there is no {states[0]} to resume: leave --resume out")
+    return _Job(
+        config,
+        TrainConfig(**chosen_fields(TrainConfig, options)),
+        reviews.name,
+        reviews.sha256,
+        split,
+        tokenizer,
+        base,
+        checkpoint["weights_sha256"],
+        path,
+        runtime,
+    )
+
+
+# ---- the language model of the reviews
+
+
+def _language_facts(job: _Job) -> dict[str, Any]:
+    return {
+        "base_sha256": job.base_sha256,
+        "tokenizer_sha256": job.tokenizer.sha256,
+        "data_sha256": job.data_sha256,
+        "language_steps": job.config.language_steps,
+        "seed": job.train_config.seed,
+    }
+
+
+def _held_language_model(job: _Job) -> GPTModel | None:
+    """The language model on disk, if it is the one that this run would make."""
+    if not job.language_path.is_file():
+        return None
+    model, _, checkpoint = load_language_model(job.language_path)
+    if {name: checkpoint.get(name) for name in _language_facts(job)} != _language_facts(job):
+        return None
+    say(f"language model of the reviews: from {job.language_path}")
+    return model
+
+
+def _train_language_model(job: _Job, resume: bool, command: str) -> TrainResult:
+    """Trains the base, in place, on the texts of the training reviews, and saves it."""
+    model, runtime = job.base.to(job.runtime.device), job.runtime
+    end = job.tokenizer.special_tokens[END_OF_TEXT]
+    texts = [
+        np.concatenate(
+            [part for ids in encode_reviews(rows, job.tokenizer) for part in (ids, [end])]
+        )
+        for rows in (job.split.train, job.split.validation)
+    ]
+    batches = TokenBatches(
+        texts[0],
+        job.tokenizer,
+        model.config.context_length,
+        LANGUAGE_BATCH,
+        job.train_config.seed,
+        job.config.split_probability,
+        job.config.language_steps,
+    )
+    steps = min(job.config.language_steps, LANGUAGE_EPOCHS * batches.steps_per_epoch)
+    config = TrainConfig(steps=steps, seed=job.train_config.seed)
+    say(f"language model of the reviews: {steps} steps on {len(texts[0]):,} tokens")
+
+    def validate() -> dict[str, float]:
+        figures = perplexity(model, job.tokenizer, texts[1], runtime)
+        named = {f"val_{name}": value for name, value in figures.items()}
+        return {"val_loss": figures["nats_per_byte"], **named}
+
+    facts = _language_facts(job)
+    result = train(
+        model,
+        batches,
+        next_token_loss,
+        config,
+        runtime=runtime,
+        validate=validate,
+        run_path=job.language_path.with_suffix(""),
+        facts=facts,
+        resume=resume and job.language_path.with_suffix(".resume.pth").is_file(),
+    )
+    if not result.interrupted:
+        weights = half_precision(result.best_weights)
+        model.load_state_dict(weights)
+        if runtime.rank == 0:
+            made = {"command": command, "dataset": job.name, **measured(runtime, result)}
+            header = {
+                "format": FORMAT_VERSION,
+                "kind": "base",
+                "model_config": asdict(model.config),
+            }
+            more = {"weights": weights, "metrics": result.best, "made": made}
+            save_checkpoint(job.language_path, {**header, **facts, **more})
+    return result
+
+
+# ---- the classifier
+
+
+def _new_classifier(
+    method: Method, language_model: GPTModel, job: _Job
+) -> tuple[GPTClassificationModel, dict[str, Any]]:
+    """A classifier on top of a language model, and what there is to know of it."""
+    config = replace(
+        language_model.config, context_length=job.config.context_length, dropout=job.config.dropout
+    )
+    torch.manual_seed(job.train_config.seed)
+    backbone = GPTModel(config)
+    backbone.load_state_dict(language_model.state_dict())
+    base_sha256 = weights_sha256(half_precision(backbone.state_dict()))
+    model = GPTClassificationModel(backbone, len(CLASSES)).to(job.runtime.device)
+    facts = {
+        "base_sha256": base_sha256,
+        "tokenizer_sha256": job.tokenizer.sha256,
+        "data_sha256": job.data_sha256,
+        "model_config": asdict(config),
+        "review_config": asdict(job.config),
+        **method.prepare(model),
+    }
+    trained, total = count_parameters(model)
+    say(f"{method.kind}: trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
+    return model, facts
+
+
+def _train_classifier(
+    model: GPTClassificationModel, facts: dict[str, Any], job: _Job, resume: bool
+) -> TrainResult:
+    split, config, run_path = job.split, job.config, job.path.with_suffix("")
+    labels = np.array([row.label for row in split.validation])
+
+    def validate() -> dict[str, float]:
+        texts = [row.text for row in split.validation]
+        found = class_probabilities(model, job.tokenizer, texts, job.runtime)
+        loss = -np.log(np.maximum(found[np.arange(len(labels)), labels], 1e-9)).mean()
+        accuracy = (found.argmax(1) == labels).mean()
+        return {
+            "val_loss": float(loss),
+            "val_accuracy": float(accuracy),
+            "val_error": float(1 - accuracy),
+        }
+
+    batches = ReviewBatches(
+        split.train,
+        job.tokenizer,
+        config.context_length,
+        config.batch_size,
+        job.train_config.seed,
+        config.split_probability,
+    )
+    return train(
+        model,
+        batches,
+        prefix_classification_loss,
+        job.train_config,
+        runtime=job.runtime,
+        validate=validate,
+        criterion="val_error",
+        run_path=run_path,
+        facts=facts,
+        resume=resume and run_path.with_suffix(".resume.pth").is_file(),
+    )
+
+
+def _finish(
+    method: Method,
+    model: GPTClassificationModel,
+    result: TrainResult,
+    facts: dict[str, Any],
+    job: _Job,
+) -> None:
+    """Measures the best weights on the test part, saves them, and checks the file.
+
+    Raises:
+        OSError: What was saved does not give the same predictions.
+    """
+    model.load_state_dict(half_precision(result.best_weights))
+    model.eval()
+    texts = [row.text for row in job.split.test]
+    found = class_probabilities(model, job.tokenizer, texts, job.runtime)
+    labels = np.array([row.label for row in job.split.test])
+    figures = classification_figures(found.argmax(1), labels)
+    header = {"format": FORMAT_VERSION, "kind": method.kind}
+    metrics = {**result.best, "test": figures}
+    weights = half_precision(method.weights(model))
+    save_checkpoint(job.path, {**header, **facts, "weights": weights, "metrics": metrics})
+    again = load_classifier(job.path)[0].to(job.runtime.device)
+    if not np.array_equal(class_probabilities(again, job.tokenizer, texts, job.runtime), found):
+        raise OSError(f"{job.path} does not give the predictions that were saved: try again")
+    for path in (job.path, job.language_path):
+        path.with_suffix(".resume.pth").unlink(missing_ok=True)
+    rows = [*job.split.train, *job.split.validation]
+    print(
+        sentiment_table({job.path.name: figures, **baseline_figures(rows, job.split.test)}),
+        f"best at step {result.best['step']} of {job.train_config.steps}; wrote {job.path}: "
+        f"{job.path.stat().st_size:,} bytes, {math.ceil(result.seconds)} s of training, "
+        f"{peak_memory_bytes(job.runtime.device) / 2**30:.2f} GiB at most",
+        sep="\n",
+    )
+
+
+def make_parser(method: Method, description: str) -> argparse.ArgumentParser:
+    """The flags that every way of fine-tuning a classifier has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add(
+        "--dataset",
+        choices=("auto", *REVIEW_SETS),
+        default="auto",
+        help="auto: the first of the others that can be had",
+    )
+    add("--data", type=Path, help="a file of labelled reviews instead: JSONL, CSV or TSV")
+    add("--max-examples", type=int, default=20_000, help="most reviews to use")
+    add("--data-dir", type=Path, help="folder of downloads; else $GPT_DATA_DIR, else data")
+    add("--base", type=Path, default=Path("models/model_weights.pth"), help="base model")
+    add("--out-dir", type=Path, default=Path("models"), help="where to write")
+    add("--resume", action="store_true", help="go on from an interrupted run with the same options")
+    for config_class in (ReviewConfig, TrainConfig):
+        defaults = {"eval_every": "a pass over the reviews", **method.defaults}
+        add_config_flags(parser, config_class, defaults)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Sentiment of Amazon reviews with LoRA: under one percent of the parameters are trained.
+
+    python finetune_lora_classifier.py                     # after python main.py
+    python finetune_lora_classifier.py --r 4 --target-modules qkv attn.proj
+    python finetune_lora_classifier.py --export-peft DIR   # for the library peft, too
+
+As `finetune_classifier.py`, with the same options, data and start, `review_model_weights.pth`; that
+model stays as it is, and `models/lora_classifier_weights.pth` holds low-rank changes to it and the
+classification head.
+"""
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from evaluate import load_classifier
+from finetune_classifier import Method, make_parser, run
+from lora import LoRAConfig, apply_lora, export_peft, lora_state_dict
+from model import GPTClassificationModel
+from training import add_config_flags, chosen_fields, one_line_errors
+
+LORA = Method(
+    name="lora_classifier_weights",
+    kind="lora_classifier",
+    script="finetune_lora_classifier.py",
+    defaults={"steps": 700, "epochs": 6, "learning_rate": 0.004},
+    prepare=lambda model: {},
+    weights=lora_state_dict,
+)
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Trains an adapter; returns the exit code (130 or 143 when interrupted)."""
+    parser = make_parser(LORA, "Fine-tune low-rank adapters (LoRA) for the sentiment of reviews.")
+    parser.add_argument("--export-peft", type=Path, help="folder for a copy that peft can load")
+    add_config_flags(parser, LoRAConfig, {})
+    args = parser.parse_args(argv)
+    config = LoRAConfig(**chosen_fields(LoRAConfig, vars(args)))
+
+    def prepare(model: GPTClassificationModel) -> dict[str, Any]:
+        apply_lora(model, config)
+        return {"lora_config": asdict(config)}
+
+    code = run(replace(LORA, prepare=prepare), args, argv)
+    if args.export_peft and not code:
+        model, _, _ = load_classifier(args.out_dir / f"{LORA.name}.pth")
+        export_peft(model, config, args.export_peft)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
