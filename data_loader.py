@@ -18,10 +18,10 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import requests
 import urllib3
@@ -89,6 +89,7 @@ SNIPPETS_NAME = "amazonReviewSnippets_GroundTruth.txt"
 SNIPPETS_SHA256 = "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2"
 NEUTRAL_RATING = 0.5  # ratings between this and its negative are left out
 POLARITY_REPOSITORY = "fancyzhx/amazon_polarity"
+DOLLY_REPOSITORY, DOLLY_ROWS = "databricks/databricks-dolly-15k", 15_011
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def _check_held(path: Path, sha256: str) -> None:
         raise ValueError(f"{path} is damaged or another file (SHA-256 {found}): delete it")
 
 
-# ---- reviews
+# ---- reviews and instructions
 
 
 @dataclass(frozen=True)
@@ -276,10 +277,43 @@ class Review:
     text: str
     label: int
 
+    @property
+    def key(self) -> str:
+        """The same for texts that differ in case and spacing alone."""
+        return " ".join(self.text.lower().split())
+
+    @property
+    def group(self) -> str:
+        """What a split draws equal shares of."""
+        return str(self.label)
+
 
 @dataclass(frozen=True)
-class Reviews:
-    """A set of labelled texts.
+class Instruction:
+    """A task, perhaps with a text it is about, and an answer."""
+
+    instruction: str
+    context: str
+    response: str
+    category: str = ""
+
+    @property
+    def key(self) -> str:
+        """The same for tasks that differ in case and spacing alone."""
+        return " ".join(f"{self.instruction} {self.context}".lower().split())
+
+    @property
+    def group(self) -> str:
+        """What a split draws equal shares of."""
+        return self.category
+
+
+Example = TypeVar("Example", Review, Instruction)
+
+
+@dataclass(frozen=True)
+class Examples(Generic[Example]):
+    """A data set.
 
     Attributes:
         name: For messages and checkpoints.
@@ -289,17 +323,18 @@ class Reviews:
     """
 
     name: str
-    rows: list[Review]
+    rows: list[Example]
     has_test_part: bool = False
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of texts and labels."""
-        content = json.dumps([[row.text, row.label] for row in self.rows])
-        return hashlib.sha256(content.encode()).hexdigest()
+        """SHA-256 of the rows."""
+        return hashlib.sha256(json.dumps([astuple(row) for row in self.rows]).encode()).hexdigest()
 
 
-def load_reviews(dataset: str, data: Path | None, data_dir: Path, max_examples: int) -> Reviews:
+def load_reviews(
+    dataset: str, data: Path | None, data_dir: Path, max_examples: int
+) -> Examples[Review]:
     """Finds labelled reviews.
 
     Args:
@@ -315,7 +350,7 @@ def load_reviews(dataset: str, data: Path | None, data_dir: Path, max_examples: 
     if max_examples < 1:
         raise ValueError(f"max-examples must be at least 1, not {max_examples}")
     if data is not None:
-        return Reviews(data.name, read_reviews(data)[:max_examples])
+        return Examples(data.name, read_reviews(data)[:max_examples])
     name, path = _first_source(
         dataset,
         {
@@ -328,7 +363,7 @@ def load_reviews(dataset: str, data: Path | None, data_dir: Path, max_examples: 
         },
     )
     read = read_snippets if name == "amazon_snippets" else read_reviews
-    return Reviews(name, read(path)[:max_examples], has_test_part=name == "amazon_polarity")
+    return Examples(name, read(path)[:max_examples], has_test_part=name == "amazon_polarity")
 
 
 REVIEW_SETS = ("amazon_polarity", "amazon_cells", "amazon_snippets", "sample")
@@ -362,9 +397,7 @@ def read_reviews(path: Path) -> list[Review]:
         FileNotFoundError: There is no such file.
         ValueError: It is not UTF-8 text, no row is usable, or the labels are of two kinds.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    text = "".join(read_text(ByteRange(path, 0, path.stat().st_size))).removeprefix("\ufeff")
+    text = _read_whole(path)
     records = _json_records(text) if path.suffix == ".jsonl" else _table_records(text, path.suffix)
     rows, problems = [], []
     for line, record in records:
@@ -378,6 +411,12 @@ def read_reviews(path: Path) -> list[Review]:
         raise ValueError(f"{path} has labels 0 and 2: use 0 and 1, or 1 and 2")
     positive = {"positive", "2"} if "2" in labels else {"positive", "1"}
     return [Review(text, int(label in positive)) for text, label in rows]
+
+
+def _read_whole(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    return "".join(read_text(ByteRange(path, 0, path.stat().st_size))).removeprefix("\ufeff")
 
 
 def _report_problems(path: Path, problems: list[str], n_usable: int) -> None:
@@ -480,6 +519,80 @@ def _read_vader_member(archive: zipfile.ZipFile) -> bytes:
     with tarfile.open(fileobj=io.BytesIO(archive.read(inner))) as tar:
         (member,) = (m for m in tar.getmembers() if m.name.endswith("/" + SNIPPETS_NAME))
         return tar.extractfile(member).read()
+
+
+def load_instructions(
+    dataset: str, data: Path | None, data_dir: Path, max_examples: int
+) -> Examples[Instruction]:
+    """Finds tasks with answers.
+
+    Args:
+        dataset: One of `INSTRUCTION_SETS`, or "auto": the first of them to be had.
+        data: A file of one's own instead, see `read_instructions`.
+        data_dir: Where downloads are kept.
+        max_examples: Only the first so many rows are used.
+
+    Raises:
+        FileNotFoundError: `data` does not exist.
+        ValueError: No row is usable, or a source asked for by name failed.
+    """
+    if max_examples < 1:
+        raise ValueError(f"max-examples must be at least 1, not {max_examples}")
+    if data is not None:
+        return Examples(data.name, read_instructions(data)[:max_examples])
+    limit = min(max_examples, DOLLY_ROWS)
+    name, path = _first_source(
+        dataset,
+        {
+            "dolly": lambda: _fetch_rows(DOLLY_REPOSITORY, "dolly", limit, data_dir),
+            "sample": lambda: SAMPLES / "instructions.jsonl",
+        },
+    )
+    return Examples(name, read_instructions(path)[:max_examples])
+
+
+INSTRUCTION_SETS = ("dolly", "sample")
+
+
+def read_instructions(path: Path) -> list[Instruction]:
+    """Reads JSON Lines with the fields instruction and response, perhaps context and category.
+
+    Says which lines it left out and why.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not UTF-8 text, or no line is usable.
+    """
+    rows, problems = [], []
+    for line, record in _json_records(_read_whole(path)):
+        try:
+            rows.append(_instruction_fields(record))
+        except ValueError as error:
+            problems.append(f"line {line}: {error}")
+    _report_problems(path, problems, len(rows))
+    return rows
+
+
+def _instruction_fields(record: object) -> Instruction:
+    """An instruction out of a record.
+
+    Raises:
+        ValueError: A field is missing, empty, or no text.
+    """
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError("not an object with fields")
+    values = {}
+    for name in ("instruction", "context", "response", "category"):
+        value = record.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} is not a string")
+        values[name] = (value or "").strip()
+    for name in ("instruction", "response"):
+        if not values[name]:
+            raise ValueError(f"no {name}")
+    return Instruction(**values)
 
 
 # ---- data sets on the Hugging Face hub

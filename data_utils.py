@@ -9,13 +9,23 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_loader import ByteRange, Corpus, Review, Reviews, read_text, sample_texts, say
+from data_loader import (
+    ByteRange,
+    Corpus,
+    Example,
+    Examples,
+    Review,
+    read_text,
+    sample_texts,
+    say,
+)
 from tokenizer import END_OF_TEXT, PAD, BPETokenizer
 
 IGNORE = -100  # target that carries no loss: `ignore_index` of PyTorch's cross entropy
@@ -233,60 +243,73 @@ def count_bytes(ids: np.ndarray, tokenizer: BPETokenizer) -> int:
     return int(lengths[ids].sum())
 
 
-# ---- labelled texts
+# ---- data sets in parts
 
 
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1
 
 
 @dataclass(frozen=True)
-class Split:
-    """The three parts of a data set; no text stands in two of them."""
+class Split(Generic[Example]):
+    """The three parts of a data set; what is alike stands in one of them."""
 
-    train: list[Review]
-    validation: list[Review]
-    test: list[Review]
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
 
 
-def split_reviews(reviews: Reviews, seed: int = 0) -> Split:
+def split_examples(examples: Examples[Example], seed: int = 0) -> Split[Example]:
     """Cuts a fifth off for testing and a tenth of the rest for validation.
 
-    The parts have the same share of each class, by a seeded draw; the test part is the end of the
-    file where that is in random order already. Of a text that stands in the data several times
-    (by its words, whatever their case and spacing) only the first is kept.
+    The parts have equal shares of each group of rows, by a seeded draw; rows with the same key stay
+    together. Where the last fifth is the test part as it stands, it loses rows whose key stands
+    before it.
 
     Raises:
-        ValueError: There are too few rows of a class.
+        ValueError: A part would be empty.
     """
-    first_of = {" ".join(r.text.lower().split()): r for r in reversed(reviews.rows)}
-    kept = {id(r) for r in first_of.values()}
-    cut = round((1 - TEST_SHARE) * len(reviews.rows)) if reviews.has_test_part else None
     rng = np.random.default_rng(seed)
-    rest, test = [r for r in reviews.rows[:cut] if id(r) in kept], []
-    if cut is None:
-        rest, test = _stratified(rest, TEST_SHARE, rng)
+    if examples.has_test_part:
+        cut = round((1 - TEST_SHARE) * len(examples.rows))
+        rest, known = examples.rows[:cut], {row.key for row in examples.rows[:cut]}
+        test = [row for row in examples.rows[cut:] if row.key not in known]
     else:
-        test = [r for r in reviews.rows[cut:] if id(r) in kept]
-    train, validation = _stratified(rest, VALIDATION_SHARE, rng)
-    for name, part in {"training": train, "validation": validation, "test": test}.items():
-        if len({r.label for r in part}) < 2:
-            raise ValueError(
-                f"{reviews.name} has too few rows: the {name} part needs both labels, it has "
-                f"{len(part)} rows of {len({r.label for r in part})}"
-            )
+        rest, test = _draw(examples.rows, TEST_SHARE, rng)
+    train, validation = _draw(rest, VALIDATION_SHARE, rng)
+    if not (train and validation and test):
+        raise ValueError(f"{examples.name} has too few rows to split: {len(examples.rows)}")
     return Split(train, validation, test)
 
 
-def _stratified(
-    rows: list[Review], share: float, rng: np.random.Generator
-) -> tuple[list[Review], list[Review]]:
-    """Draws a share of each class; both parts keep the order of the rows."""
-    labels = np.array([row.label for row in rows])
-    drawn = np.zeros(len(rows), dtype=bool)
-    for label in np.unique(labels):
-        places = np.flatnonzero(labels == label)
-        drawn[rng.permutation(places)[: round(share * len(places))]] = True
-    return [r for r, d in zip(rows, drawn) if not d], [r for r, d in zip(rows, drawn) if d]
+def _draw(
+    rows: list[Example], share: float, rng: np.random.Generator
+) -> tuple[list[Example], list[Example]]:
+    """Draws a share of the keys, each 1/share-th of a list by group; rows keep their order."""
+    firsts = {row.key: row for row in reversed(rows)}
+    keys = rng.permutation(sorted(firsts))
+    by_group = sorted(keys, key=lambda key: firsts[key].group)
+    counts = np.floor(np.arange(len(keys) + 1) * share + rng.random())
+    drawn = {key for key, count in zip(by_group, np.diff(counts)) if count}
+    return [r for r in rows if r.key not in drawn], [r for r in rows if r.key in drawn]
+
+
+# ---- reviews
+
+
+def split_reviews(reviews: Examples[Review]) -> Split[Review]:
+    """As `split_examples`, always the same.
+
+    Raises:
+        ValueError: A part would not have both labels.
+    """
+    split = split_examples(reviews)
+    for name, part in vars(split).items():
+        if len({row.label for row in part}) < 2:
+            raise ValueError(
+                f"{reviews.name} has too few rows: its {name} part, {len(part)} rows, needs both "
+                "labels"
+            )
+    return split
 
 
 def head_and_tail(ids: np.ndarray, length: int) -> np.ndarray:
@@ -309,8 +332,10 @@ def pad(rows: list[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
 class ReviewBatches:
     """Batches for classification: each epoch goes once over the texts, in random order.
 
-    Texts of similar length go together, so that little is padding. Tokens are split at random as
-    in `TokenBatches`: each epoch sees other spellings. Batches follow from seed and step alone.
+    Texts of similar length go together, so that little is padding. Each epoch sees other versions:
+    tokens are split at random as in `TokenBatches`, and some are hidden behind `<|endoftext|>`
+    (word dropout, Iyyer et al. 2015), so that no single word is relied on. Batches follow from seed
+    and step alone.
     """
 
     POOL = 8  # batches that are sorted by length together
@@ -323,14 +348,15 @@ class ReviewBatches:
         batch_size: int,
         seed: int,
         split_probability: float = 0.0,
+        hide_probability: float = 0.0,
     ):
         self.ids = encode_reviews(reviews, tokenizer)
         self.labels = np.array([review.label for review in reviews])
         self.lengths = np.array([len(ids) for ids in self.ids])
-        self.halves, self.pad_id = merge_halves(tokenizer), tokenizer.special_tokens[PAD]
+        self.halves, self.special = merge_halves(tokenizer), tokenizer.special_tokens
         self.context_length, self.seed = context_length, seed
         self.batch_size = min(batch_size, len(reviews))
-        self.split_probability = split_probability
+        self.split_probability, self.hide_probability = split_probability, hide_probability
         self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
 
     @property
@@ -345,10 +371,16 @@ class ReviewBatches:
             self._epoch = (epoch, self._groups(epoch))
         rows = self._epoch[1][place]
         rng = np.random.default_rng([self.seed, 1, step])
-        split = [split_tokens(self.ids[i], self.halves, self.split_probability, rng) for i in rows]
-        ids, lengths = pad([head_and_tail(row, self.context_length) for row in split], self.pad_id)
+        ids, lengths = pad([self._version(i, rng) for i in rows], self.special[PAD])
         labels = torch.from_numpy(self.labels[rows])
         return list(zip(*(tensor.tensor_split(parts) for tensor in (ids, lengths, labels))))
+
+    def _version(self, row: int, rng: np.random.Generator) -> np.ndarray:
+        """Token ids of a text with some tokens split and some hidden."""
+        ids = split_tokens(self.ids[row], self.halves, self.split_probability, rng)
+        ids = head_and_tail(ids, self.context_length)
+        hidden = rng.random(len(ids)) < self.hide_probability
+        return np.where(hidden, self.special[END_OF_TEXT], ids)
 
     def _groups(self, epoch: int) -> list[np.ndarray]:
         """Rows of each batch of an epoch."""

@@ -76,6 +76,7 @@ class ReviewConfig:
         context_length: Tokens of a review that are read; the middle of a longer one is left out.
         dropout: Share of embeddings and block outputs zeroed in training.
         split_probability: Chance that a token is split into the two it was merged from.
+        hide_probability: Chance that a token is hidden: `<|endoftext|>` stands in its place.
         epochs: Most passes over the reviews; `steps` may end the training sooner.
         language_steps: Most steps of the language model on the training reviews.
 
@@ -87,17 +88,17 @@ class ReviewConfig:
     context_length: int = 256
     dropout: float = 0.15
     split_probability: float = 0.1
+    hide_probability: float = 0.15
     epochs: int = 4
     language_steps: int = 600
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "context_length", "epochs"):
+        for name in ("batch_size", "context_length", "epochs", "language_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.language_steps < 0:
-            raise ValueError(f"language_steps must not be negative, not {self.language_steps}")
-        if not 0 <= self.split_probability < 1:
-            raise ValueError(f"split_probability must lie in [0, 1), not {self.split_probability}")
+        for name in ("split_probability", "hide_probability"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ def _prepare(method: Method, args: argparse.Namespace, runtime: Runtime) -> _Job
     steps = min(options["steps"], config.epochs * steps_per_epoch)
     options |= {"steps": steps, "eval_every": options.get("eval_every", steps_per_epoch)}
     path = args.out_dir / f"{method.name}.pth"
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path.with_name("tokenizer.json"))
     states = [
         path.with_suffix(".resume.pth"),
@@ -290,7 +292,7 @@ def _train_language_model(job: _Job, resume: bool, command: str) -> TrainResult:
         resume=resume and job.language_path.with_suffix(".resume.pth").is_file(),
     )
     if not result.interrupted:
-        weights = half_precision(result.best_weights)
+        weights = half_precision(model.state_dict())
         model.load_state_dict(weights)
         if runtime.rank == 0:
             made = {"command": command, "dataset": job.name, **measured(runtime, result)}
@@ -356,6 +358,7 @@ def _train_classifier(
         config.batch_size,
         job.train_config.seed,
         config.split_probability,
+        config.hide_probability,
     )
     return train(
         model,
@@ -383,8 +386,7 @@ def _finish(
     Raises:
         OSError: What was saved does not give the same predictions.
     """
-    model.load_state_dict(half_precision(result.best_weights))
-    model.eval()
+    model.load_state_dict(half_precision(model.state_dict()))
     texts = [row.text for row in job.split.test]
     found = class_probabilities(model, job.tokenizer, texts, job.runtime)
     labels = np.array([row.label for row in job.split.test])

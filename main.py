@@ -141,13 +141,13 @@ def main(argv: list[str] | None = None) -> int:
         result = _train(model, data, batches, train_config, runtime, path, facts, args.resume)
         if runtime.rank == 0 and not result.interrupted:
             made = {"command": command, "dataset": data.corpus.name, **measured(runtime, result)}
-            weights = half_precision(result.best_weights)
+            weights = half_precision(model.state_dict())
             header = {"format": FORMAT_VERSION, "kind": "base", "metrics": result.best}
             save_checkpoint(path, {**header, **facts, "made": made, "weights": weights})
             data.tokenizer.save(path.with_name("tokenizer.json"))
             path.with_suffix(".resume.pth").unlink(missing_ok=True)
             model.load_state_dict(weights)
-            _report(path, model.eval(), data.tokenizer, result, runtime)
+            _report(path, model, data.tokenizer, result, runtime)
     if result.interrupted:
         say(f"interrupted; continue with: {command}{'' if args.resume else ' --resume'}")
         return 128 + result.interrupted

@@ -22,6 +22,7 @@ import shlex
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LOG_EVERY = 10  # steps
 
 Batch = tuple[Tensor, ...]
@@ -259,6 +260,9 @@ def load_checkpoint(
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: make it with `{hint}`")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the check sums
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong check sum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error class of its own: zip, pickle, EOF, ...
         first_line = str(error).split("\n")[0]
@@ -276,10 +280,8 @@ def load_checkpoint(
             f"{path} has format {checkpoint.get('format')}, this program reads {FORMAT_VERSION}: "
             f"make it again with `{hint}`"
         )
-    if checkpoint.get("weights_sha256") != weights_sha256(checkpoint["weights"]):
-        raise ValueError(
-            f"{path} is damaged (its weights have changed): make it again with `{hint}`"
-        )
+    if not {"weights", "weights_sha256"} <= checkpoint.keys():
+        raise ValueError(f"{path} holds no weights: make it again with `{hint}`")
     return checkpoint
 
 
@@ -292,13 +294,11 @@ class TrainResult:
 
     Attributes:
         interrupted: The signal that ended it early (a resumable state is on disk), or None.
-        best_weights: State dict at the best validation; empty if interrupted.
-        best: Step and validation figures of `best_weights`.
+        best: Step and validation figures of the best weights.
         seconds: Training time, validation included, over all sessions of the run.
     """
 
     interrupted: signal.Signals | None
-    best_weights: dict[str, Tensor]
     best: dict[str, float]
     seconds: float
 
@@ -316,10 +316,10 @@ def train(
     facts: dict[str, Any],
     resume: bool = False,
 ) -> TrainResult:
-    """Trains `model` in place.
+    """Trains `model` in place; unless interrupted, it ends with the best weights.
 
     Args:
-        model: Parameters that require gradients are trained.
+        model: Parameters that require gradients are trained, and alone kept in the states.
         batches: `batches(step, parts)` is the batch of a step, cut into that many parts (some may
             be empty); it must not depend on anything else.
         loss_fn: `loss_fn(model, batch)` is (sum of losses, number of things summed): the step
@@ -342,8 +342,8 @@ def train(
     if resume:
         run.load()
     if runtime.world_size > 1:
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, src=0)
+        for parameter in run.parameters:
+            dist.broadcast(parameter.data, src=0)
     progress = tqdm(
         total=config.steps, initial=run.step, unit="step", disable=runtime.rank > 0, mininterval=0.5
     )
@@ -360,8 +360,10 @@ def train(
             progress.set_postfix(run.figures(), refresh=False)
             progress.update()
             if stop and not finished:
-                return TrainResult(signals.caught or signal.SIGTERM, {}, run.best, run.seconds)
-    return TrainResult(None, run.best_weights, run.best, run.seconds)
+                return TrainResult(signals.caught or signal.SIGTERM, run.best, run.seconds)
+    run.put(run.best_weights)
+    model.eval()
+    return TrainResult(None, run.best, run.seconds)
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -384,6 +386,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not name.endswith("head")
     }
+    adapters = ("lora_A", "lora_B")
+    hidden |= {id(p) for name, p in model.named_parameters() if name.endswith(adapters)}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -560,7 +564,8 @@ class _Run:
         self.model, self.config, self.runtime = model, config, runtime
         self.criterion = criterion
         self.optimizers = make_optimizers(model, config)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named.values())
         self.facts = {
             **facts,
             "world_size": runtime.world_size,
@@ -633,7 +638,7 @@ class _Run:
             raise FloatingPointError(_diverged(f"{self.criterion} {found}", self.step))
         if not self.best or found <= self.best[self.criterion]:
             self.best = {"step": self.step, **self.validation}
-            self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            self.best_weights = {n: p.detach().clone() for n, p in self.named.items()}
         self.seconds += time.perf_counter() - started
 
     def figures(self) -> dict[str, str]:
@@ -676,7 +681,7 @@ class _Run:
             "format": FORMAT_VERSION,
             "kind": "resume",
             "facts": self.facts,
-            "weights": self.model.state_dict(),
+            "weights": {n: p.detach() for n, p in self.named.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "best": self.best,
             "best_weights": self.best_weights,
@@ -698,12 +703,18 @@ class _Run:
                 f"{self.state_path} is of another run ({'; '.join(differences)}): give the same "
                 "options, or start over without --resume"
             )
-        self.model.load_state_dict(state["weights"])
+        self.put(state["weights"])
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         self.best, self.best_weights = state["best"], state["best_weights"]
         self.step, self.seconds, self.tokens, self.log_bytes = state["place"]
         self.recent_losses = state["recent_losses"]
+
+    def put(self, weights: dict[str, Tensor]) -> None:
+        """Puts tensors into the parameters that are trained."""
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                parameter.copy_(weights[name])
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -81,3 +81,12 @@ def base_checkpoint(tmp_path: Path, model: GPTModel, tokenizer: BPETokenizer) ->
     save_checkpoint(path, checkpoint)
     tokenizer.save(path.with_name("tokenizer.json"))
     return path
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets that GPT_DATA_DIR names."""
+    folder = os.environ.get("GPT_DATA_DIR")
+    if not folder:
+        pytest.skip("set GPT_DATA_DIR to a folder with the real data sets")
+    return Path(folder)

@@ -9,16 +9,33 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("*.py"))
+SCRIPTS = [
+    "main",
+    "generation",
+    "evaluate",
+    "finetune_classifier",
+    "finetune_lora_classifier",
+    "finetune_qlora_instructions",
+]
 LOW = {"tokenizer", "model", "data_loader"}
 MAY_IMPORT = {
     "tokenizer": set(),
     "model": set(),
     "data_loader": set(),
-    "training": {"model"},
+    "lora": set(),
+    "training": {"model", "lora"},
     "data_utils": {"tokenizer", "data_loader"},
     "generation": {"model", "tokenizer", "training"},
-    "evaluate": {*LOW, "training", "data_utils", "generation"},
-    "main": {*LOW, "training", "data_utils", "generation", "evaluate"},
+    "evaluate": {*LOW, "lora", "training", "data_utils", "generation"},
+    "main": {*LOW, "lora", "training", "data_utils", "generation", "evaluate"},
+    "finetune_classifier": {*LOW, "lora", "training", "data_utils", "generation", "evaluate"},
+    "finetune_lora_classifier": {
+        *(*LOW, "lora", "training", "data_utils", "generation", "evaluate"),
+        "finetune_classifier",
+    },
+    "finetune_qlora_instructions": {
+        *(*LOW, "lora", "training", "data_utils", "generation", "evaluate"),
+    },
 }
 
 
@@ -52,7 +69,7 @@ def test_public_names_are_documented_and_typed(path: Path):
             assert not missing and node.returns is not None, f"{path.name}: {node.name} {missing}"
 
 
-@pytest.mark.parametrize("name", ["main", "generation", "evaluate"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_shows_every_default(name: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(name).main(["--help"])

@@ -1,0 +1,221 @@
+"""Low-rank adapters: by hand, against `peft`, and what is saved."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomised, tiny_config
+from safetensors.torch import load_file
+from torch import nn
+
+from lora import (
+    LoRAConfig,
+    LoRALayer,
+    apply_lora,
+    count_parameters,
+    export_peft,
+    load_lora_state_dict,
+    lora_state_dict,
+    merge_lora,
+)
+from model import GPTClassificationModel, GPTConfig, GPTModel
+
+TARGETS = ("qkv", "mlp.proj")
+CONFIG = LoRAConfig(r=3, lora_alpha=6.0, target_modules=TARGETS)
+
+
+@pytest.fixture
+def classifier() -> GPTClassificationModel:
+    """Two tiny layers and a head, random everywhere."""
+    return randomised(GPTClassificationModel(GPTModel(tiny_config(50)), 2))
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Six texts of 4 to 9 tokens."""
+    torch.manual_seed(3)
+    return torch.randint(50, (6, 9)), torch.tensor([9, 4, 7, 5, 9, 6])
+
+
+def adapted(model: nn.Module, config: LoRAConfig = CONFIG) -> nn.Module:
+    """The model with adapters that change something."""
+    apply_lora(model, config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def test_a_layer_by_hand():
+    base = nn.Linear(2, 2, bias=False)
+    layer = LoRALayer(base, LoRAConfig(r=1, lora_alpha=3.0))
+    with torch.no_grad():
+        base.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        layer.lora_A.copy_(torch.tensor([[1.0, -1.0]]))
+        layer.lora_B.copy_(torch.tensor([[2.0], [0.5]]))
+    # W x = (5, 11); A x = -1; (alpha / r) B A x = 3 * (-2, -0.5)
+    assert layer(torch.tensor([[1.0, 2.0]])).tolist() == [[-1.0, 9.5]]
+    assert layer.weight_change().tolist() == [[6.0, -6.0], [1.5, -1.5]]
+
+
+def test_a_new_adapter_changes_nothing_and_starts_as_lora_does(classifier, batch):
+    before = classifier(*batch)
+    apply_lora(classifier, CONFIG)
+    assert torch.equal(classifier(*batch), before)
+    layer = classifier.backbone.blocks[0].attn.qkv
+    assert layer.lora_A.shape == (3, 16) and layer.lora_B.shape == (48, 3)
+    assert not layer.lora_B.any()
+    bound = 1 / 16**0.5  # Kaiming-uniform with a = sqrt(5) of 16 inputs
+    assert layer.lora_A.abs().max() <= bound and layer.lora_A.std() > bound / 3
+
+
+def test_applying_twice_is_applying_once(classifier, batch):
+    adapted(classifier)
+    names, before = list(classifier.state_dict()), classifier(*batch)
+    apply_lora(classifier, LoRAConfig(r=1, target_modules=("attn.proj",)))
+    assert list(classifier.state_dict()) == names
+    assert torch.equal(classifier(*batch), before)
+
+
+def test_only_adapters_and_head_train(classifier):
+    apply_lora(classifier, CONFIG)
+    layers = [f"backbone.blocks.{i}.{t}" for i in range(2) for t in ("attn.qkv", "mlp.proj")]
+    expected = {f"{layer}.lora_{m}" for layer in layers for m in "AB"}
+    expected |= {"classifier_head.weight", "classifier_head.bias"}
+    assert {n for n, p in classifier.named_parameters() if p.requires_grad} == expected
+    assert set(lora_state_dict(classifier)) == expected
+
+
+def test_the_default_trains_under_one_percent_of_the_default_model():
+    classifier = GPTClassificationModel(GPTModel(GPTConfig(vocab_size=2048)), 2)
+    apply_lora(classifier, LoRAConfig())
+    trained, total = count_parameters(classifier)
+    assert trained == 4 * 8 * (192 + 576) + 2 * 192 + 2
+    assert total == sum(p.numel() for p in classifier.parameters())
+    assert trained < 0.01 * total
+
+
+def test_a_target_that_matches_nothing_is_warned_of(classifier):
+    with pytest.warns(UserWarning, match="'q_proj' matches no linear layer"):
+        apply_lora(classifier, LoRAConfig(target_modules=("qkv", "q_proj")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_lora(randomised(GPTModel(tiny_config(50))), CONFIG)
+
+
+def test_a_layer_that_two_targets_name_is_wrapped_once(classifier):
+    with pytest.warns(UserWarning, match="'attn.proj' matches no linear layer"):
+        apply_lora(classifier, LoRAConfig(target_modules=("proj", "attn.proj")))
+    assert not any("base_layer.base_layer" in name for name, _ in classifier.named_modules())
+
+
+def test_merging_gives_the_same_logits_and_can_be_done_twice(classifier, batch):
+    names = set(classifier.state_dict())
+    plain = classifier(*batch)
+    before = adapted(classifier)(*batch)
+    assert not torch.allclose(before, plain, atol=1e-2)
+    for _ in range(2):
+        merge_lora(classifier)
+        torch.testing.assert_close(classifier(*batch), before, atol=1e-4, rtol=1e-4)
+    assert set(classifier.state_dict()) == names
+
+
+def test_an_adapter_moves_to_another_copy_of_the_base(classifier, batch):
+    copied = copy.deepcopy(classifier)
+    expected = adapted(classifier)(*batch)
+    apply_lora(copied, CONFIG)
+    load_lora_state_dict(copied, lora_state_dict(classifier))
+    assert torch.equal(copied(*batch), expected)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(classifier):
+    adapter = lora_state_dict(adapted(copy.deepcopy(classifier)))
+    apply_lora(classifier, LoRAConfig(r=2, target_modules=TARGETS))
+    with pytest.raises(ValueError, match="does not fit"):
+        load_lora_state_dict(classifier, adapter)
+    del adapter["classifier_head.bias"]
+    with pytest.raises(ValueError, match=r"classifier_head\.bias is on one side only"):
+        load_lora_state_dict(classifier, adapter)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"r": 0}, {"lora_alpha": 0.0}, {"lora_dropout": 1.0}, {"target_modules": ()}]
+)
+def test_values_out_of_range_are_refused(wrong: dict):
+    with pytest.raises(ValueError):
+        LoRAConfig(**wrong)
+
+
+def test_lora_dropout_hides_inputs_from_the_adapter_alone():
+    torch.manual_seed(0)
+    layer = LoRALayer(nn.Linear(64, 4), LoRAConfig(r=2, lora_dropout=0.5))
+    nn.init.normal_(layer.lora_B)
+    x = torch.ones(1, 64)
+    assert not torch.equal(layer(x), layer(x))
+    nn.init.zeros_(layer.lora_B)
+    assert torch.equal(layer(x), layer.base_layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+# ---- peft as oracle
+
+
+def peft_twin(model: nn.Module, config: LoRAConfig) -> peft.PeftModel:
+    """The same model and the same initial adapter in `peft`."""
+    adapter = {k: v.clone() for k, v in lora_state_dict(model).items()}
+    plain = copy.deepcopy(model)
+    merge_lora(plain)  # B is zero: takes the adapters off
+    twin = peft.get_peft_model(
+        plain,
+        peft.LoraConfig(
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            target_modules=list(config.target_modules),
+            modules_to_save=["classifier_head"],
+        ),
+    )
+    places = dict(twin.named_parameters())
+    with torch.no_grad():
+        for name, tensor in adapter.items():
+            if "lora_" in name:
+                places[f"base_model.model.{name}.default.weight"].copy_(tensor)
+    return twin
+
+
+def test_twenty_steps_give_the_losses_of_peft(classifier, batch):
+    apply_lora(classifier, CONFIG)
+    twin = peft_twin(classifier, CONFIG)
+    trained = [p for p in twin.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == count_parameters(classifier)[0]
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    losses: list[list[float]] = []
+    for model in (classifier, twin):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=0.02)
+        losses.append([])
+        for _ in range(20):
+            loss = F.cross_entropy(model(*batch), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < 0.5 * losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_peft_loads_what_is_exported(classifier, batch, tmp_path: Path):
+    plain = copy.deepcopy(classifier)
+    expected = adapted(classifier)(*batch)
+    export_peft(classifier, CONFIG, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == 3 and config["peft_type"] == "LORA"
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(stored) == len(lora_state_dict(classifier))
+    loaded = peft.PeftModel.from_pretrained(plain, tmp_path)
+    torch.testing.assert_close(loaded(*batch), expected)

@@ -1,0 +1,315 @@
+"""Labelled reviews: file formats, sources, splits, padding, batches."""
+
+import csv
+import io
+import json
+import sys
+import tarfile
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data_loader
+from data_loader import Examples, Review, SourceError, load_reviews, read_reviews
+from data_utils import (
+    ReviewBatches,
+    head_and_tail,
+    pad,
+    review_batches,
+    split_examples,
+    split_reviews,
+)
+from tokenizer import BPETokenizer
+
+GOOD, BAD = Review("Great stuff", 1), Review("Broke at once", 0)
+PRINTABLE = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_bytes(text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"text": "Great stuff", "label": 1}\n{"text": "Broke at once", "label": 0}'),
+        ("b.jsonl", '{"text": "Great stuff", "label": "2"}\n{"text": "Broke at once", "label": 1}'),
+        ("c.csv", "label,text\npositive,Great stuff\nNegative,Broke at once\n"),
+        ("d.csv", '\ufeff"label","id","text"\r\n"1","x","Great stuff"\r\n0,y,Broke at once'),
+        ("e.csv", '"2","","Great stuff"\n"1","","Broke at once"\n'),
+        ("f.tsv", "text\tlabel\nGreat stuff\t1.0\n\nBroke at once\t0.0"),
+        ("g.txt", "Great stuff\t1\nBroke at once\t0\n"),
+    ],
+)
+def test_the_formats_that_people_have(tmp_path: Path, name: str, text: str):
+    assert read_reviews(write(tmp_path / name, text)) == [GOOD, BAD]
+
+
+def test_title_and_content_become_one_text(tmp_path: Path):
+    rows = [{"label": 1, "title": "Great", "content": "I like it."}, {"label": 0, "content": "No."}]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert read_reviews(path) == [Review("Great\nI like it.", 1), Review("No.", 0)]
+
+
+def test_odd_separators_and_stray_quotes_do_not_end_a_row(tmp_path: Path):
+    odd = 'one\u0085two\u2028three\x0cfour "quote'
+    tab = write(tmp_path / "a.txt", f'{odd}\t1\n"starts with a quote\t0\n')
+    assert [r.text for r in read_reviews(tab)] == [odd, '"starts with a quote']
+    lines = write(tmp_path / "b.jsonl", json.dumps({"text": odd, "label": 1}, ensure_ascii=False))
+    assert read_reviews(lines) == [Review(odd, 1)]
+
+
+@given(st.lists(st.tuples(PRINTABLE.filter(str.strip), st.sampled_from([0, 1])), min_size=1))
+def test_csv_keeps_any_text(tmp_path_factory: pytest.TempPathFactory, rows: list):
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer).writerows([("text", "label"), *rows])
+    path = write(tmp_path_factory.mktemp("csv") / "a.csv", buffer.getvalue())
+    assert [(r.text, r.label) for r in read_reviews(path)] == [(t.strip(), n) for t, n in rows]
+
+
+def test_bad_rows_are_named_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [
+        '{"text": "Great stuff", "label": 1}',
+        "not json",
+        "[1]",
+        '{"text": "", "label": 1}',
+        '{"text": 5, "label": 1}',
+        '{"label": 1}',
+        "",
+        '{"text": "x", "label": 7}',
+        '{"text": "Broke at once", "label": 0}',
+    ]
+    assert read_reviews(write(tmp_path / "a.jsonl", "\n".join(rows))) == [GOOD, BAD]
+    said = capsys.readouterr().err
+    assert "6 of 8 rows left out (line 2: not JSON; line 3: not an object" in said
+    assert "line 4: no text; line 5: a text that is not a string; line 6: no text; ...)" in said
+    path = write(tmp_path / "b.tsv", "label\ttitle\tcontent\n1\tonly two\n2\ta\tb\n")
+    assert read_reviews(path) == [Review("a\nb", 1)]
+    assert "line 2: 2 fields instead of 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no usable row"),
+        ("hello\nworld", "no usable row"),
+        ('{"text": "x", "label": 9}', "no usable row"),
+        ('{"text": "x", "label": 0}\n{"text": "y", "label": 2}', "labels 0 and 2"),
+    ],
+)
+def test_a_file_without_use_is_an_error(tmp_path: Path, text: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        read_reviews(write(tmp_path / "a.jsonl", text))
+
+
+def test_files_that_are_no_text(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_reviews(tmp_path / "none.csv")
+    for content in (b"\xff\xfe\x00x", b"text\tlabel\nx\0y\t1\n"):
+        (tmp_path / "binary.tsv").write_bytes(content)
+        with pytest.raises(ValueError, match=r"not UTF-8|NUL"):
+            read_reviews(tmp_path / "binary.tsv")
+
+
+# ---- sources
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hub, addresses and package index fail at once."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise SourceError("no network")
+
+    for name in ("_stream_from_hub", "_read_package", "download"):
+        monkeypatch.setattr(data_loader, name, fail)
+
+
+def test_auto_takes_the_first_that_can_be_had_and_says_which(
+    no_network: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    reviews = load_reviews("auto", None, tmp_path, 100)
+    assert reviews.name == "sample" and len(reviews.rows) == 100
+    said = capsys.readouterr().err
+    for name in ("amazon_polarity", "amazon_cells", "amazon_snippets"):
+        assert f"no {name}: no network" in said
+    assert "data set: sample" in said
+
+
+@pytest.mark.parametrize("name", ["amazon_polarity", "amazon_cells", "amazon_snippets"])
+def test_a_name_is_strict(no_network: None, tmp_path: Path, name: str):
+    with pytest.raises(SourceError, match="no network"):
+        load_reviews(name, None, tmp_path, 100)
+
+
+def test_rows_in_the_data_directory_are_used(
+    no_network: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for n in (3, 6):
+        rows = [{"label": i % 2, "title": f"{n}", "content": f"{i}"} for i in range(n)]
+        write(tmp_path / f"amazon_polarity_{n}.jsonl", "\n".join(map(json.dumps, rows)))
+    few = load_reviews("amazon_polarity", None, tmp_path, 2)
+    assert [r.text for r in few.rows] == ["3\n0", "3\n1"] and few.has_test_part
+    assert capsys.readouterr().err == ""
+    many = load_reviews("amazon_polarity", None, tmp_path, 100)
+    assert len(many.rows) == 6
+    assert "using the 6 rows" in capsys.readouterr().err
+
+
+def test_rows_are_streamed_from_the_hub_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The library `datasets` is replaced: what is tested is what we ask of it and keep."""
+
+    class Stream:
+        def __init__(self, rows: range):
+            self.rows = rows
+
+        def take(self, n: int) -> "Stream":
+            return Stream(self.rows[:n])
+
+        def __iter__(self):
+            return ({"label": i % 2, "title": "t", "content": f"c{i}"} for i in self.rows)
+
+    def load_dataset(name: str, *, split: str, streaming: bool) -> Stream:
+        assert (name, split, streaming) == ("fancyzhx/amazon_polarity", "train", True)
+        return Stream(range(3_600_000))
+
+    config = types.SimpleNamespace()
+    fake = types.SimpleNamespace(load_dataset=load_dataset, config=config)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr(data_loader.requests, "head", lambda *_, **__: None)
+    first = load_reviews("amazon_polarity", None, tmp_path, 7)
+    assert [r.text for r in first.rows] == [f"t\nc{i}" for i in range(7)]
+    assert [p.name for p in tmp_path.iterdir()] == ["amazon_polarity_7.jsonl"]
+    monkeypatch.delitem(sys.modules, "datasets")
+    assert load_reviews("amazon_polarity", None, tmp_path, 7).sha256 == first.sha256
+
+
+def test_snippets_come_out_of_a_package_that_is_only_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    content = b"1_1\t-0.9\tbroken\r\n1_2\t0.5\tneutral\r\n1_3\t2.25\tlovely\r\n"
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
+        info = tarfile.TarInfo(f"hutto/{data_loader.SNIPPETS_NAME}")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+    def download(command: list[str], **_: object) -> None:
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "vaderSentiment-0.5.zip", "w") as archive:
+            archive.writestr(f"vaderSentiment-0.5/{data_loader.VADER_ARCHIVE}", inner.getvalue())
+
+    monkeypatch.setattr(data_loader.subprocess, "run", download)
+    with pytest.raises(SourceError, match="other content than expected"):
+        load_reviews("amazon_snippets", None, tmp_path, 100)
+    digest = data_loader.hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(data_loader, "SNIPPETS_SHA256", digest)
+    found = load_reviews("amazon_snippets", None, tmp_path, 100)
+    assert found.rows == [Review("broken", 0), Review("lovely", 1)]
+
+
+def test_the_real_cells_and_polarity_files(data_dir: Path):
+    cells = load_reviews("amazon_cells", None, data_dir, 20_000)
+    assert len(cells.rows) == 1000 and sum(r.label for r in cells.rows) == 500
+    polarity = load_reviews("amazon_polarity", None, data_dir, 5_000)
+    split = split_reviews(polarity)
+    assert len(polarity.rows) == 5000 and len(split.test) == 1000
+    assert split.test == polarity.rows[4000:]
+
+
+# ---- splits
+
+
+def many(n: int = 100) -> list[Review]:
+    return [Review(f"text {i}", int(i % 5 == 0)) for i in range(n)]
+
+
+def test_parts_are_stratified_seeded_and_share_no_text():
+    rows = [*many(), Review("TEXT  7", 0), Review("text 8 ", 0)]
+    split = split_examples(Examples("r", rows))
+    keys = [{row.key for row in part} for part in vars(split).values()]
+    assert [len(part) for part in keys] == pytest.approx([72, 8, 20], abs=1)
+    assert len(set.union(*keys)) == sum(map(len, keys)) == 100
+    assert sum(map(len, vars(split).values())) == 102
+    for part in (split.train, split.test):
+        assert sum(row.label for row in part) / len(part) == pytest.approx(0.2, abs=0.02)
+    assert split_examples(Examples("r", rows)) == split
+    assert split_examples(Examples("r", rows), seed=1) != split
+
+
+def test_a_fixed_test_part_stays_and_loses_what_stands_before_it():
+    rows = many()
+    rows[90] = Review(rows[3].text.upper(), 1)
+    split = split_reviews(Examples("r", rows, has_test_part=True))
+    assert split.test == [*rows[80:90], *rows[91:]]
+    assert set(split.train + split.validation) == set(rows[:80])
+
+
+@pytest.mark.parametrize("rows", [many(4), [Review(f"t{i}", 1) for i in range(50)]])
+def test_too_few_rows_of_a_class_are_an_error(rows: list[Review]):
+    with pytest.raises(ValueError, match="too few rows"):
+        split_reviews(Examples("r", rows))
+
+
+# ---- tensors
+
+
+@given(st.integers(1, 40), st.integers(1, 20))
+def test_long_texts_keep_head_and_tail(n: int, length: int):
+    kept = head_and_tail(np.arange(n), length).tolist()
+    if n <= length:
+        assert kept == list(range(n))
+    else:
+        head = (length + 1) // 2
+        assert kept == [*range(head), *range(n - length + head, n)]
+
+
+def test_padding_is_on_the_right():
+    ids, lengths = pad([np.array([1, 2, 3]), np.array([4])], pad_id=9)
+    assert ids.tolist() == [[1, 2, 3], [4, 9, 9]] and lengths.tolist() == [3, 1]
+
+
+def test_an_epoch_goes_once_over_the_reviews_in_batches_of_like_length(tokenizer: BPETokenizer):
+    rng = np.random.default_rng(0)
+    rows = [Review(" ".join(["word"] * int(rng.integers(1, 30))) + f" {i}", 1) for i in range(64)]
+    batches = ReviewBatches(rows, tokenizer, 100, 8, seed=5)
+    assert batches.steps_per_epoch == 8
+    seen, padded, total = [], 0, 0
+    for step in range(8):
+        (ids, lengths, labels), *none = batches(step)
+        assert not none and labels.tolist() == [1] * 8
+        seen += [tokenizer.decode(row[:n].tolist()) for row, n in zip(ids, lengths)]
+        padded += int((ids.shape[1] - lengths).sum())
+        total += ids.numel()
+    assert sorted(seen) == sorted(row.text for row in rows)
+    assert padded < 0.25 * total
+    again = ReviewBatches(rows, tokenizer, 100, 8, seed=5)
+    assert torch.equal(again(13)[0][0], batches(13)[0][0])
+    halves = batches(2, parts=2)
+    assert torch.equal(torch.cat([part[1] for part in halves]), batches(2)[0][1])
+
+
+def test_split_tokens_spell_the_same_text(tokenizer: BPETokenizer):
+    rows = [Review("the king and the queen", 1)]
+    batches = ReviewBatches(rows, tokenizer, 100, 4, seed=0, split_probability=0.5)
+    spellings = set()
+    for step in range(5):
+        ids, lengths, _ = batches(step)[0]
+        assert tokenizer.decode(ids[0, : lengths[0]].tolist()) == rows[0].text
+        spellings.add(tuple(ids[0].tolist()))
+    assert len(spellings) > 1
+
+
+def test_measuring_batches_say_where_their_rows_were(tokenizer: BPETokenizer):
+    rows = [Review("a long text of many words", 1), Review("short", 0), Review("not so long", 1)]
+    batches, order = review_batches(rows, tokenizer, 100, batch_size=2)
+    texts = [tokenizer.decode(i[: n[0]].tolist()) for ids, n, _ in batches for i in ids[:1]]
+    assert order.tolist() == [1, 2, 0] and texts == ["short", rows[0].text]
+    assert torch.cat([labels for _, _, labels in batches]).tolist() == [0, 1, 1]

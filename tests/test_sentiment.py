@@ -1,0 +1,297 @@
+"""The two sentiment scripts from reviews to checkpoint, their metrics, and what is refused."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomised, tiny_config
+from sklearn.metrics import accuracy_score, f1_score
+
+import evaluate
+import finetune_classifier
+import finetune_lora_classifier
+from data_loader import Review
+from data_utils import pad
+from evaluate import class_probabilities, classification_figures, load_classifier
+from lora import lora_state_dict
+from model import GPTClassificationModel, GPTModel
+from tokenizer import BPETokenizer
+from training import (
+    Runtime,
+    classification_loss,
+    load_checkpoint,
+    prefix_classification_loss,
+    save_checkpoint,
+)
+
+ROOT = Path(__file__).parents[1]
+FULL, LORA = "finetuned_classifier_weights.pth", "lora_classifier_weights.pth"
+SCRIPTS = {FULL: finetune_classifier, LORA: finetune_lora_classifier}
+TINY = "--context-length 24 --batch-size 8 --steps 12 --language-steps 6 --eval-every 4"
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    """Sixty labelled texts that a word decides."""
+    words = {1: ["good", "love", "great"], 0: ["bad", "hate", "awful"]}
+    rows = [
+        {"text": f"the {words[i % 2][i % 3]} thing {i} is here", "label": i % 2} for i in range(60)
+    ]
+    path = tmp_path / "reviews.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture
+def folder(base_checkpoint: Path) -> Path:
+    """Folder with a base model, to write to."""
+    return base_checkpoint.parent
+
+
+def arguments(reviews: Path, folder: Path, *more: str) -> list[str]:
+    base = str(folder / "model_weights.pth")
+    return ["--data", str(reviews), "--base", base, "--out-dir", str(folder), *TINY.split(), *more]
+
+
+# ---- figures
+
+
+def test_figures_against_scikit_learn_and_by_hand():
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 2, (2, 200))
+    found = classification_figures(predicted, labels)
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    assert found["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert sum(map(sum, found["confusion"])) == found["n"] == 200
+    nine_of_ten = classification_figures(np.array([1] * 9 + [0]), np.ones(10, dtype=int))
+    assert nine_of_ten["accuracy"] == 0.9 and nine_of_ten["confusion"] == [[0, 0], [1, 9]]
+    assert nine_of_ten["ci95"] == pytest.approx([0.5958, 0.9821], abs=1e-4)  # Wilson, published
+
+
+def test_prefix_loss_by_hand():
+    torch.manual_seed(0)
+    model = randomised(GPTClassificationModel(GPTModel(tiny_config(50)), 2))
+    ids, lengths, labels = torch.randint(50, (2, 5)), torch.tensor([5, 2]), torch.tensor([1, 0])
+    loss, n = prefix_classification_loss(model, (ids, lengths, labels))
+    expected = 0.0
+    for row, length, label in zip(ids, lengths.tolist(), labels):
+        each = [
+            F.cross_entropy(model(row[None, :t], torch.tensor([t])), label[None]).item()
+            for t in range(1, length + 1)
+        ]
+        weighted = sum(t * x for t, x in enumerate(each, 1)) / sum(range(1, length + 1))
+        expected += (weighted + each[-1]) / 2
+    assert n == 2 and loss.item() == pytest.approx(expected, rel=1e-5)
+    last, n = classification_loss(model, (ids, lengths, labels))
+    oracle = F.cross_entropy(model(ids, lengths), labels, reduction="sum")
+    assert n == 2 and torch.equal(last, oracle)
+
+
+def test_predictions_do_not_depend_on_the_company(tokenizer: BPETokenizer, runtime: Runtime):
+    model = randomised(GPTClassificationModel(GPTModel(tiny_config(tokenizer.vocab_size)), 2))
+    texts = ["good", "a much longer text that is cut in its middle, for it does not fit", "so so"]
+    together = class_probabilities(model, tokenizer, texts, runtime)
+    alone = np.concatenate([class_probabilities(model, tokenizer, [t], runtime) for t in texts])
+    turned = class_probabilities(model, tokenizer, texts[::-1], runtime)[::-1]
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    np.testing.assert_allclose(together, turned, atol=1e-6)
+    np.testing.assert_allclose(together.sum(1), 1, atol=1e-6)
+    ids, lengths = pad([np.array(tokenizer.encode("good"))], tokenizer.special_tokens["<|pad|>"])
+    wide = F.pad(ids, (0, 7), value=3)
+    torch.testing.assert_close(model(wide, lengths), model(ids, lengths))
+
+
+def test_the_linear_baseline_learns_what_a_word_decides(reviews: Path):
+    rows = evaluate.read_reviews(reviews)
+    found = evaluate.baseline_figures(rows[:40], rows[40:])
+    assert found["TF-IDF + logistic regression"]["accuracy"] == 1.0
+    assert found["majority class"]["accuracy"] == 0.5
+    table = evaluate.sentiment_table(found)
+    assert "| majority class | 50.0% | 29.9% to 70.1% | 0.333 | 10 | 0 | 10 | 0 |" in table
+
+
+# ---- scripts
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_saves_what_reloads_to_the_same_predictions(
+    name: str, reviews: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert SCRIPTS[name].main(arguments(reviews, folder)) == 0
+    shown = capsys.readouterr()
+    assert "TF-IDF + logistic regression" in shown.out and "majority class" in shown.out
+    assert "parameters (" in shown.err and not list(folder.glob("*.resume.pth"))
+    model, _, checkpoint = load_classifier(folder / name)
+    test = checkpoint["metrics"]["test"]
+    assert test["n"] == 12 and checkpoint["made"]["seconds"] > 0
+    assert f"| {name} | {test['accuracy']:.1%} |" in shown.out
+    assert not model.training
+    log = (folder / name).with_suffix(".log.jsonl").read_text().splitlines()
+    assert {"val_loss", "val_accuracy", "learning_rate"} <= json.loads(log[-1]).keys()
+
+    command = ["sentiment", "--checkpoint", str(folder / name), "--data", str(reviews), "--json"]
+    assert evaluate.main(command) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures.keys() == {"accuracy", "ci95", "macro_f1", "confusion", "n"}
+    assert figures["n"] == 60
+
+
+def test_lora_saves_adapter_and_head_alone_and_shares_the_language_model(
+    reviews: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert finetune_classifier.main(arguments(reviews, folder)) == 0
+    language_model = folder / "review_model_weights.pth"
+    before = language_model.read_bytes()
+    capsys.readouterr()
+    more = ["--r", "2", "--target-modules", "qkv", "attn.proj"]
+    assert finetune_lora_classifier.main(arguments(reviews, folder, *more)) == 0
+    assert f"from {language_model}" in capsys.readouterr().err
+    assert language_model.read_bytes() == before
+    checkpoint = load_checkpoint(folder / LORA, "lora_classifier")
+    layers = [f"backbone.blocks.{i}.attn.{n}" for i in range(2) for n in ("qkv", "proj")]
+    expected = {f"{layer}.lora_{m}" for layer in layers for m in "AB"}
+    assert set(checkpoint["weights"]) == expected | {
+        "classifier_head.weight",
+        "classifier_head.bias",
+    }
+    assert checkpoint["lora_config"]["target_modules"] == ("qkv", "attn.proj")
+    base = load_checkpoint(language_model, "base")
+    assert checkpoint["base_sha256"] == base["weights_sha256"]
+    origin = load_checkpoint(folder / "model_weights.pth", "base")
+    assert base["base_sha256"] == origin["weights_sha256"]
+    model, _, _ = load_classifier(folder / LORA)
+    assert any(t.any() for n, t in lora_state_dict(model).items() if "lora_B" in n)
+
+
+def test_training_learns(reviews: Path, folder: Path):
+    more = "--steps 150 --epochs 40 --language-steps 1 --dropout 0 --learning-rate 0.01".split()  # noqa: SIM905
+    assert finetune_classifier.main(arguments(reviews, folder, *more)) == 0
+    assert load_checkpoint(folder / FULL, "classifier")["metrics"]["test"]["accuracy"] >= 0.9
+
+
+def test_an_adapter_on_another_base_is_refused(reviews: Path, folder: Path):
+    assert finetune_lora_classifier.main(arguments(reviews, folder)) == 0
+    for name, message in (
+        ("model_weights.pth", "trained from another base than"),
+        ("review_model_weights.pth", "is not an adapter of"),
+    ):
+        checkpoint = load_checkpoint(folder / name, "base")
+        weights = {n: w + 1 if n == "head.weight" else w for n, w in checkpoint["weights"].items()}
+        save_checkpoint(folder / name, {**checkpoint, "weights": weights})
+        with pytest.raises(ValueError, match=message):
+            load_classifier(folder / LORA)
+
+
+def test_peft_export_holds_the_adapter(reviews: Path, folder: Path, tmp_path: Path):
+    target = tmp_path / "peft"
+    more = ["--export-peft", str(target)]
+    assert finetune_lora_classifier.main(arguments(reviews, folder, *more)) == 0
+    names = sorted(path.name for path in target.iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("module", SCRIPTS.values(), ids=lambda m: m.__name__)
+def test_without_a_base_the_message_names_the_command(
+    module: object, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert module.main(arguments(reviews, tmp_path / "empty")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no checkpoint at") and "`python main.py`" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data", "none.csv"], "no such file: none.csv"),
+        (["--max-examples", "0"], "max-examples must be at least 1"),
+        (["--max-examples", "3"], "has too few rows"),
+        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--dropout", "2"], "dropout must lie in [0, 1)"),
+        (["--resume"], "to resume: leave --resume out"),
+    ],
+)
+def test_mistakes_are_one_line(
+    reviews: Path,
+    folder: Path,
+    more: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+):
+    assert finetune_classifier.main(arguments(reviews, folder, *more)) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert message in line
+    assert not (folder / FULL).exists()
+
+
+def interrupt(name: str, options: list[str], state: Path, sent: int, wait: float = 0) -> int:
+    """Runs a script in a process of its own and sends it a signal once `state` exists."""
+    script = f"{SCRIPTS[name].__name__}.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, script, *options], cwd=ROOT, stderr=subprocess.PIPE, env=environment
+    )
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(wait)
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=60)
+    print(said.decode())
+    return process.returncode
+
+
+@pytest.mark.parametrize(
+    ("name", "phase", "sent", "code"),
+    [
+        (FULL, "review_model_weights", signal.SIGKILL, -9),
+        (FULL, "finetuned_classifier_weights", signal.SIGINT, 130),
+        (LORA, "lora_classifier_weights", signal.SIGTERM, 143),
+    ],
+)
+def test_an_interrupted_run_resumes_to_the_same_weights(
+    name: str, phase: str, sent: int, code: int, reviews: Path, folder: Path, tmp_path: Path
+):
+    long = "--steps 120 --epochs 1000 --language-steps 40 --eval-every 60 --out-dir".split()  # noqa: SIM905
+    cut, whole = (
+        arguments(reviews, folder, *long, str(tmp_path / out)) for out in ("cut", "whole")
+    )
+    state = tmp_path / "cut" / f"{phase}.resume.pth"
+    assert interrupt(name, cut, state, sent) == code
+    assert state.exists()
+    assert SCRIPTS[name].main([*cut, "--resume"]) == 0
+    assert SCRIPTS[name].main(whole) == 0
+    kind = ("classifier", "lora_classifier")
+    one, two = (load_checkpoint(tmp_path / d / name, kind) for d in ("cut", "whole"))
+    assert one["weights_sha256"] == two["weights_sha256"]
+    assert not list((tmp_path / "cut").glob("*.resume.pth"))
+
+
+def test_one_flipped_bit_in_a_weight_is_noticed(reviews: Path, folder: Path):
+    assert finetune_classifier.main(arguments(reviews, folder)) == 0
+    path = folder / FULL
+    wanted = load_checkpoint(path, "classifier")["weights"]["backbone.head.weight"]
+    content = bytearray(path.read_bytes())
+    place = content.index(wanted.numpy().tobytes()) + 11
+    content[place] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        load_classifier(path)
+
+
+def test_own_reviews_are_never_a_control_token(tokenizer: BPETokenizer):
+    rows = [Review("<|endoftext|> <|pad|>", 1)]
+    batches, _ = evaluate.review_batches(rows, tokenizer, 100)
+    ids, lengths, _ = batches[0]
+    special = set(tokenizer.special_tokens.values())
+    assert not special & set(ids[0, : lengths[0]].tolist())
+    assert math.prod(ids.shape) == lengths.sum()
