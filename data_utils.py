@@ -6,7 +6,7 @@ Shapes: B batch, T time (tokens).
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
@@ -21,6 +21,7 @@ from data_loader import (
     Corpus,
     Example,
     Examples,
+    Instruction,
     Review,
     read_text,
     sample_texts,
@@ -329,68 +330,85 @@ def pad(rows: list[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, lengths
 
 
-class ReviewBatches:
-    """Batches for classification: each epoch goes once over the texts, in random order.
+class ExampleBatches:
+    """Batches of examples: each epoch goes once over them, in random order.
 
-    Texts of similar length go together, so that little is padding. Each epoch sees other versions:
-    tokens are split at random as in `TokenBatches`, and some are hidden behind `<|endoftext|>`
-    (word dropout, Iyyer et al. 2015), so that no single word is relied on. Batches follow from seed
-    and step alone.
+    Examples of similar length go together, so that little is padding. Batches follow from seed and
+    step alone.
     """
 
     POOL = 8  # batches that are sorted by length together
 
     def __init__(
         self,
-        reviews: list[Review],
-        tokenizer: BPETokenizer,
-        context_length: int,
+        lengths: Sequence[int],
+        collate: Callable[[np.ndarray, np.random.Generator], tuple[Tensor, ...]],
         batch_size: int,
         seed: int,
-        split_probability: float = 0.0,
-        hide_probability: float = 0.0,
     ):
-        self.ids = encode_reviews(reviews, tokenizer)
-        self.labels = np.array([review.label for review in reviews])
-        self.lengths = np.array([len(ids) for ids in self.ids])
-        self.halves, self.special = merge_halves(tokenizer), tokenizer.special_tokens
-        self.context_length, self.seed = context_length, seed
-        self.batch_size = min(batch_size, len(reviews))
-        self.split_probability, self.hide_probability = split_probability, hide_probability
+        """Args:
+        lengths: Of the examples, in tokens.
+        collate: Makes tensors whose first dimension is B of the examples with given numbers.
+        batch_size: Examples a step (B).
+        seed: Of the order and of what `collate` draws.
+        """
+        self.lengths, self.collate, self.seed = np.array(lengths), collate, seed
+        self.batch_size = min(batch_size, len(lengths))
         self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in a pass over the texts."""
-        return len(self.ids) // self.batch_size
+        """Batches in a pass over the examples."""
+        return len(self.lengths) // self.batch_size
 
-    def __call__(self, step: int, parts: int = 1) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Token ids (B, T), lengths (B,) and labels (B,) of a step, cut into `parts` along B."""
+    def __call__(self, step: int, parts: int = 1) -> list[tuple[Tensor, ...]]:
+        """Tensors of a step, cut into `parts` along B."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch[0]:
             self._epoch = (epoch, self._groups(epoch))
-        rows = self._epoch[1][place]
         rng = np.random.default_rng([self.seed, 1, step])
-        ids, lengths = pad([self._version(i, rng) for i in rows], self.special[PAD])
-        labels = torch.from_numpy(self.labels[rows])
-        return list(zip(*(tensor.tensor_split(parts) for tensor in (ids, lengths, labels))))
-
-    def _version(self, row: int, rng: np.random.Generator) -> np.ndarray:
-        """Token ids of a text with some tokens split and some hidden."""
-        ids = split_tokens(self.ids[row], self.halves, self.split_probability, rng)
-        ids = head_and_tail(ids, self.context_length)
-        hidden = rng.random(len(ids)) < self.hide_probability
-        return np.where(hidden, self.special[END_OF_TEXT], ids)
+        tensors = self.collate(self._epoch[1][place], rng)
+        return list(zip(*(tensor.tensor_split(parts) for tensor in tensors)))
 
     def _groups(self, epoch: int) -> list[np.ndarray]:
-        """Rows of each batch of an epoch."""
+        """Examples of each batch of an epoch."""
         rng = np.random.default_rng([self.seed, 0, epoch])
-        order = rng.permutation(len(self.ids))[: self.steps_per_epoch * self.batch_size]
+        order = rng.permutation(len(self.lengths))[: self.steps_per_epoch * self.batch_size]
         pool = self.POOL * self.batch_size
         chunks = [order[i : i + pool] for i in range(0, len(order), pool)]
         by_length = [c[np.argsort(self.lengths[c], kind="stable")] for c in chunks]
-        batches = np.concatenate(by_length).reshape(-1, self.batch_size)
-        return list(rng.permutation(batches))
+        return list(rng.permutation(np.concatenate(by_length).reshape(-1, self.batch_size)))
+
+
+def review_training_batches(
+    reviews: list[Review],
+    tokenizer: BPETokenizer,
+    context_length: int,
+    batch_size: int,
+    seed: int,
+    split_probability: float = 0.0,
+    hide_probability: float = 0.0,
+) -> ExampleBatches:
+    """Batches of token ids (B, T), lengths (B,) and labels (B,), each epoch in other versions.
+
+    Tokens are split at random as in `TokenBatches`, and some are hidden behind `<|endoftext|>`
+    (word dropout, Iyyer et al. 2015, https://aclanthology.org/P15-1162), so that no single word is
+    relied on.
+    """
+    rows, halves = encode_reviews(reviews, tokenizer), merge_halves(tokenizer)
+    labels = torch.tensor([review.label for review in reviews])
+    end, pad_id = (tokenizer.special_tokens[name] for name in (END_OF_TEXT, PAD))
+
+    def version(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        ids = split_tokens(ids, halves, split_probability, rng)
+        ids = head_and_tail(ids, context_length)
+        return np.where(rng.random(len(ids)) < hide_probability, end, ids)
+
+    def collate(chosen: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        ids, lengths = pad([version(rows[i], rng) for i in chosen], pad_id)
+        return ids, lengths, labels[chosen]
+
+    return ExampleBatches([len(ids) for ids in rows], collate, batch_size, seed)
 
 
 def encode_reviews(reviews: list[Review], tokenizer: BPETokenizer) -> list[np.ndarray]:
@@ -410,3 +428,116 @@ def review_batches(
         ids, lengths = pad([rows[i] for i in chosen], tokenizer.special_tokens[PAD])
         batches.append((ids, lengths, torch.tensor([reviews[i].label for i in chosen])))
     return batches, order
+
+
+# ---- instructions
+
+
+# The prompt template, in the order of the parts; an empty context is left out with its heading.
+# What a user writes stands between the headings and can become neither one nor `<|endoftext|>`.
+INSTRUCTION_HEADING, CONTEXT_HEADING = "### Instruction\n", "\n\n### Context\n"
+RESPONSE_HEADING = "\n\n### Response\n"
+MIN_PROMPT = 32  # tokens of a long instruction and context that are kept in any case
+
+
+@dataclass(frozen=True)
+class EncodedInstruction:
+    """Token ids of a prompt and of its response, which ends with `<|endoftext|>` unless cut."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+def user_text(text: str) -> str:
+    """Text from outside, unable to imitate a heading of the template."""
+    return text.replace("###", "# # #")
+
+
+def encode_prompt(
+    instruction: str, context: str, tokenizer: BPETokenizer, max_tokens: int | None = None
+) -> list[int]:
+    """Token ids of a prompt, up to where the response begins.
+
+    With `max_tokens`, the ends of context and then of instruction are left out, never a heading.
+    """
+    task, text = (tokenizer.encode(user_text(part.strip())) for part in (instruction, context))
+    headings = [
+        tokenizer.encode(h) for h in (INSTRUCTION_HEADING, CONTEXT_HEADING, RESPONSE_HEADING)
+    ]
+    if max_tokens is not None:
+        room = max(0, max_tokens - len(headings[0]) - len(headings[2]))
+        task = task[:room]
+        text = text[: max(0, room - len(task) - len(headings[1]))]
+    return headings[0] + task + (headings[1] + text if text else []) + headings[2]
+
+
+def encode_instruction(
+    row: Instruction, tokenizer: BPETokenizer, context_length: int
+) -> EncodedInstruction:
+    """Token ids of an example, at most `context_length` of inputs.
+
+    Too long an example loses the end of its context, then of its instruction down to `MIN_PROMPT`
+    tokens, and only then the end of its response.
+    """
+    response = tokenizer.encode(row.response.strip())
+    whole = encode_prompt(row.instruction, row.context, tokenizer)
+    bare = len(encode_prompt("", "", tokenizer))
+    room = max(context_length - len(response), bare + MIN_PROMPT)
+    prompt = whole
+    if len(whole) > room:
+        prompt = encode_prompt(row.instruction, row.context, tokenizer, room)
+    response = [*response, tokenizer.special_tokens[END_OF_TEXT]]
+    return EncodedInstruction(prompt, response[: max(0, context_length + 1 - len(prompt))])
+
+
+def encode_instructions(
+    rows: list[Instruction], tokenizer: BPETokenizer, context_length: int
+) -> list[EncodedInstruction]:
+    """Token ids of examples; says how many have no room for a response and are left out.
+
+    Raises:
+        ValueError: None is left.
+    """
+    encoded = [encode_instruction(row, tokenizer, context_length) for row in rows]
+    usable = [example for example in encoded if example.response]
+    if len(usable) < len(encoded):
+        say(f"{len(encoded) - len(usable):,} examples left out: no room for a response")
+    if not usable:
+        raise ValueError(f"a context of {context_length} tokens has no room for a response")
+    return usable
+
+
+def collate_instructions(
+    examples: Sequence[EncodedInstruction], tokenizer: BPETokenizer
+) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T); prompt and padding carry no loss (IGNORE)."""
+    rows = [np.array(example.prompt + example.response) for example in examples]
+    ids, lengths = pad(rows, tokenizer.special_tokens[PAD])
+    targets = ids[:, 1:].clone()
+    places = torch.arange(1, ids.shape[1])
+    starts = torch.tensor([len(example.prompt) for example in examples])
+    targets[(places < starts[:, None]) | (places >= lengths[:, None])] = IGNORE
+    return ids[:, :-1], targets
+
+
+def instruction_batches(
+    examples: list[EncodedInstruction], tokenizer: BPETokenizer, batch_size: int = 32
+) -> list[tuple[Tensor, Tensor]]:
+    """Fixed batches for measuring, shortest first."""
+    ordered = sorted(examples, key=lambda example: len(example.prompt) + len(example.response))
+    return [
+        collate_instructions(ordered[i : i + batch_size], tokenizer)
+        for i in range(0, len(ordered), batch_size)
+    ]
+
+
+def instruction_training_batches(
+    examples: list[EncodedInstruction], tokenizer: BPETokenizer, batch_size: int, seed: int
+) -> ExampleBatches:
+    """Batches of inputs and targets (B, T)."""
+    return ExampleBatches(
+        [len(example.prompt) + len(example.response) for example in examples],
+        lambda chosen, _: collate_instructions([examples[i] for i in chosen], tokenizer),
+        batch_size,
+        seed,
+    )

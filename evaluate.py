@@ -3,6 +3,7 @@
     python evaluate.py                                          # table of everything in models/
     python evaluate.py perplexity --data FILE [--checkpoint FILE] [--json]
     python evaluate.py sentiment --data FILE [--checkpoint FILE] [--json]
+    python evaluate.py instructions --data FILE [--checkpoint FILE] [--json]
 
 Bits per byte compares models with different vocabularies: the loss of a whole text in bits, divided
 by its bytes in UTF-8. Perplexity, e to the loss per token, does not: longer tokens are harder to
@@ -14,6 +15,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +25,32 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, f1_score
 from sklearn.pipeline import Pipeline, make_pipeline
+from tqdm import tqdm
 
 from data_loader import (
     WIZARD_OF_OZ,
     ByteRange,
+    Instruction,
     Review,
     SourceError,
     fetch,
     find_data_dir,
     load_corpus,
+    read_instructions,
     read_reviews,
     read_text,
 )
-from data_utils import count_bytes, review_batches, scoring_windows
-from generation import load_language_model, load_tokenizer
-from lora import LoRAConfig, apply_lora, load_lora_state_dict
+from data_utils import (
+    EncodedInstruction,
+    count_bytes,
+    encode_instructions,
+    encode_prompt,
+    instruction_batches,
+    review_batches,
+    scoring_windows,
+)
+from generation import continue_prompt, load_language_model, load_tokenizer
+from lora import LoRAConfig, apply_lora, load_lora_state_dict, quantize_4bit
 from model import GPTClassificationModel, GPTConfig, GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (
@@ -51,6 +64,8 @@ from training import (
 )
 
 FINETUNE_HINT = "python finetune_classifier.py"
+INSTRUCTION_HINT = "python finetune_qlora_instructions.py"
+INSTRUCTION_KINDS = ("base", "qlora_instruction", "lora_instruction", "full_instruction")
 
 
 def perplexity(
@@ -220,6 +235,107 @@ def _load_review_model(path: Path, adapter: dict[str, Any]) -> dict[str, torch.T
     return found["weights"]
 
 
+# ---- instructions
+
+
+ANSWER_TOKENS = 200
+JUDGED_ANSWERS = 100
+
+
+def response_figures(
+    model: GPTModel,
+    tokenizer: BPETokenizer,
+    examples: list[EncodedInstruction],
+    runtime: Runtime,
+) -> dict[str, float]:
+    """Loss on the responses alone, their final `<|endoftext|>` included; model in evaluation mode.
+
+    Returns:
+        "response_bits_per_byte"; "response_perplexity", e to the nats per token; "n", examples.
+    """
+    nats = mean_loss(model, instruction_batches(examples, tokenizer), next_token_loss, runtime)
+    responses = np.concatenate([np.array(example.response) for example in examples])
+    bits = nats * len(responses) / count_bytes(responses, tokenizer) / math.log(2)
+    return {
+        "response_bits_per_byte": bits,
+        "response_perplexity": math.exp(nats) if nats < 700 else math.inf,
+        "n": len(examples),
+    }
+
+
+def answer(
+    model: GPTModel,
+    tokenizer: BPETokenizer,
+    instruction: str,
+    context: str = "",
+    max_new_tokens: int = ANSWER_TOKENS,
+    **sampling: Any,
+) -> Iterator[int]:
+    """Yields the token ids of an answer; see `continue_prompt`. A long context is cut."""
+    room = model.config.context_length // 2
+    prompt = encode_prompt(instruction, context, tokenizer, room)
+    return continue_prompt(model, tokenizer, prompt, max_new_tokens, **sampling)
+
+
+def share_that_stops(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction]) -> float:
+    """Share of answers that end by themselves within `ANSWER_TOKENS` tokens."""
+    judged = rows[:JUDGED_ANSWERS]
+    lengths = [
+        sum(1 for _ in answer(model, tokenizer, row.instruction, row.context, seed=seed))
+        for seed, row in enumerate(tqdm(judged, desc="answers", unit="answer"))
+    ]
+    return sum(length < ANSWER_TOKENS for length in lengths) / len(judged)
+
+
+def load_instruction_model(
+    path: Path, runtime: Runtime
+) -> tuple[GPTModel, BPETokenizer, dict[str, Any]]:
+    """A model that follows instructions, in evaluation mode: all of it, or an adapter on its base.
+
+    For QLoRA, the base beside the file is quantised again, to the very same values.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged or of another kind, or made from another base or tokenizer.
+    """
+    checkpoint = load_checkpoint(path, INSTRUCTION_KINDS[1:], INSTRUCTION_HINT)
+    tokenizer = load_tokenizer(path, checkpoint)
+    try:
+        model = GPTModel(GPTConfig(**checkpoint["model_config"]))
+        if checkpoint["kind"] == "full_instruction":
+            model.load_state_dict(checkpoint["weights"])
+            return model.to(runtime.device).eval(), tokenizer, checkpoint
+        base_path = path.with_name("model_weights.pth")
+        base = load_checkpoint(base_path, "base")
+        if base["weights_sha256"] != checkpoint["base_sha256"]:
+            raise ValueError(
+                f"{path} was trained on another base than {base_path}: put the right one back, or "
+                f"train again with `{INSTRUCTION_HINT}`"
+            )
+        model.load_state_dict(base["weights"])
+        model.to(runtime.device)
+        if checkpoint["kind"] == "qlora_instruction":
+            quantize_4bit(model, getattr(torch, checkpoint["compute_dtype"].split(".")[-1]))
+        apply_lora(model, LoRAConfig(**checkpoint["lora_config"]))
+        load_lora_state_dict(model, checkpoint["weights"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        first_line = str(error).split("\n")[0]
+        raise ValueError(f"{path} does not fit this program's model: {first_line}") from None
+    return model.eval(), tokenizer, checkpoint
+
+
+def measure_instructions(checkpoint: Path, data: Path, runtime: Runtime) -> dict[str, float]:
+    """Figures of an instruction model, or of a base, on a file; see `read_instructions`."""
+    rows = read_instructions(data)
+    if load_checkpoint(checkpoint, INSTRUCTION_KINDS, INSTRUCTION_HINT)["kind"] == "base":
+        model, tokenizer, _ = load_language_model(checkpoint)
+    else:
+        model, tokenizer, _ = load_instruction_model(checkpoint, runtime)
+    model.to(runtime.device)
+    encoded = encode_instructions(rows, tokenizer, model.config.context_length)
+    return response_figures(model, tokenizer, encoded, runtime)
+
+
 def _whole(path: Path) -> list[ByteRange]:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -286,14 +402,18 @@ def main(argv: list[str] | None = None) -> int:
         if args.task is None:
             print(comparison_table(args.models, find_data_dir(args.data_dir), runtime))
         elif args.task == "perplexity":
-            figures = measure_file(args.checkpoint, _whole(args.data), runtime)
-            lines = [f"{k}: {v:,.4f}".removesuffix(".0000") for k, v in figures.items()]
-            print(json.dumps(figures) if args.json else "\n".join(lines))
-        else:
+            _show(measure_file(args.checkpoint, _whole(args.data), runtime), args.json)
+        elif args.task == "sentiment":
             figures = measure_reviews(args.checkpoint, args.data, runtime)
-            table = sentiment_table({args.checkpoint.name: figures})
-            print(json.dumps(figures) if args.json else table)
+            _show(figures, args.json, sentiment_table({args.checkpoint.name: figures}))
+        else:
+            _show(measure_instructions(args.checkpoint, args.data, runtime), args.json)
     return 0
+
+
+def _show(figures: dict[str, Any], as_json: bool, table: str = "") -> None:
+    lines = [f"{k}: {v:,.4f}".removesuffix(".0000") for k, v in figures.items() if not table]
+    print(json.dumps(figures) if as_json else table or "\n".join(lines))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -312,6 +432,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             "a classifier on labelled reviews",
             "finetuned_classifier_weights",
             "JSONL, CSV or TSV file with text, or title and content, and label",
+        ),
+        (
+            "instructions",
+            "an instruction model, or a base, on tasks with answers",
+            "qlora_instruction_weights",
+            "JSONL file with instruction, context and response",
         ),
     ):
         task = tasks.add_parser(name, help=what, formatter_class=HelpFormatter)

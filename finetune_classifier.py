@@ -26,7 +26,13 @@ import torch
 from torch import Tensor
 
 from data_loader import REVIEW_SETS, find_data_dir, load_reviews, say
-from data_utils import ReviewBatches, Split, TokenBatches, encode_reviews, split_reviews
+from data_utils import (
+    Split,
+    TokenBatches,
+    encode_reviews,
+    review_training_batches,
+    split_reviews,
+)
 from evaluate import (
     CLASSES,
     REVIEW_MODEL,
@@ -48,6 +54,7 @@ from training import (
     TrainConfig,
     TrainResult,
     add_config_flags,
+    add_run_flags,
     chosen_fields,
     command_line,
     first_process_first,
@@ -351,7 +358,7 @@ def _train_classifier(
             "val_error": float(1 - accuracy),
         }
 
-    batches = ReviewBatches(
+    batches = review_training_batches(
         split.train,
         job.tokenizer,
         config.context_length,
@@ -413,19 +420,7 @@ def _finish(
 def make_parser(method: Method, description: str) -> argparse.ArgumentParser:
     """The flags that every way of fine-tuning a classifier has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add(
-        "--dataset",
-        choices=("auto", *REVIEW_SETS),
-        default="auto",
-        help="auto: the first of the others that can be had",
-    )
-    add("--data", type=Path, help="a file of labelled reviews instead: JSONL, CSV or TSV")
-    add("--max-examples", type=int, default=20_000, help="most reviews to use")
-    add("--data-dir", type=Path, help="folder of downloads; else $GPT_DATA_DIR, else data")
-    add("--base", type=Path, default=Path("models/model_weights.pth"), help="base model")
-    add("--out-dir", type=Path, default=Path("models"), help="where to write")
-    add("--resume", action="store_true", help="go on from an interrupted run with the same options")
+    add_run_flags(parser, REVIEW_SETS, "labelled reviews in JSONL, CSV or TSV", 20_000)
     for config_class in (ReviewConfig, TrainConfig):
         defaults = {"eval_every": "a pass over the reviews", **method.defaults}
         add_config_flags(parser, config_class, defaults)

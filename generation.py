@@ -140,7 +140,7 @@ def generate(
 def continue_prompt(
     model: GPTModel,
     tokenizer: BPETokenizer,
-    prompt: str,
+    prompt: str | list[int],
     max_new_tokens: int,
     *,
     temperature: float = 0.8,
@@ -150,12 +150,22 @@ def continue_prompt(
 ) -> Iterator[int]:
     """Yields the token ids that follow a prompt, up to `<|endoftext|>`.
 
-    An empty prompt starts a text of the model's own. Turn the ids into text as they come with
-    `tokenizer.decode_stream`. Arguments as in `generate`.
+    Turn the ids into text as they come with `tokenizer.decode_stream`.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: The model's own.
+        prompt: Text or token ids; an empty one starts a text of the model's own.
+        max_new_tokens: Most tokens.
+        temperature: As in `generate`, also `top_k` and `top_p`.
+        top_k: See there.
+        top_p: See there.
+        seed: The same seed gives the same tokens.
     """
     device = model.token_embedding.weight.device
     stop_token = tokenizer.special_tokens[END_OF_TEXT]
-    ids = tokenizer.encode(prompt) or [stop_token]
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    ids = ids or [stop_token]
     tokens = generate(
         model,
         torch.tensor([ids], device=device),

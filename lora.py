@@ -1,4 +1,5 @@
-"""Low-rank adaptation (LoRA; Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+"""Low-rank adaptation (LoRA; Hu et al. 2021, https://arxiv.org/abs/2106.09685), also of a base
+quantised to 4 bits (QLoRA; Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
 
 A frozen linear layer W gets a trainable companion of low rank: y = W x + (alpha / r) B A x. A
 starts random and B at zero, so that training starts from the model as it was; afterwards the
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,10 +108,14 @@ def _is_adapter(name: str) -> bool:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Adds each adapter to its layer's weight and removes it: the same function, no extra cost."""
+    """Adds each adapter to its layer's weight and removes it: the same function, no extra cost.
+
+    A weight of 4 bits becomes one of full precision, which the sum needs.
+    """
     for name, module in lora_layers(model):
-        module.base_layer.weight += module.weight_change()
-        model.set_submodule(name, module.base_layer)
+        layer = dequantize(module.base_layer)
+        layer.weight += module.weight_change()
+        model.set_submodule(name, layer)
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -135,9 +141,120 @@ def load_lora_state_dict(model: nn.Module, adapter: dict[str, Tensor]) -> None:
         places[name].copy_(tensor)
 
 
+# ---- 4-bit weights
+
+
+@dataclass(frozen=True)
+class QuantizedSize:
+    """What quantisation came to.
+
+    Attributes:
+        parameters: Weights that were quantised.
+        bits_per_parameter: Of these, scales included.
+        bytes_before: Of the whole model.
+        bytes_after: Of the whole model.
+    """
+
+    parameters: int
+    bits_per_parameter: float
+    bytes_before: int
+    bytes_after: int
+
+
+def quantize_4bit(model: nn.Module, dtype: torch.dtype = torch.float32) -> QuantizedSize:
+    """Stores the linear layers of the blocks in 4 bits; embeddings, norms and head stay.
+
+    Each weight becomes one of the 16 values of NF4, quantiles of a normal distribution, times the
+    scale of its block of 64; the scales are 8-bit numbers themselves (double quantisation). A
+    model that is quantised stays as it is.
+
+    Args:
+        model: Holds the trained weights, which the 4-bit layers take over.
+        dtype: In which the layers compute.
+
+    Raises:
+        ValueError: bitsandbytes cannot be loaded.
+    """
+    bitsandbytes = _load_bitsandbytes()
+    for name, layer in list(model.named_modules()):
+        in_block = "blocks" in name.split(".")
+        if not in_block or not isinstance(layer, nn.Linear) or is_quantized(layer):
+            continue
+        quantized = bitsandbytes.nn.Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            compute_dtype=dtype,
+            quant_type="nf4",  # the default is another 4-bit type
+            device="meta",  # no random weights
+        )
+        quantized.weight = bitsandbytes.nn.Params4bit(
+            layer.weight.detach().clone().cpu(),
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=True,
+        )
+        quantized.bias = layer.bias
+        # Without gradients such CPUs would pack the weights anew, in a layout from which the
+        # gradients of later training come out wrong.
+        quantized.support_avx512bf16_for_cpu = False
+        quantized.to(layer.weight.device)  # quantises, also where it moves nothing
+        model.set_submodule(name, quantized.train(layer.training))
+    layers = [layer for layer in model.modules() if is_quantized(layer)]
+    for layer in layers:  # the tables of 16 and 256 values are the same for all: hold them once
+        state, first = layer.weight.quant_state, layers[0].weight.quant_state
+        state.code, state.state2.code = first.code, first.state2.code
+    return _quantized_size(model, layers)
+
+
+def _load_bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except Exception as error:  # a missing package, or a library of it that the system lacks
+        raise ValueError(
+            f"bitsandbytes cannot be loaded ({error}): `pip install bitsandbytes`, or train "
+            "without 4-bit weights: --no-quantize"
+        ) from None
+    return bitsandbytes
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether a layer holds 4-bit weights."""
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+
+
+def dequantize(layer: nn.Linear) -> nn.Linear:
+    """A linear layer in full precision with a 4-bit layer's weights; any other layer itself."""
+    if not is_quantized(layer):
+        return layer
+    functional = _load_bitsandbytes().functional
+    weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    plain.weight, plain.bias = nn.Parameter(weight.float(), requires_grad=False), layer.bias
+    return plain
+
+
+def _quantized_size(model: nn.Module, layers: list[nn.Linear]) -> QuantizedSize:
+    held: dict[int, Tensor] = {}
+    for layer in layers:
+        state = layer.weight.quant_state
+        parts = (layer.weight, state.absmax, state.code, state.state2.absmax, state.state2.code)
+        held |= {id(tensor): tensor for tensor in (*parts, state.offset)}
+    quantized = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    n = sum(layer.weight.quant_state.shape.numel() for layer in layers)
+    rest = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in held)
+    return QuantizedSize(n, 8 * quantized / n if n else 0.0, rest + 4 * n, rest + quantized)
+
+
+# ---- what is trained and saved
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Number of trainable parameters and of all."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """Number of trainable parameters and of all; a byte of 4-bit weights is two."""
+    sizes = [
+        (p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel(), p.requires_grad)
+        for p in model.parameters()
+    ]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
 

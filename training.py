@@ -755,6 +755,25 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+def add_run_flags(
+    parser: argparse.ArgumentParser, data_sets: Sequence[str], data_help: str, max_examples: int
+) -> None:
+    """Adds the flags that every fine-tuning has: its data, its base, its folder, resuming."""
+    add = parser.add_argument
+    add(
+        "--dataset",
+        choices=("auto", *data_sets),
+        default="auto",
+        help="auto: the first of the others that can be had",
+    )
+    add("--data", type=Path, help=f"a file of your own instead: {data_help}")
+    add("--max-examples", type=int, default=max_examples, help="most examples to use")
+    add("--data-dir", type=Path, help="folder of downloads; else $GPT_DATA_DIR, else data")
+    add("--base", type=Path, default=Path("models/model_weights.pth"), help="base model")
+    add("--out-dir", type=Path, default=Path("models"), help="where to write")
+    add("--resume", action="store_true", help="go on from an interrupted run with the same options")
+
+
 def add_config_flags(
     parser: argparse.ArgumentParser, config_class: type, defaults: dict[str, Any], skip: str = ""
 ) -> None:

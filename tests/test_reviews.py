@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 import data_loader
 from data_loader import Examples, Review, SourceError, load_reviews, read_reviews
 from data_utils import (
-    ReviewBatches,
     head_and_tail,
     pad,
     review_batches,
+    review_training_batches,
     split_examples,
     split_reviews,
 )
@@ -279,7 +279,7 @@ def test_padding_is_on_the_right():
 def test_an_epoch_goes_once_over_the_reviews_in_batches_of_like_length(tokenizer: BPETokenizer):
     rng = np.random.default_rng(0)
     rows = [Review(" ".join(["word"] * int(rng.integers(1, 30))) + f" {i}", 1) for i in range(64)]
-    batches = ReviewBatches(rows, tokenizer, 100, 8, seed=5)
+    batches = review_training_batches(rows, tokenizer, 100, 8, seed=5)
     assert batches.steps_per_epoch == 8
     seen, padded, total = [], 0, 0
     for step in range(8):
@@ -290,7 +290,7 @@ def test_an_epoch_goes_once_over_the_reviews_in_batches_of_like_length(tokenizer
         total += ids.numel()
     assert sorted(seen) == sorted(row.text for row in rows)
     assert padded < 0.25 * total
-    again = ReviewBatches(rows, tokenizer, 100, 8, seed=5)
+    again = review_training_batches(rows, tokenizer, 100, 8, seed=5)
     assert torch.equal(again(13)[0][0], batches(13)[0][0])
     halves = batches(2, parts=2)
     assert torch.equal(torch.cat([part[1] for part in halves]), batches(2)[0][1])
@@ -298,7 +298,7 @@ def test_an_epoch_goes_once_over_the_reviews_in_batches_of_like_length(tokenizer
 
 def test_split_tokens_spell_the_same_text(tokenizer: BPETokenizer):
     rows = [Review("the king and the queen", 1)]
-    batches = ReviewBatches(rows, tokenizer, 100, 4, seed=0, split_probability=0.5)
+    batches = review_training_batches(rows, tokenizer, 100, 4, seed=0, split_probability=0.5)
     spellings = set()
     for step in range(5):
         ids, lengths, _ = batches(step)[0]

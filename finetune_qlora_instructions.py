@@ -1,0 +1,329 @@
+"""Following instructions with QLoRA: a 4-bit base, low-rank adapters, loss on responses only.
+
+    python finetune_qlora_instructions.py                   # Dolly-15k, ten minutes on two cores
+    python finetune_qlora_instructions.py --dataset sample  # the small bundled instructions
+    python finetune_qlora_instructions.py --data FILE       # your own: JSONL
+    python finetune_qlora_instructions.py --no-quantize     # plain LoRA on the full-precision base
+    python finetune_qlora_instructions.py --full            # every weight, to compare
+
+Needs `models/model_weights.pth` and `models/tokenizer.json` (`python main.py`). Writes
+`models/qlora_instruction_weights.pth` (with `--no-quantize` `lora_...`, with `--full` `full_...`)
+and its log. Ctrl-C keeps a state that `--resume` goes on from.
+"""
+
+import argparse
+import copy
+import math
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_loader import INSTRUCTION_SETS, Instruction, find_data_dir, load_instructions, say
+from data_utils import (
+    EncodedInstruction,
+    Split,
+    encode_instructions,
+    instruction_batches,
+    instruction_training_batches,
+    split_examples,
+)
+from evaluate import answer, load_instruction_model, response_figures, share_that_stops
+from generation import load_language_model
+from lora import (
+    LoRAConfig,
+    apply_lora,
+    count_parameters,
+    lora_state_dict,
+    merge_lora,
+    quantize_4bit,
+)
+from model import GPTModel
+from tokenizer import BPETokenizer
+from training import (
+    FORMAT_VERSION,
+    HelpFormatter,
+    Runtime,
+    TrainConfig,
+    TrainResult,
+    add_config_flags,
+    add_run_flags,
+    chosen_fields,
+    command_line,
+    first_process_first,
+    half_precision,
+    mean_loss,
+    measured,
+    next_token_loss,
+    one_line_errors,
+    save_checkpoint,
+    start_runtime,
+    train,
+)
+
+DEFAULTS = {
+    "steps": 450,
+    "learning_rate": 0.004,
+    "muon_learning_rate": 0.01,
+    "r": 16,
+    "lora_alpha": 32.0,
+    "target_modules": ("qkv", "fc", "proj"),
+}
+SHOWN_ANSWERS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionConfig:
+    """How instructions are read.
+
+    Attributes:
+        batch_size: Examples a step, over all processes.
+        context_length: Most tokens of prompt and response together.
+        dropout: Share of embeddings and block outputs zeroed in training.
+        epochs: Most passes over the examples; `steps` may end the training sooner.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    batch_size: int = 16
+    context_length: int = 256
+    dropout: float = 0.05
+    epochs: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "context_length", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run's data, and where it starts from."""
+
+    method: str
+    config: InstructionConfig
+    train_config: TrainConfig
+    lora_config: LoRAConfig
+    name: str
+    rows: Split[Instruction]
+    encoded: Split[EncodedInstruction]
+    tokenizer: BPETokenizer
+    base: GPTModel
+    facts: dict[str, Any]
+    path: Path
+    runtime: Runtime
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Trains, saves, reloads and measures; returns the exit code (130 or 143 when interrupted)."""
+    args = _parse(argv)
+    with start_runtime() as runtime:
+        command = command_line("finetune_qlora_instructions.py", argv, runtime)
+        with first_process_first(runtime):
+            job = _prepare(args, runtime)
+        before = response_figures(job.base, job.tokenizer, job.encoded.test, runtime)
+        model = _prepare_model(job)
+        result = _train(model, job, args.resume)
+        if runtime.rank == 0 and not result.interrupted:
+            made = {"command": command, "dataset": job.name, **measured(runtime, result)}
+            _finish(model, result, before, made, job)
+    if result.interrupted:
+        say(f"interrupted; continue with: {command}{'' if args.resume else ' --resume'}")
+        return 128 + result.interrupted
+    return 0
+
+
+def _prepare(args: argparse.Namespace, runtime: Runtime) -> _Job:
+    """Reads everything, so that what is wrong with it is found before the training."""
+    options = {**DEFAULTS, **vars(args)}
+    config = InstructionConfig(**chosen_fields(InstructionConfig, options))
+    lora_config = LoRAConfig(**chosen_fields(LoRAConfig, options))
+    language_model, tokenizer, checkpoint = load_language_model(args.base)
+    base_config = language_model.config
+    if base_config.position == "learned" and config.context_length > base_config.context_length:
+        raise ValueError(
+            f"{args.base} has learned positions: --context-length must be at most "
+            f"{base_config.context_length}"
+        )
+    base = GPTModel(
+        replace(base_config, context_length=config.context_length, dropout=config.dropout)
+    )
+    base.load_state_dict(language_model.state_dict())
+    found = load_instructions(
+        args.dataset, args.data, find_data_dir(args.data_dir), args.max_examples
+    )
+    rows = split_examples(found)
+    encoded = Split(
+        *(
+            encode_instructions(part, tokenizer, config.context_length)
+            for part in vars(rows).values()
+        )
+    )
+    sizes = ", ".join(f"{len(part):,} {name}" for name, part in vars(encoded).items())
+    say(f"instructions: {found.name}, {sizes}; runtime: {runtime.describe()}")
+    steps_per_epoch = max(1, len(encoded.train) // config.batch_size)
+    steps = min(options["steps"], config.epochs * steps_per_epoch)
+    options |= {"steps": steps, "eval_every": options.get("eval_every", steps_per_epoch)}
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(args.out_dir / "tokenizer.json")
+    facts = {
+        "base_sha256": checkpoint["weights_sha256"],
+        "tokenizer_sha256": tokenizer.sha256,
+        "data_sha256": found.sha256,
+        "model_config": asdict(base.config),
+        "instruction_config": asdict(config),
+        "lora_config": None if args.method == "full" else asdict(lora_config),
+        "compute_dtype": str(runtime.dtype),
+    }
+    return _Job(
+        args.method,
+        config,
+        TrainConfig(**chosen_fields(TrainConfig, options)),
+        lora_config,
+        found.name,
+        rows,
+        encoded,
+        tokenizer,
+        base.to(runtime.device).eval(),
+        facts,
+        args.out_dir / f"{args.method}_instruction_weights.pth",
+        runtime,
+    )
+
+
+def _prepare_model(job: _Job) -> GPTModel:
+    """The base as it is to be trained: quantised, with adapters, or all of it."""
+    model = job.base
+    if job.method == "qlora":
+        size = quantize_4bit(model, job.runtime.dtype)
+        say(
+            f"base in 4 bits: {size.bits_per_parameter:.3f} bits for each of {size.parameters:,} "
+            f"parameters; the model has {size.bytes_after:,} bytes instead of {size.bytes_before:,}"
+        )
+    if job.method != "full":
+        torch.manual_seed(job.train_config.seed)
+        apply_lora(model, job.lora_config)
+    trained, total = count_parameters(model)
+    say(f"{job.method}: trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
+    return model
+
+
+def _train(model: GPTModel, job: _Job, resume: bool) -> TrainResult:
+    validation = instruction_batches(job.encoded.validation, job.tokenizer)
+
+    def validate() -> dict[str, float]:
+        return {"val_loss": mean_loss(model, validation, next_token_loss, job.runtime)}
+
+    return train(
+        model,
+        instruction_training_batches(
+            job.encoded.train, job.tokenizer, job.config.batch_size, job.train_config.seed
+        ),
+        next_token_loss,
+        job.train_config,
+        runtime=job.runtime,
+        validate=validate,
+        run_path=job.path.with_suffix(""),
+        facts=job.facts,
+        resume=resume,
+    )
+
+
+def _finish(
+    model: GPTModel, result: TrainResult, before: dict, made: dict[str, Any], job: _Job
+) -> None:
+    """Saves the best weights, checks the file, and measures it on the test part.
+
+    Raises:
+        OSError: What was saved does not give the same logits.
+    """
+    full = job.method == "full"
+    weights = half_precision(model.state_dict() if full else lora_state_dict(model))
+    model.load_state_dict(weights, strict=full)
+    figures = response_figures(model, job.tokenizer, job.encoded.test, job.runtime)
+    stops = share_that_stops(model, job.tokenizer, job.rows.test)
+    trained, total = count_parameters(model)
+    metrics = {
+        **result.best,
+        "base": before,
+        "test": {**figures, "stops": stops},
+        "trained_parameters": trained,
+        "parameters": total,
+    }
+    header = {"format": FORMAT_VERSION, "kind": f"{job.method}_instruction", "made": made}
+    save_checkpoint(job.path, {**header, **job.facts, "weights": weights, "metrics": metrics})
+    again = load_instruction_model(job.path, job.runtime)[0]
+    inputs = instruction_batches(job.encoded.test[:16], job.tokenizer)[0][0].to(job.runtime.device)
+    with torch.inference_mode(), job.runtime.autocast():
+        if not torch.equal(model(inputs), again(inputs)):
+            raise OSError(f"{job.path} does not give the logits that were saved: try again")
+    job.path.with_suffix(".resume.pth").unlink(missing_ok=True)
+    _report(model, figures, before, stops, result, made, job)
+
+
+def _report(
+    model: GPTModel,
+    figures: dict[str, float],
+    before: dict[str, float],
+    stops: float,
+    result: TrainResult,
+    made: dict[str, Any],
+    job: _Job,
+) -> None:
+    change = figures["response_bits_per_byte"] / before["response_bits_per_byte"] - 1
+    print(
+        f"| on {figures['n']:,} test responses | bits per byte | perplexity |\n|---|---|---|\n"
+        f"| base | {before['response_bits_per_byte']:.4f} | {before['response_perplexity']:.2f} |\n"
+        f"| {job.method} | {figures['response_bits_per_byte']:.4f} ({change:+.1%}) | "
+        f"{figures['response_perplexity']:.2f} |\n"
+        f"{stops:.0%} of answers stop by themselves\n"
+        f"best at step {result.best['step']} of {job.train_config.steps}; wrote {job.path}: "
+        f"{job.path.stat().st_size:,} bytes, {math.ceil(result.seconds)} s of training, "
+        f"{made['peak_memory_bytes'] / 2**30:.2f} GiB at most"
+    )
+    if job.method != "full":
+        merged = copy.deepcopy(model)
+        merge_lora(merged)
+        after = response_figures(merged, job.tokenizer, job.encoded.test, job.runtime)
+        change = after["response_bits_per_byte"] - figures["response_bits_per_byte"]
+        print(f"merged into full-precision weights: {change:+.6f} bits per byte")
+    for row in job.rows.test[:SHOWN_ANSWERS]:
+        ids = answer(model, job.tokenizer, row.instruction, row.context)
+        print(f"\n> {row.instruction}\n" + "".join(job.tokenizer.decode_stream(ids)))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Fine-tune the base to follow instructions, with QLoRA.",
+        formatter_class=HelpFormatter,
+    )
+    add_run_flags(parser, INSTRUCTION_SETS, "JSONL file of instructions", max_examples=4_000)
+    methods = parser.add_mutually_exclusive_group()
+    methods.add_argument(
+        "--no-quantize",
+        dest="method",
+        action="store_const",
+        const="lora",
+        default="qlora",
+        help="plain LoRA on the base in full precision",
+    )
+    methods.add_argument(
+        "--full",
+        dest="method",
+        action="store_const",
+        const="full",
+        default="qlora",
+        help="train every weight, without adapters",
+    )
+    for config_class in (InstructionConfig, LoRAConfig, TrainConfig):
+        defaults = {"eval_every": "a pass over the examples", **DEFAULTS}
+        add_config_flags(parser, config_class, defaults)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
