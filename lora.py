@@ -9,6 +9,7 @@ Shapes: r rank; A (r, in), B (out, r).
 """
 
 import json
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -208,6 +209,7 @@ def quantize_4bit(model: nn.Module, dtype: torch.dtype = torch.float32) -> Quant
 
 
 def _load_bitsandbytes() -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of faster kernels it could use
     try:
         import bitsandbytes
     except Exception as error:  # a missing package, or a library of it that the system lacks

@@ -307,6 +307,16 @@ def test_split_tokens_spell_the_same_text(tokenizer: BPETokenizer):
     assert len(spellings) > 1
 
 
+def test_hidden_tokens_are_a_share_and_keep_their_place(tokenizer: BPETokenizer):
+    rows = [Review("the king and the queen of the south " * 20, 1)]
+    whole = torch.tensor(tokenizer.encode(rows[0].text))
+    batches = review_training_batches(rows, tokenizer, 1000, 1, seed=0, hide_probability=0.25)
+    (ids, _, _), *_ = batches(0)
+    hidden = ids[0] == tokenizer.special_tokens["<|endoftext|>"]
+    assert torch.equal(ids[0][~hidden], whole[~hidden])
+    assert 0.15 < hidden.float().mean() < 0.35
+
+
 def test_measuring_batches_say_where_their_rows_were(tokenizer: BPETokenizer):
     rows = [Review("a long text of many words", 1), Review("short", 0), Review("not so long", 1)]
     batches, order = review_batches(rows, tokenizer, 100, batch_size=2)
