@@ -24,7 +24,14 @@ LORA = Method(
     name="lora_classifier_weights",
     kind="lora_classifier",
     script="finetune_lora_classifier.py",
-    defaults={"steps": 700, "epochs": 6, "learning_rate": 0.004},
+    defaults={
+        "steps": 700,
+        "epochs": 6,
+        "learning_rate": 0.004,
+        "muon_learning_rate": 0.012,
+        "dropout": 0.1,
+        "hide_probability": 0.0,
+    },
     prepare=lambda model: {},
     weights=lora_state_dict,
 )
