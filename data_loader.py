@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import requests
 import urllib3
@@ -330,6 +330,11 @@ class Examples(Generic[Example]):
     def sha256(self) -> str:
         """SHA-256 of the rows."""
         return hashlib.sha256(json.dumps([astuple(row) for row in self.rows]).encode()).hexdigest()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint records of the data it was made with."""
+        return {"dataset": self.name, "rows": len(self.rows), "data_sha256": self.sha256}
 
 
 def load_reviews(

@@ -54,12 +54,14 @@ from lora import LoRAConfig, apply_lora, load_lora_state_dict, quantize_4bit
 from model import GPTClassificationModel, GPTConfig, GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (
+    FORMAT_VERSION,
     HelpFormatter,
     Runtime,
     load_checkpoint,
     mean_loss,
     next_token_loss,
     one_line_errors,
+    save_checkpoint,
     start_runtime,
 )
 
@@ -113,6 +115,7 @@ def measure_file(checkpoint: Path, parts: list[ByteRange], runtime: Runtime) -> 
 
 
 CLASSES = ("negative", "positive")
+LINEAR_BASELINE = "linear_baseline.pth"
 REVIEW_MODEL = "review_model_weights.pth"  # language model that the classifiers start from
 
 
@@ -163,15 +166,47 @@ def linear_baseline(train: list[Review]) -> Pipeline:
     return model.fit([r.text for r in train], [r.label for r in train])
 
 
-def baseline_figures(train: list[Review], test: list[Review]) -> dict[str, dict[str, Any]]:
+def baseline_figures(
+    linear: Pipeline, train: list[Review], test: list[Review]
+) -> dict[str, dict[str, Any]]:
     """Figures on the test part of the linear baseline and of guessing the larger class."""
     labels = np.array([r.label for r in test])
-    linear = linear_baseline(train).predict([r.text for r in test])
+    found = linear.predict([r.text for r in test])
     larger = np.full(len(test), 2 * sum(r.label for r in train) > len(train), dtype=int)
     return {
-        "TF-IDF + logistic regression": classification_figures(linear, labels),
+        "TF-IDF + logistic regression": classification_figures(found, labels),
         "majority class": classification_figures(larger, labels),
     }
+
+
+def save_linear_baseline(linear: Pipeline, path: Path, facts: dict[str, Any]) -> None:
+    """Writes a fitted baseline as plain tensors and words, which run no code when read."""
+    features, model = linear[0], linear[-1]
+    words = sorted(features.vocabulary_, key=features.vocabulary_.get)
+    arrays = {"idf": features.idf_, "coef": model.coef_, "intercept": model.intercept_}
+    weights = {name: torch.tensor(a, dtype=torch.float32) for name, a in arrays.items()}
+    header = {"format": FORMAT_VERSION, "kind": "linear", "words": "\n".join(words)}
+    save_checkpoint(path, {**header, **facts, "weights": weights})
+
+
+def load_linear_baseline(path: Path) -> tuple[Pipeline, dict[str, Any]]:
+    """A baseline that `save_linear_baseline` wrote, and the checkpoint's facts.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged or of another kind.
+    """
+    checkpoint = load_checkpoint(path, "linear", FINETUNE_HINT)
+    weights = {name: tensor.double().numpy() for name, tensor in checkpoint["weights"].items()}
+    words = checkpoint["words"].split("\n")
+    if not len(words) == weights["idf"].size == weights["coef"].size:
+        raise ValueError(f"{path} is damaged: make it again with `{FINETUNE_HINT}`")
+    features = TfidfVectorizer(ngram_range=(1, 2), vocabulary=words)
+    features.idf_ = weights["idf"]
+    model = LogisticRegression()
+    model.coef_, model.intercept_ = weights["coef"], weights["intercept"]
+    model.classes_ = np.arange(len(CLASSES))
+    return make_pipeline(features, model), checkpoint
 
 
 def sentiment_table(figures: dict[str, dict[str, Any]]) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_loader import REVIEW_SETS, find_data_dir, load_reviews, say
+from data_loader import REVIEW_SETS, Review, find_data_dir, load_reviews, say
 from data_utils import (
     Split,
     TokenBatches,
@@ -35,12 +35,15 @@ from data_utils import (
 )
 from evaluate import (
     CLASSES,
+    LINEAR_BASELINE,
     REVIEW_MODEL,
     baseline_figures,
     class_probabilities,
     classification_figures,
+    linear_baseline,
     load_classifier,
     perplexity,
+    save_linear_baseline,
     sentiment_table,
 )
 from generation import load_language_model
@@ -146,9 +149,8 @@ class _Job:
 
     config: ReviewConfig
     train_config: TrainConfig
-    name: str
-    data_sha256: str
-    split: Split
+    data: dict[str, Any]  # name, number of rows and hash of the reviews
+    split: Split[Review]
     tokenizer: BPETokenizer
     base: GPTModel
     base_sha256: str
@@ -184,7 +186,7 @@ def run(method: Method, args: argparse.Namespace, argv: list[str] | None) -> int
             result = _train_classifier(model, facts, job, args.resume)
         stopped = (result or language).interrupted
         if runtime.rank == 0 and not stopped:
-            made = {"command": command, "dataset": job.name, **measured(runtime, result)}
+            made = {"command": command, **measured(runtime, result)}
             _finish(method, model, result, {**facts, "made": made}, job)
     if stopped:
         say(f"interrupted; continue with: {command}{'' if args.resume else ' --resume'}")
@@ -223,8 +225,7 @@ def _prepare(method: Method, args: argparse.Namespace, runtime: Runtime) -> _Job
     return _Job(
         config,
         TrainConfig(**chosen_fields(TrainConfig, options)),
-        reviews.name,
-        reviews.sha256,
+        reviews.facts,
         split,
         tokenizer,
         base,
@@ -241,7 +242,7 @@ def _language_facts(job: _Job) -> dict[str, Any]:
     return {
         "base_sha256": job.base_sha256,
         "tokenizer_sha256": job.tokenizer.sha256,
-        "data_sha256": job.data_sha256,
+        **job.data,
         "language_steps": job.config.language_steps,
         "seed": job.train_config.seed,
     }
@@ -302,7 +303,7 @@ def _train_language_model(job: _Job, resume: bool, command: str) -> TrainResult:
         weights = half_precision(model.state_dict())
         model.load_state_dict(weights)
         if runtime.rank == 0:
-            made = {"command": command, "dataset": job.name, **measured(runtime, result)}
+            made = {"command": command, **measured(runtime, result)}
             header = {
                 "format": FORMAT_VERSION,
                 "kind": "base",
@@ -331,7 +332,7 @@ def _new_classifier(
     facts = {
         "base_sha256": base_sha256,
         "tokenizer_sha256": job.tokenizer.sha256,
-        "data_sha256": job.data_sha256,
+        **job.data,
         "model_config": asdict(config),
         "review_config": asdict(job.config),
         **method.prepare(model),
@@ -408,8 +409,11 @@ def _finish(
     for path in (job.path, job.language_path):
         path.with_suffix(".resume.pth").unlink(missing_ok=True)
     rows = [*job.split.train, *job.split.validation]
+    linear = linear_baseline(rows)
+    baselines = baseline_figures(linear, rows, job.split.test)
+    save_linear_baseline(linear, job.path.with_name(LINEAR_BASELINE), job.data)
     print(
-        sentiment_table({job.path.name: figures, **baseline_figures(rows, job.split.test)}),
+        sentiment_table({job.path.name: figures, **baselines}),
         f"best at step {result.best['step']} of {job.train_config.steps}; wrote {job.path}: "
         f"{job.path.stat().st_size:,} bytes, {math.ceil(result.seconds)} s of training, "
         f"{peak_memory_bytes(job.runtime.device) / 2**30:.2f} GiB at most",

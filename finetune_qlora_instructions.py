@@ -107,7 +107,6 @@ class _Job:
     config: InstructionConfig
     train_config: TrainConfig
     lora_config: LoRAConfig
-    name: str
     rows: Split[Instruction]
     encoded: Split[EncodedInstruction]
     tokenizer: BPETokenizer
@@ -129,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         model = _prepare_model(job)
         result = _train(model, job, args.resume)
         if runtime.rank == 0 and not result.interrupted:
-            made = {"command": command, "dataset": job.name, **measured(runtime, result)}
+            made = {"command": command, **measured(runtime, result)}
             _finish(model, result, before, made, job)
     if result.interrupted:
         say(f"interrupted; continue with: {command}{'' if args.resume else ' --resume'}")
@@ -173,7 +172,7 @@ def _prepare(args: argparse.Namespace, runtime: Runtime) -> _Job:
     facts = {
         "base_sha256": checkpoint["weights_sha256"],
         "tokenizer_sha256": tokenizer.sha256,
-        "data_sha256": found.sha256,
+        **found.facts,
         "model_config": asdict(base.config),
         "instruction_config": asdict(config),
         "lora_config": None if args.method == "full" else asdict(lora_config),
@@ -184,7 +183,6 @@ def _prepare(args: argparse.Namespace, runtime: Runtime) -> _Job:
         config,
         TrainConfig(**chosen_fields(TrainConfig, options)),
         lora_config,
-        found.name,
         rows,
         encoded,
         tokenizer,

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -114,11 +113,23 @@ def test_predictions_do_not_depend_on_the_company(tokenizer: BPETokenizer, runti
 
 def test_the_linear_baseline_learns_what_a_word_decides(reviews: Path):
     rows = evaluate.read_reviews(reviews)
-    found = evaluate.baseline_figures(rows[:40], rows[40:])
+    linear = evaluate.linear_baseline(rows[:40])
+    found = evaluate.baseline_figures(linear, rows[:40], rows[40:])
     assert found["TF-IDF + logistic regression"]["accuracy"] == 1.0
     assert found["majority class"]["accuracy"] == 0.5
     table = evaluate.sentiment_table(found)
     assert "| majority class | 50.0% | 29.9% to 70.1% | 0.333 | 10 | 0 | 10 | 0 |" in table
+
+
+def test_the_linear_baseline_reloads_to_the_same_probabilities(reviews: Path, tmp_path: Path):
+    rows = evaluate.read_reviews(reviews)
+    linear, texts = evaluate.linear_baseline(rows[:40]), [row.text for row in rows[40:]]
+    path = tmp_path / "linear.pth"
+    evaluate.save_linear_baseline(linear, path, {"dataset": "mine"})
+    again, facts = evaluate.load_linear_baseline(path)
+    assert facts["dataset"] == "mine"
+    np.testing.assert_allclose(again.predict_proba(texts), linear.predict_proba(texts), atol=1e-6)
+    assert again.predict(texts).tolist() == linear.predict(texts).tolist()
 
 
 # ---- scripts
@@ -237,10 +248,7 @@ def test_mistakes_are_one_line(
 def interrupt(name: str, options: list[str], state: Path, sent: int, wait: float = 0) -> int:
     """Runs a script in a process of its own and sends it a signal once `state` exists."""
     script = f"{SCRIPTS[name].__name__}.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, script, *options], cwd=ROOT, stderr=subprocess.PIPE, env=environment
-    )
+    process = subprocess.Popen([sys.executable, script, *options], cwd=ROOT, stderr=subprocess.PIPE)
     while not state.exists() and process.poll() is None:
         time.sleep(0.01)
     time.sleep(wait)
