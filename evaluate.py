@@ -11,11 +11,12 @@ guess.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,17 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from tqdm import tqdm
 
 from data_loader import (
+    INSTRUCTION_SETS,
+    REVIEW_SETS,
     WIZARD_OF_OZ,
     ByteRange,
     Instruction,
     Review,
-    SourceError,
     fetch,
     find_data_dir,
     load_corpus,
+    load_instructions,
+    load_reviews,
     read_instructions,
     read_reviews,
     read_text,
@@ -48,9 +52,17 @@ from data_utils import (
     instruction_batches,
     review_batches,
     scoring_windows,
+    split_examples,
+    split_reviews,
 )
 from generation import continue_prompt, load_language_model, load_tokenizer
-from lora import LoRAConfig, apply_lora, load_lora_state_dict, quantize_4bit
+from lora import (
+    LoRAConfig,
+    apply_lora,
+    count_parameters,
+    load_lora_state_dict,
+    quantize_4bit,
+)
 from model import GPTClassificationModel, GPTConfig, GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (
@@ -67,6 +79,11 @@ from training import (
 
 FINETUNE_HINT = "python finetune_classifier.py"
 INSTRUCTION_HINT = "python finetune_qlora_instructions.py"
+COMMANDS = {  # what makes each file
+    "lora_classifier_weights.pth": "python finetune_lora_classifier.py",
+    "lora_instruction_weights.pth": f"{INSTRUCTION_HINT} --no-quantize",
+    "full_instruction_weights.pth": f"{INSTRUCTION_HINT} --full",
+}
 INSTRUCTION_KINDS = ("base", "qlora_instruction", "lora_instruction", "full_instruction")
 
 
@@ -115,6 +132,7 @@ def measure_file(checkpoint: Path, parts: list[ByteRange], runtime: Runtime) -> 
 
 
 CLASSES = ("negative", "positive")
+BASELINES = ("TF-IDF + logistic regression", "majority class")
 LINEAR_BASELINE = "linear_baseline.pth"
 REVIEW_MODEL = "review_model_weights.pth"  # language model that the classifiers start from
 
@@ -174,8 +192,8 @@ def baseline_figures(
     found = linear.predict([r.text for r in test])
     larger = np.full(len(test), 2 * sum(r.label for r in train) > len(train), dtype=int)
     return {
-        "TF-IDF + logistic regression": classification_figures(found, labels),
-        "majority class": classification_figures(larger, labels),
+        name: classification_figures(predicted, labels)
+        for name, predicted in zip(BASELINES, (found, larger))
     }
 
 
@@ -234,7 +252,8 @@ def load_classifier(path: Path) -> tuple[GPTClassificationModel, BPETokenizer, d
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged or of another kind, or made from another base or tokenizer.
     """
-    checkpoint = load_checkpoint(path, ("classifier", "lora_classifier"), FINETUNE_HINT)
+    hint = COMMANDS.get(path.name, FINETUNE_HINT)
+    checkpoint = load_checkpoint(path, ("classifier", "lora_classifier"), hint)
     tokenizer = load_tokenizer(path, checkpoint)
     try:
         model = GPTClassificationModel(GPTModel(GPTConfig(**checkpoint["model_config"])), 2)
@@ -333,7 +352,8 @@ def load_instruction_model(
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged or of another kind, or made from another base or tokenizer.
     """
-    checkpoint = load_checkpoint(path, INSTRUCTION_KINDS[1:], INSTRUCTION_HINT)
+    hint = COMMANDS.get(path.name, INSTRUCTION_HINT)
+    checkpoint = load_checkpoint(path, INSTRUCTION_KINDS[1:], hint)
     tokenizer = load_tokenizer(path, checkpoint)
     try:
         model = GPTModel(GPTConfig(**checkpoint["model_config"]))
@@ -345,7 +365,7 @@ def load_instruction_model(
         if base["weights_sha256"] != checkpoint["base_sha256"]:
             raise ValueError(
                 f"{path} was trained on another base than {base_path}: put the right one back, or "
-                f"train again with `{INSTRUCTION_HINT}`"
+                f"train again with `{hint}`"
             )
         model.load_state_dict(base["weights"])
         model.to(runtime.device)
@@ -379,42 +399,169 @@ def _whole(path: Path) -> list[ByteRange]:
     return [ByteRange(path, 0, path.stat().st_size)]
 
 
-def comparison_table(models: Path, data_dir: Path, runtime: Runtime) -> str:
-    """The table of all checkpoints in a folder, as Markdown; what is missing names its command."""
-    rows = [
-        "| model | measured on | bits per byte | nats per byte | perplexity |",
-        "|" + "---|" * 5,
-    ]
-    checkpoint = models / "model_weights.pth"
-    if not checkpoint.is_file():
-        return "\n".join([*rows, f"| base | {checkpoint} missing: run `python main.py` | | | |"])
-    for place, parts in _language_texts(data_dir).items():
-        if isinstance(parts, str):
-            rows.append(f"| base | {place}: {parts} | | | |")
-            continue
-        m = measure_file(checkpoint, parts, runtime)
-        rows.append(
-            f"| base | {place} ({m['bytes']:,} bytes) | {m['bits_per_byte']:.4f} | "
-            f"{m['nats_per_byte']:.4f} | {m['perplexity']:.2f} |"
-        )
-    return "\n".join(rows)
+# ---- the comparison of everything
 
 
-def _language_texts(data_dir: Path) -> dict[str, list[ByteRange] | str]:
-    """In-domain and out-of-domain text, or why it cannot be had."""
-    texts: dict[str, list[ByteRange] | str] = {}
+def report(models: Path, data_dir: Path, runtime: Runtime) -> dict[str, list[dict[str, Any]]]:
+    """Measures every checkpoint in a folder on its held-out data.
+
+    Returns:
+        Rows for "language", "sentiment" and "instructions". Each has "model" and "measured_on",
+        and either figures or "problem": what is missing, and the command that mends it.
+    """
+    return {
+        "language": _language_rows(models, data_dir, runtime),
+        "sentiment": _sentiment_rows(models, data_dir, runtime),
+        "instructions": _instruction_rows(models, data_dir, runtime),
+    }
+
+
+def _row(model: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return {"model": model, **measure()}
+    except (ValueError, OSError) as error:
+        return {"model": model, "problem": str(error)}
+
+
+def _costs(path: Path, checkpoint: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+    """What it took to make a checkpoint."""
+    return {
+        "trained_parameters": sum(t.numel() for t in checkpoint["weights"].values()),
+        "parameters": count_parameters(model)[1],
+        "file_bytes": path.stat().st_size,
+        "seconds": checkpoint["made"]["seconds"],
+        "peak_memory_bytes": checkpoint["made"]["peak_memory_bytes"],
+    }
+
+
+def _language_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict[str, Any]]:
+    """The base, in and out of domain."""
+    path = models / "model_weights.pth"
     sources = {
         "TinyShakespeare, validation part": lambda: load_corpus(
             "tinyshakespeare", None, data_dir
         ).split()[1],
         "The Wizard of Oz": lambda: _whole(fetch(WIZARD_OF_OZ, data_dir)),
     }
-    for name, find in sources.items():
-        try:
-            texts[name] = find()
-        except SourceError as error:
-            texts[name] = str(error)
-    return texts
+
+    def measure(place: str) -> dict[str, Any]:
+        model, _, checkpoint = load_language_model(path)
+        figures = measure_file(path, sources[place](), runtime)
+        return {"measured_on": place, **figures, **_costs(path, checkpoint, model)}
+
+    return [_row("base", functools.partial(measure, place)) for place in sources]
+
+
+def _held_out(checkpoint: dict[str, Any], load: Callable, split: Callable, data_dir: Path) -> list:
+    """The test part that a checkpoint was not trained on."""
+    name = checkpoint["dataset"]
+    sets = (*REVIEW_SETS, *INSTRUCTION_SETS)
+    if name in sets:
+        examples = load(name, None, data_dir, checkpoint["rows"])
+        if examples.sha256 == checkpoint["data_sha256"]:
+            return split(examples).test
+    raise ValueError(f"the data set {name} that it was trained on is not at hand")
+
+
+def _sentiment_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict[str, Any]]:
+    """Both classifiers and the baselines, on the same texts."""
+
+    def measure(path: Path) -> dict[str, Any]:
+        model, tokenizer, checkpoint = load_classifier(path)
+        test = _held_out(checkpoint, load_reviews, split_reviews, data_dir)
+        texts, labels = [r.text for r in test], np.array([r.label for r in test])
+        found = class_probabilities(model.to(runtime.device), tokenizer, texts, runtime)
+        figures = classification_figures(found.argmax(1), labels)
+        return {"measured_on": checkpoint["dataset"], **figures, **_costs(path, checkpoint, model)}
+
+    def measure_baseline(name: str) -> dict[str, Any]:
+        linear, checkpoint = load_linear_baseline(models / LINEAR_BASELINE)
+        examples = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
+        test = _held_out(checkpoint, load_reviews, split_reviews, data_dir)
+        train = [row for row in examples.rows if row not in set(test)]
+        figures = baseline_figures(linear, train, test)[name]
+        return {"measured_on": checkpoint["dataset"], **figures}
+
+    return [
+        _row("full fine-tuning", lambda: measure(models / "finetuned_classifier_weights.pth")),
+        _row("LoRA", lambda: measure(models / "lora_classifier_weights.pth")),
+        *(_row(name, functools.partial(measure_baseline, name)) for name in BASELINES),
+    ]
+
+
+def _instruction_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict[str, Any]]:
+    """The untouched base, and what the three ways of fine-tuning made of it."""
+
+    def measure(path: Path) -> dict[str, Any]:
+        model, tokenizer, checkpoint = load_instruction_model(path, runtime)
+        test = _held_out(checkpoint, load_instructions, split_examples, data_dir)
+        encoded = encode_instructions(test, tokenizer, model.config.context_length)
+        figures = response_figures(model, tokenizer, encoded, runtime)
+        figures |= {"stops": share_that_stops(model, tokenizer, test)}
+        return {"measured_on": checkpoint["dataset"], **figures, **_costs(path, checkpoint, model)}
+
+    def measure_base(path: Path) -> dict[str, Any]:
+        checkpoint = load_checkpoint(path, INSTRUCTION_KINDS[1:], INSTRUCTION_HINT)
+        return {"measured_on": checkpoint["dataset"], **checkpoint["metrics"]["base"]}
+
+    paths = {name: models / f"{name}_instruction_weights.pth" for name in ("full", "lora", "qlora")}
+    names = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA, 4-bit base"}
+    return [
+        _row("base, untouched", lambda: measure_base(paths["qlora"])),
+        *(_row(names[name], functools.partial(measure, path)) for name, path in paths.items()),
+    ]
+
+
+COLUMNS = {
+    "language": {
+        "measured on": "{measured_on}",
+        "bits per byte": "{bits_per_byte:.4f}",
+        "nats per byte": "{nats_per_byte:.4f}",
+        "perplexity": "{perplexity:.2f}",
+    },
+    "sentiment": {
+        "accuracy": "{accuracy:.1%}",
+        "95 % interval": "{ci95[0]:.1%} to {ci95[1]:.1%}",
+        "macro F1": "{macro_f1:.3f}",
+    },
+    "instructions": {
+        "bits per byte of response": "{response_bits_per_byte:.4f}",
+        "perplexity": "{response_perplexity:.2f}",
+        "answers that stop": "{stops:.0%}",
+    },
+}
+COST_COLUMNS = {
+    "trained parameters": "{trained_parameters:,}",
+    "of": "{parameters:,}",
+    "file": "{file_kb:,.0f} kB",
+    "training": "{seconds:,.0f} s",
+    "peak memory": "{peak_gib:.2f} GiB",
+}
+
+
+def report_tables(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """The rows of `report` as Markdown tables."""
+    return "\n\n".join(_table(task, rows[task]) for task in COLUMNS)
+
+
+def _table(task: str, rows: list[dict[str, Any]]) -> str:
+    columns = {**COLUMNS[task], **COST_COLUMNS}
+    lines = ["| " + " | ".join(["model", *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
+    for row in rows:
+        if "problem" in row:
+            cells = [row["problem"], *[""] * (len(columns) - 1)]
+        else:
+            cells = [_cell(form, row) for form in columns.values()]
+        lines.append("| " + " | ".join([row["model"], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(form: str, row: dict[str, Any]) -> str:
+    row = {**row, "file_kb": row.get("file_bytes", 0) / 1e3}
+    row["peak_gib"] = row.get("peak_memory_bytes", 0) / 2**30
+    name = form.strip("{").split("}")[0].split(":")[0].split("[")[0]
+    source = {"file_kb": "file_bytes", "peak_gib": "peak_memory_bytes"}.get(name, name)
+    return form.format(**row) if source in row else ""
 
 
 def measure_reviews(checkpoint: Path, data: Path, runtime: Runtime) -> dict[str, Any]:
@@ -435,7 +582,10 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     with start_runtime() as runtime:
         if args.task is None:
-            print(comparison_table(args.models, find_data_dir(args.data_dir), runtime))
+            rows = report(args.models, find_data_dir(args.data_dir), runtime)
+            if args.models.is_dir():
+                (args.models / "report.json").write_text(json.dumps(rows, indent=1) + "\n")
+            print(report_tables(rows))
         elif args.task == "perplexity":
             _show(measure_file(args.checkpoint, _whole(args.data), runtime), args.json)
         elif args.task == "sentiment":

@@ -244,6 +244,21 @@ class BPETokenizer:
                 heapq.heappush(heap, (left, h))
         return [symbol for symbol in symbols if symbol >= 0]
 
+    def merge_steps(self, text: str) -> Iterator[tuple[int | None, list[int]]]:
+        """How the first pre-token of a text is encoded, in slow motion.
+
+        Yields:
+            The rank of each merge (None at first) and the token ids after it.
+        """
+        symbols = [
+            self._byte_ids[byte] for word in _PRE_TOKEN.findall(text)[:1] for byte in word.encode()
+        ]
+        yield None, symbols
+        while ranks := [self._ranks[p] for p in zip(symbols, symbols[1:]) if p in self._ranks]:
+            left, right, merged = self.merges[min(ranks)]
+            symbols = _replace_pair(symbols, (left, right), merged)
+            yield min(ranks), symbols
+
     # ---- files
 
     def save(self, path: Path) -> None:
@@ -269,6 +284,10 @@ class BPETokenizer:
             merges = [m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"]]
             special = {t["content"]: t["id"] for t in data["added_tokens"]}
             return cls._from_strings(data["model"]["vocab"], merges, special)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"no tokenizer at {path}: make it with `python main.py`"
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a byte-level BPE tokenizer.json: {error}") from None
 

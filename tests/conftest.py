@@ -17,6 +17,12 @@ from model import GPTConfig, GPTModel
 from tokenizer import BPETokenizer
 from training import FORMAT_VERSION, Runtime, save_checkpoint
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the browser tests put their pictures."""
+    parser.addoption("--screenshots", help="folder for the screenshots of the browser tests")
+
+
 PLAY = (SAMPLES / "play.txt").read_text(encoding="utf-8")
 
 

@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "finetune_qlora_instructions": {
         *(*LOW, "lora", "training", "data_utils", "generation", "evaluate"),
     },
+    "app": {*LOW, "lora", "training", "data_utils", "generation", "evaluate"},
 }
 
 

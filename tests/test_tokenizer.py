@@ -257,3 +257,12 @@ def test_cut_off_files_are_refused(tokenizer: BPETokenizer, tmp_path: Path, shar
     path.write_text(text[: int(share * len(text))], encoding="utf-8")
     with pytest.raises(ValueError, match=r"cut\.json"):
         BPETokenizer.load(path)
+
+
+@pytest.mark.parametrize("text", [" summer", "king", "the", "a b", "", "caf\u00e9"])
+def test_merges_in_slow_motion_end_where_encoding_does(tokenizer: BPETokenizer, text: str):
+    steps = list(tokenizer.merge_steps(text))
+    assert steps[0][0] is None and b"".join(map(tokenizer._token, steps[0][1])) in text.encode()
+    first = tokenizer.encode(text[:1] if text == "a b" else text)
+    assert steps[-1][1] == first
+    assert all(len(a[1]) > len(b[1]) for a, b in zip(steps, steps[1:]))

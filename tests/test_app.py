@@ -1,0 +1,243 @@
+"""The dashboard's pages, without a browser: right answers, messages for what is missing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import randomised, tiny_config
+from streamlit.testing.v1 import AppTest
+from test_instructions import TINY as TINY_INSTRUCTIONS
+from test_sentiment import TINY as TINY_SENTIMENT
+
+import app
+import evaluate
+import finetune_classifier
+import finetune_lora_classifier
+import finetune_qlora_instructions
+from evaluate import class_probabilities, load_classifier
+from generation import continue_prompt, load_language_model
+from model import GPTModel
+from tokenizer import BPETokenizer
+from training import FORMAT_VERSION, load_checkpoint, save_checkpoint
+
+PAGES = ["generate", "sentiment", "instructions", "tokenizer", "training"]
+
+
+@pytest.fixture(scope="session")
+def all_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: BPETokenizer) -> Path:
+    """Folder with a tiny model of each kind, made by the scripts."""
+    folder = tmp_path_factory.mktemp("models")
+    config = tiny_config(tokenizer.vocab_size, n_embd=64, context_length=64)
+    checkpoint = {
+        "format": FORMAT_VERSION,
+        "kind": "base",
+        "model_config": vars(config),
+        "weights": randomised(GPTModel(config)).state_dict(),
+        "tokenizer_sha256": tokenizer.sha256,
+        "made": {"seconds": 1.0, "peak_memory_bytes": 1},
+    }
+    save_checkpoint(folder / "model_weights.pth", checkpoint)
+    tokenizer.save(folder / "tokenizer.json")
+    paths = ["--base", str(folder / "model_weights.pth"), "--out-dir", str(folder)]
+    common = [*paths, "--dataset", "sample", "--max-examples", "80"]
+    for script in (finetune_classifier, finetune_lora_classifier):
+        assert script.main([*common, *TINY_SENTIMENT.split()]) == 0
+    assert finetune_qlora_instructions.main([*common, *TINY_INSTRUCTIONS]) == 0
+    return folder
+
+
+@pytest.fixture
+def models(all_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the folder, which the app reads."""
+    folder = tmp_path / "models"
+    shutil.copytree(all_models, folder)
+    monkeypatch.setattr(app, "MODELS", folder)
+    return folder
+
+
+def page(name: str) -> AppTest:
+    """A page, run once."""
+    return AppTest.from_string(f"import app\napp.{name}_page()", default_timeout=60).run()
+
+
+def assert_quiet(at: AppTest) -> None:
+    assert not at.exception and not at.error, [e.value for e in (*at.exception, *at.error)]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_opens_with_a_title_and_a_sentence(name: str, models: Path):
+    at = page(name)
+    assert_quiet(at)
+    assert len(at.title) == 1 and at.markdown[0].value.endswith(".")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_an_empty_folder_gives_commands_and_no_traceback(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(app, "MODELS", tmp_path)
+    at = page(name)
+    assert not at.exception
+    messages = [m.value for m in (*at.error, *at.info)]
+    assert messages and all("python " in message for message in messages)
+
+
+def test_generated_text_is_that_of_the_command_line(models: Path):
+    at = page("generate")
+    at.text_area[0].set_value("ROMEO:\nO").run()
+    at.slider[0].set_value(1.0)
+    at.slider[1].set_value(30)
+    at.button[0].click().run()
+    assert_quiet(at)
+    model, tokenizer, _ = load_language_model(models / "model_weights.pth")
+    ids = continue_prompt(model, tokenizer, "ROMEO:\nO", 30, temperature=1.0)
+    expected = "ROMEO:\nO" + "".join(tokenizer.decode_stream(ids))
+    assert at.code[0].value == expected
+    assert "tokens per second" in at.caption[0].value
+    at.button[1].click().run()  # Stop: what was shown stays
+    assert at.code[0].value == expected
+
+
+def test_an_empty_prompt_is_no_error(models: Path):
+    at = page("generate")
+    at.text_area[0].set_value("").run()
+    at.button[0].click().run()
+    assert_quiet(at)
+
+
+def test_probabilities_are_those_of_the_classifiers(models: Path):
+    at = page("sentiment")
+    at.text_area[0].set_value("I love it").run()
+    assert_quiet(at)
+    assert [m.label for m in at.metric] == list(app.CLASSIFIERS)
+    for metric, name in zip(at.metric[:2], ("finetuned_classifier", "lora_classifier")):
+        model, tokenizer, _ = load_classifier(models / f"{name}_weights.pth")
+        (found,) = class_probabilities(model, tokenizer, ["I love it"], app.CPU)
+        assert metric.value == evaluate.CLASSES[int(found[1] >= 0.5)]
+        assert metric.delta == f"{found.max():.0%} sure"
+
+
+def test_a_refused_adapter_is_a_message_beside_the_others(models: Path):
+    path = models / "review_model_weights.pth"
+    checkpoint = load_checkpoint(path, "base")
+    weights = {n: w + 1 if n == "head.weight" else w for n, w in checkpoint["weights"].items()}
+    save_checkpoint(path, {**checkpoint, "weights": weights})
+    at = page("sentiment")
+    assert not at.exception and len(at.metric) == 2
+    assert "python finetune_lora_classifier.py" in at.error[0].value
+
+
+@pytest.mark.parametrize("name", ["model_weights.pth", "tokenizer.json"])
+@pytest.mark.parametrize("shown", PAGES)
+def test_damaged_files_are_messages(name: str, shown: str, models: Path):
+    path = models / name
+    path.write_bytes(path.read_bytes()[:200])
+    assert not page(shown).exception
+
+
+def test_files_of_reviews():
+    csv = app.read_table("a.csv", b'\xef\xbb\xbftitle,content\nGood,"a, b"\n,only\n')
+    assert app.review_texts(csv) == ["Good\na, b", "only"]
+    lines = app.read_table("a.jsonl", b'{"text": "x\\u2028y", "n": 1}\n\n{"text": "z", "n": 2}')
+    assert app.review_texts(lines) == ["x\u2028y", "z"]
+    for name, content, message in (
+        ("a.csv", b"", "cannot be read"),
+        ("a.csv", b"\xff\xfe", "cannot be read"),
+        ("a.jsonl", b"{", "cannot be read"),
+        ("a.csv", b"text\n", "has 0 rows"),
+        ("a.csv", b"text\n" + b"x\n" * (app.MAX_ROWS + 1), "10,001 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            app.read_table(name, content)
+    with pytest.raises(ValueError, match="needs a column text"):
+        app.review_texts(pd.DataFrame({"review": ["x"]}))
+    with pytest.raises(ValueError, match="1 rows have no text, the first is row 2"):
+        app.review_texts(pd.DataFrame({"text": ["x", " "]}))
+
+
+def test_both_models_answer(models: Path):
+    at = page("instructions")
+    at.button[0].click().run()
+    assert_quiet(at)
+    answers = [code.value for code in at.code]
+    assert len(answers) == 3 and answers[2].startswith("### Instruction\n")
+    assert len(at.caption) == 2
+
+
+def test_a_word_is_built_by_its_merges(models: Path):
+    at = page("tokenizer")
+    at.text_input[0].set_value(" king").run()
+    assert_quiet(at)
+    tokenizer = BPETokenizer.load(models / "tokenizer.json")
+    frame = at.dataframe[0].value
+    assert frame["parts"].iloc[0] == "\u00b7  k  i  n  g"
+    expected = "  ".join(app.printable(tokenizer.vocab[i]) for i in tokenizer.encode(" king"))
+    assert frame["parts"].iloc[-1] == expected
+
+
+def test_what_a_user_writes_is_shown_as_text(models: Path):
+    at = page("tokenizer")
+    at.text_area[0].set_value("<script>alert(1)</script> **bold** :red[x] $y$").run()
+    assert_quiet(at)
+    assert not at.markdown or all("<script>" not in m.value for m in at.markdown)
+    assert app.escaped("*<b>*") == r"\*\<b\>\*"
+
+
+def test_curves_and_table_come_from_the_files(models: Path):
+    rows = {
+        "language": [{"model": "base", "problem": "nothing"}],
+        "sentiment": [
+            {
+                "model": "LoRA",
+                "accuracy": 0.875,
+                "ci95": [0.8, 0.9],
+                "macro_f1": 0.87,
+                "trained_parameters": 10,
+                "parameters": 1000,
+                "file_bytes": 2000,
+                "seconds": 3.0,
+                "peak_memory_bytes": 2**30,
+            }
+        ],
+        "instructions": [],
+    }
+    (models / "report.json").write_text(json.dumps(rows))
+    at = page("training")
+    assert_quiet(at)
+    shown = "\n".join(m.value for m in at.markdown)
+    assert "| LoRA | 87.5% | 80.0% to 90.0% | 0.870 | 10 | 1,000 | 2 kB | 3 s | 1.00 GiB |" in shown
+    logs = sorted(path.name.removesuffix(".log.jsonl") for path in models.glob("*.log.jsonl"))
+    assert at.selectbox[0].options == logs and len(logs) == 4
+    (models / "qlora_instruction_weights.log.jsonl").write_text("{")  # being written
+    at.selectbox[0].set_value("qlora_instruction_weights").run()
+    assert not at.exception
+
+
+def test_no_page_changes_what_another_shows(models: Path):
+    model, tokenizer, _ = load_classifier(models / "lora_classifier_weights.pth")
+    before = class_probabilities(model, tokenizer, ["a", "good one"], app.CPU)
+    for name in (*PAGES, *reversed(PAGES)):
+        at = page(name)
+        if at.button:
+            at.button[0].click().run()
+        assert_quiet(at)
+    cached, _, _ = app.loaded(load_classifier, "lora_classifier_weights.pth")
+    assert (class_probabilities(cached, tokenizer, ["a", "good one"], app.CPU) == before).all()
+    base, _, _ = app.loaded(load_language_model, "model_weights.pth")
+    fresh, _, _ = load_language_model(models / "model_weights.pth")
+    ids = torch.arange(20)[None]
+    assert torch.equal(base(ids), fresh(ids))
+
+
+def test_a_new_checkpoint_is_taken_up(models: Path):
+    path = models / "model_weights.pth"
+    first, _, _ = app.loaded(load_language_model, path.name)
+    assert app.loaded(load_language_model, path.name)[0] is first
+    checkpoint = load_checkpoint(path, "base")
+    weights = {n: w * 1.5 for n, w in checkpoint["weights"].items()}
+    save_checkpoint(path, {**checkpoint, "weights": weights})
+    second, _, _ = app.loaded(load_language_model, path.name)
+    assert torch.equal(second.head.weight, first.head.weight * 1.5)
