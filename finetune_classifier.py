@@ -137,7 +137,13 @@ FULL = Method(
     name="finetuned_classifier_weights",
     kind="classifier",
     script="finetune_classifier.py",
-    defaults={"steps": 450, "learning_rate": 0.002, "muon_learning_rate": 0.007},
+    defaults={
+        "steps": 450,
+        "learning_rate": 0.002,
+        "muon_learning_rate": 0.007,
+        "warmup_steps": 30,
+        "decay_share": 0.9,
+    },
     prepare=lambda model: {},
     weights=lambda model: model.state_dict(),
 )

@@ -29,6 +29,8 @@ LORA = Method(
         "epochs": 6,
         "learning_rate": 0.004,
         "muon_learning_rate": 0.012,
+        "warmup_steps": 30,
+        "decay_share": 0.9,
         "dropout": 0.1,
         "hide_probability": 0.0,
     },

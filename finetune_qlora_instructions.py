@@ -67,6 +67,7 @@ DEFAULTS = {
     "steps": 450,
     "learning_rate": 0.004,
     "muon_learning_rate": 0.01,
+    "decay_share": 0.9,
     "r": 16,
     "lora_alpha": 32.0,
     "target_modules": ("qkv", "fc", "proj"),
