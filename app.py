@@ -348,7 +348,7 @@ def show_template(task: str, context: str) -> None:
         "A response to learn from", "A towel, a book, and a hat.", max_chars=200
     )
     ids = [*tokenizer.encode(response), tokenizer.special_tokens[END_OF_TEXT]]
-    inputs, targets = collate_instructions([EncodedInstruction(prompt, ids)], tokenizer)
+    inputs, targets = collate_instructions([EncodedInstruction(prompt, ids)], tokenizer, 0)
     rows = [
         {
             "input": printable(tokenizer.vocab[i]),

@@ -321,10 +321,15 @@ def head_and_tail(ids: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([ids[:head], ids[len(ids) - (length - head) :]])
 
 
-def pad(rows: list[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids (B, T), filled up on the right to the longest row, and lengths (B,)."""
+def pad(rows: Sequence[np.ndarray], pad_id: int, most: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T), filled up on the right, and lengths (B,).
+
+    T is the longest row, rounded up to a multiple of 32 but not above `most`: with few different
+    shapes the kernels and the memory for them are used again, which on a CPU saves gigabytes.
+    """
     lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), pad_id)
+    longest = int(lengths.max())
+    ids = torch.full((len(rows), max(longest, min(most, -(-longest // 32) * 32))), pad_id)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.from_numpy(row)
     return ids, lengths
@@ -405,7 +410,7 @@ def review_training_batches(
         return np.where(rng.random(len(ids)) < hide_probability, end, ids)
 
     def collate(chosen: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, ...]:
-        ids, lengths = pad([version(rows[i], rng) for i in chosen], pad_id)
+        ids, lengths = pad([version(rows[i], rng) for i in chosen], pad_id, context_length)
         return ids, lengths, labels[chosen]
 
     return ExampleBatches([len(ids) for ids in rows], collate, batch_size, seed)
@@ -425,7 +430,7 @@ def review_batches(
     batches = []
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        ids, lengths = pad([rows[i] for i in chosen], tokenizer.special_tokens[PAD])
+        ids, lengths = pad([rows[i] for i in chosen], tokenizer.special_tokens[PAD], context_length)
         batches.append((ids, lengths, torch.tensor([reviews[i].label for i in chosen])))
     return batches, order
 
@@ -508,11 +513,11 @@ def encode_instructions(
 
 
 def collate_instructions(
-    examples: Sequence[EncodedInstruction], tokenizer: BPETokenizer
+    examples: Sequence[EncodedInstruction], tokenizer: BPETokenizer, context_length: int
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, T); prompt and padding carry no loss (IGNORE)."""
     rows = [np.array(example.prompt + example.response) for example in examples]
-    ids, lengths = pad(rows, tokenizer.special_tokens[PAD])
+    ids, lengths = pad(rows, tokenizer.special_tokens[PAD], context_length + 1)
     targets = ids[:, 1:].clone()
     places = torch.arange(1, ids.shape[1])
     starts = torch.tensor([len(example.prompt) for example in examples])
@@ -521,23 +526,30 @@ def collate_instructions(
 
 
 def instruction_batches(
-    examples: list[EncodedInstruction], tokenizer: BPETokenizer, batch_size: int = 32
+    examples: list[EncodedInstruction],
+    tokenizer: BPETokenizer,
+    context_length: int,
+    batch_size: int = 32,
 ) -> list[tuple[Tensor, Tensor]]:
     """Fixed batches for measuring, shortest first."""
     ordered = sorted(examples, key=lambda example: len(example.prompt) + len(example.response))
     return [
-        collate_instructions(ordered[i : i + batch_size], tokenizer)
+        collate_instructions(ordered[i : i + batch_size], tokenizer, context_length)
         for i in range(0, len(ordered), batch_size)
     ]
 
 
 def instruction_training_batches(
-    examples: list[EncodedInstruction], tokenizer: BPETokenizer, batch_size: int, seed: int
+    examples: list[EncodedInstruction],
+    tokenizer: BPETokenizer,
+    context_length: int,
+    batch_size: int,
+    seed: int,
 ) -> ExampleBatches:
     """Batches of inputs and targets (B, T)."""
-    return ExampleBatches(
-        [len(example.prompt) + len(example.response) for example in examples],
-        lambda chosen, _: collate_instructions([examples[i] for i in chosen], tokenizer),
-        batch_size,
-        seed,
-    )
+
+    def collate(chosen: np.ndarray, _: np.random.Generator) -> tuple[Tensor, ...]:
+        return collate_instructions([examples[i] for i in chosen], tokenizer, context_length)
+
+    lengths = [len(example.prompt) + len(example.response) for example in examples]
+    return ExampleBatches(lengths, collate, batch_size, seed)

@@ -307,7 +307,8 @@ def response_figures(
     Returns:
         "response_bits_per_byte"; "response_perplexity", e to the nats per token; "n", examples.
     """
-    nats = mean_loss(model, instruction_batches(examples, tokenizer), next_token_loss, runtime)
+    batches = instruction_batches(examples, tokenizer, model.config.context_length)
+    nats = mean_loss(model, batches, next_token_loss, runtime)
     responses = np.concatenate([np.array(example.response) for example in examples])
     bits = nats * len(responses) / count_bytes(responses, tokenizer) / math.log(2)
     return {

@@ -25,8 +25,8 @@ LORA = Method(
     kind="lora_classifier",
     script="finetune_lora_classifier.py",
     defaults={
-        "steps": 700,
-        "epochs": 6,
+        "steps": 800,
+        "epochs": 7,
         "learning_rate": 0.004,
         "muon_learning_rate": 0.012,
         "warmup_steps": 30,

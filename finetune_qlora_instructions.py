@@ -212,7 +212,8 @@ def _prepare_model(job: _Job) -> GPTModel:
 
 
 def _train(model: GPTModel, job: _Job, resume: bool) -> TrainResult:
-    validation = instruction_batches(job.encoded.validation, job.tokenizer)
+    T = job.config.context_length
+    validation = instruction_batches(job.encoded.validation, job.tokenizer, T)
 
     def validate() -> dict[str, float]:
         return {"val_loss": mean_loss(model, validation, next_token_loss, job.runtime)}
@@ -220,7 +221,7 @@ def _train(model: GPTModel, job: _Job, resume: bool) -> TrainResult:
     return train(
         model,
         instruction_training_batches(
-            job.encoded.train, job.tokenizer, job.config.batch_size, job.train_config.seed
+            job.encoded.train, job.tokenizer, T, job.config.batch_size, job.train_config.seed
         ),
         next_token_loss,
         job.train_config,
@@ -256,7 +257,8 @@ def _finish(
     header = {"format": FORMAT_VERSION, "kind": f"{job.method}_instruction", "made": made}
     save_checkpoint(job.path, {**header, **job.facts, "weights": weights, "metrics": metrics})
     again = load_instruction_model(job.path, job.runtime)[0]
-    inputs = instruction_batches(job.encoded.test[:16], job.tokenizer)[0][0].to(job.runtime.device)
+    T, device = job.config.context_length, job.runtime.device
+    inputs = instruction_batches(job.encoded.test[:16], job.tokenizer, T)[0][0].to(device)
     with torch.inference_mode(), job.runtime.autocast():
         if not torch.equal(model(inputs), again(inputs)):
             raise OSError(f"{job.path} does not give the logits that were saved: try again")

@@ -12,10 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import finetune_classifier
+import finetune_lora_classifier
+import finetune_qlora_instructions
 from data_loader import SAMPLES
 from model import GPTConfig, GPTModel
 from tokenizer import BPETokenizer
 from training import FORMAT_VERSION, Runtime, save_checkpoint
+
+# Options of trainings that take a second.
+TINY_SENTIMENT = """--context-length 24 --batch-size 8 --steps 12 --language-steps 6
+    --eval-every 4""".split()  # noqa: SIM905
+TINY_INSTRUCTIONS = """--context-length 64 --batch-size 8 --steps 12 --eval-every 4
+    --r 2""".split()  # noqa: SIM905
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -83,6 +92,7 @@ def base_checkpoint(tmp_path: Path, model: GPTModel, tokenizer: BPETokenizer) ->
         "model_config": asdict(model.config),
         "weights": model.state_dict(),
         "tokenizer_sha256": tokenizer.sha256,
+        "made": {"seconds": 1.0, "peak_memory_bytes": 2**30},
     }
     save_checkpoint(path, checkpoint)
     tokenizer.save(path.with_name("tokenizer.json"))
@@ -96,3 +106,26 @@ def data_dir() -> Path:
     if not folder:
         pytest.skip("set GPT_DATA_DIR to a folder with the real data sets")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def all_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: BPETokenizer) -> Path:
+    """Folder with a tiny model of each kind, made by the scripts."""
+    folder = tmp_path_factory.mktemp("models")
+    config = tiny_config(tokenizer.vocab_size, n_embd=64, context_length=64)
+    checkpoint = {
+        "format": FORMAT_VERSION,
+        "kind": "base",
+        "model_config": vars(config),
+        "weights": randomised(GPTModel(config)).state_dict(),
+        "tokenizer_sha256": tokenizer.sha256,
+        "made": {"seconds": 1.0, "peak_memory_bytes": 1},
+    }
+    save_checkpoint(folder / "model_weights.pth", checkpoint)
+    tokenizer.save(folder / "tokenizer.json")
+    paths = ["--base", str(folder / "model_weights.pth"), "--out-dir", str(folder)]
+    common = [*paths, "--dataset", "sample", "--max-examples", "80"]
+    for script in (finetune_classifier, finetune_lora_classifier):
+        assert script.main([*common, *TINY_SENTIMENT]) == 0
+    assert finetune_qlora_instructions.main([*common, *TINY_INSTRUCTIONS]) == 0
+    return folder

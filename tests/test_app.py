@@ -7,46 +7,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import randomised, tiny_config
 from streamlit.testing.v1 import AppTest
-from test_instructions import TINY as TINY_INSTRUCTIONS
-from test_sentiment import TINY as TINY_SENTIMENT
 
 import app
 import evaluate
-import finetune_classifier
-import finetune_lora_classifier
-import finetune_qlora_instructions
 from evaluate import class_probabilities, load_classifier
 from generation import continue_prompt, load_language_model
-from model import GPTModel
 from tokenizer import BPETokenizer
-from training import FORMAT_VERSION, load_checkpoint, save_checkpoint
+from training import load_checkpoint, save_checkpoint
 
 PAGES = ["generate", "sentiment", "instructions", "tokenizer", "training"]
-
-
-@pytest.fixture(scope="session")
-def all_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: BPETokenizer) -> Path:
-    """Folder with a tiny model of each kind, made by the scripts."""
-    folder = tmp_path_factory.mktemp("models")
-    config = tiny_config(tokenizer.vocab_size, n_embd=64, context_length=64)
-    checkpoint = {
-        "format": FORMAT_VERSION,
-        "kind": "base",
-        "model_config": vars(config),
-        "weights": randomised(GPTModel(config)).state_dict(),
-        "tokenizer_sha256": tokenizer.sha256,
-        "made": {"seconds": 1.0, "peak_memory_bytes": 1},
-    }
-    save_checkpoint(folder / "model_weights.pth", checkpoint)
-    tokenizer.save(folder / "tokenizer.json")
-    paths = ["--base", str(folder / "model_weights.pth"), "--out-dir", str(folder)]
-    common = [*paths, "--dataset", "sample", "--max-examples", "80"]
-    for script in (finetune_classifier, finetune_lora_classifier):
-        assert script.main([*common, *TINY_SENTIMENT.split()]) == 0
-    assert finetune_qlora_instructions.main([*common, *TINY_INSTRUCTIONS]) == 0
-    return folder
 
 
 @pytest.fixture

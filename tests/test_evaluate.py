@@ -14,7 +14,7 @@ import evaluate
 from data_loader import RemoteFile
 from model import GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
-from training import Runtime
+from training import Runtime, load_checkpoint
 
 
 def test_a_model_that_guesses_evenly(tokenizer: BPETokenizer, runtime: Runtime):
@@ -77,8 +77,15 @@ def test_bad_files_are_one_line(
 def test_the_table_names_the_command_for_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert evaluate.main(["--models", str(tmp_path)]) == 0
-    assert "run `python main.py`" in capsys.readouterr().out
+    options = ["--models", str(tmp_path), "--data-dir", str(tmp_path)]
+    assert evaluate.main(options) == 0
+    table = capsys.readouterr().out
+    for script in ("main", "finetune_classifier", "finetune_lora_classifier"):
+        assert f"`python {script}.py`" in table
+    for options in ("", " --no-quantize", " --full"):
+        assert f"`python finetune_qlora_instructions.py{options}`" in table
+    rows = json.loads((tmp_path / "report.json").read_text())
+    assert all("problem" in row for part in rows.values() for row in part)
 
 
 def test_the_table_measures_in_and_out_of_domain(
@@ -98,4 +105,36 @@ def test_the_table_measures_in_and_out_of_domain(
     options = ["--models", str(base_checkpoint.parent), "--data-dir", str(tmp_path)]
     assert evaluate.main(options) == 0
     table = capsys.readouterr().out
-    assert "validation part (500 bytes)" in table and "The Wizard of Oz (792 bytes)" in table
+    rows = json.loads((base_checkpoint.parent / "report.json").read_text())
+    assert [row["bytes"] for row in rows["language"]] == [500, 792]
+    for row in rows["language"]:
+        assert f"| base | {row['measured_on']} | {row['bits_per_byte']:.4f} | " in table
+        assert row["trained_parameters"] == row["parameters"] > 0 and row["file_bytes"] > 1000
+    assert "| 1 s | 1.00 GiB |" in table
+
+
+def test_fine_tuned_models_are_measured_on_the_part_they_did_not_see(
+    all_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = ["--models", str(all_models), "--data-dir", str(tmp_path)]
+    assert evaluate.main(options) == 0
+    rows = json.loads((all_models / "report.json").read_text())
+    (all_models / "report.json").unlink()
+    full, lora, linear, majority = rows["sentiment"]
+    for row, name in ((full, "finetuned_classifier"), (lora, "lora_classifier")):
+        path = all_models / f"{name}_weights.pth"
+        recorded = load_checkpoint(path, ("classifier", "lora_classifier"))["metrics"]["test"]
+        assert row["accuracy"] == recorded["accuracy"] and row["n"] == recorded["n"] == 16
+        assert row["measured_on"] == "sample"
+    assert lora["trained_parameters"] < full["trained_parameters"]
+    assert linear["accuracy"] > majority["accuracy"] == 0.5
+    base, full, plain, qlora = rows["instructions"]
+    path = all_models / "qlora_instruction_weights.pth"
+    recorded = load_checkpoint(path, "qlora_instruction")["metrics"]
+    assert qlora["response_bits_per_byte"] == pytest.approx(
+        recorded["test"]["response_bits_per_byte"], rel=1e-3
+    )
+    assert base["response_bits_per_byte"] == recorded["base"]["response_bits_per_byte"]
+    assert "--full" in full["problem"] and "--no-quantize" in plain["problem"]
+    shown = capsys.readouterr().out
+    assert f"| LoRA | {lora['accuracy']:.1%} |" in shown

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
-from conftest import randomised, tiny_config
+from conftest import TINY_INSTRUCTIONS, randomised, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,7 +57,6 @@ from training import (
 
 ROW = Instruction("Name a king.", "Lear had three daughters.", "Lear")
 ALL = LoRAConfig(r=4, target_modules=("qkv", "fc", "proj"))
-TINY = """--context-length 64 --batch-size 8 --steps 12 --eval-every 4 --r 2""".split()  # noqa: SIM905
 
 
 def wide_model(**changes: object) -> GPTModel:
@@ -120,7 +119,7 @@ def test_duplicates_stay_together():
 def test_the_mask_token_by_token(tokenizer: BPETokenizer):
     short = Instruction("Name a king.", "", "Lear it is")
     examples = encode_instructions([ROW, short], tokenizer, 200)
-    inputs, targets = collate_instructions(examples, tokenizer)
+    inputs, targets = collate_instructions(examples, tokenizer, 200)
     end, pad_id = tokenizer.special_tokens[END_OF_TEXT], tokenizer.special_tokens[PAD]
     prompts = [
         f"### Instruction\n{ROW.instruction}\n\n### Context\n{ROW.context}\n\n### Response\n",
@@ -185,7 +184,7 @@ def test_a_user_cannot_write_a_heading_or_a_control_token(tokenizer: BPETokenize
 def test_training_batches_hold_every_example_once(tokenizer: BPETokenizer):
     rows = [Instruction(f"task {i}", "", "x" * (i + 1)) for i in range(12)]
     encoded = encode_instructions(rows, tokenizer, 100)
-    batches = instruction_training_batches(encoded, tokenizer, 4, seed=1)
+    batches = instruction_training_batches(encoded, tokenizer, 100, 4, seed=1)
     learned = []
     for step in range(batches.steps_per_epoch):
         _, targets = batches(step)[0]
@@ -343,7 +342,7 @@ def run(base_checkpoint: Path, tmp_path: Path) -> Callable[..., int]:
     data.write_text("\n".join(map(json.dumps, rows)))
     folder = base_checkpoint.parent
     options = ["--data", str(data), "--base", str(base_checkpoint), "--out-dir", str(folder)]
-    return lambda *more: script.main([*options, *TINY, *more])
+    return lambda *more: script.main([*options, *TINY_INSTRUCTIONS, *more])
 
 
 METHODS = {"qlora": [], "lora": ["--no-quantize"], "full": ["--full"]}
@@ -441,6 +440,8 @@ def test_mistakes_are_one_line(
 def test_mean_loss_counts_responses_alone(tokenizer: BPETokenizer, runtime: Runtime):
     model = randomised(GPTModel(tiny_config(tokenizer.vocab_size, context_length=80)))
     encoded = encode_instructions([ROW] * 3, tokenizer, 80)
-    one = mean_loss(model, instruction_batches(encoded[:1], tokenizer), next_token_loss, runtime)
-    all_ = mean_loss(model, instruction_batches(encoded, tokenizer), next_token_loss, runtime)
+    one = mean_loss(
+        model, instruction_batches(encoded[:1], tokenizer, 80), next_token_loss, runtime
+    )
+    all_ = mean_loss(model, instruction_batches(encoded, tokenizer, 80), next_token_loss, runtime)
     assert one == pytest.approx(all_)

@@ -272,7 +272,7 @@ def test_long_texts_keep_head_and_tail(n: int, length: int):
 
 
 def test_padding_is_on_the_right():
-    ids, lengths = pad([np.array([1, 2, 3]), np.array([4])], pad_id=9)
+    ids, lengths = pad([np.array([1, 2, 3]), np.array([4])], pad_id=9, most=3)
     assert ids.tolist() == [[1, 2, 3], [4, 9, 9]] and lengths.tolist() == [3, 1]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomised, tiny_config
+from conftest import TINY_SENTIMENT, randomised, tiny_config
 from sklearn.metrics import accuracy_score, f1_score
 
 import evaluate
@@ -36,7 +36,6 @@ from training import (
 ROOT = Path(__file__).parents[1]
 FULL, LORA = "finetuned_classifier_weights.pth", "lora_classifier_weights.pth"
 SCRIPTS = {FULL: finetune_classifier, LORA: finetune_lora_classifier}
-TINY = "--context-length 24 --batch-size 8 --steps 12 --language-steps 6 --eval-every 4"
 Run = Callable[..., int]
 
 
@@ -60,7 +59,16 @@ def folder(base_checkpoint: Path) -> Path:
 
 def arguments(reviews: Path, folder: Path, *more: str) -> list[str]:
     base = str(folder / "model_weights.pth")
-    return ["--data", str(reviews), "--base", base, "--out-dir", str(folder), *TINY.split(), *more]
+    return [
+        "--data",
+        str(reviews),
+        "--base",
+        base,
+        "--out-dir",
+        str(folder),
+        *TINY_SENTIMENT,
+        *more,
+    ]
 
 
 # ---- figures
@@ -106,7 +114,7 @@ def test_predictions_do_not_depend_on_the_company(tokenizer: BPETokenizer, runti
     np.testing.assert_allclose(together, alone, atol=1e-6)
     np.testing.assert_allclose(together, turned, atol=1e-6)
     np.testing.assert_allclose(together.sum(1), 1, atol=1e-6)
-    ids, lengths = pad([np.array(tokenizer.encode("good"))], tokenizer.special_tokens["<|pad|>"])
+    ids, lengths = pad([np.array(tokenizer.encode("good"))], tokenizer.special_tokens["<|pad|>"], 0)
     wide = F.pad(ids, (0, 7), value=3)
     torch.testing.assert_close(model(wide, lengths), model(ids, lengths))
 

@@ -1,0 +1,94 @@
+"""The models that the clone carries: they load, fit together, and reach their recorded figures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_loader import load_corpus, load_instructions, load_reviews
+from data_utils import encode_instructions, split_examples, split_reviews
+from evaluate import (
+    class_probabilities,
+    load_classifier,
+    load_instruction_model,
+    load_linear_baseline,
+    measure_file,
+    report_tables,
+    response_figures,
+)
+from generation import load_language_model
+from tokenizer import BPETokenizer
+from training import Runtime, bfloat16_is_faster
+
+MODELS = Path(__file__).parents[1] / "models"
+LANGUAGE = ["model_weights", "review_model_weights"]
+CLASSIFIERS = ["finetuned_classifier_weights", "lora_classifier_weights"]
+INSTRUCTIONS = ["qlora_instruction_weights"]
+
+
+@pytest.fixture(scope="module")
+def here() -> Runtime:
+    """As the scripts compute on this CPU."""
+    cpu = torch.device("cpu")
+    return Runtime(cpu, torch.bfloat16 if bfloat16_is_faster(cpu) else torch.float32)
+
+
+def test_they_fit_in_25_mebibytes_and_have_their_logs():
+    assert sum(path.stat().st_size for path in MODELS.iterdir() if path.is_file()) < 25 * 2**20
+    for name in (*LANGUAGE, *CLASSIFIERS, *INSTRUCTIONS):
+        lines = [json.loads(x) for x in (MODELS / f"{name}.log.jsonl").read_text().splitlines()]
+        assert lines and "val_loss" in lines[-1]
+
+
+def test_all_load_and_have_one_tokenizer(here: Runtime):
+    tokenizer = BPETokenizer.load(MODELS / "tokenizer.json")
+    found = [load_language_model(MODELS / f"{name}.pth") for name in LANGUAGE]
+    found += [load_classifier(MODELS / f"{name}.pth") for name in CLASSIFIERS]
+    found += [load_instruction_model(MODELS / f"{name}.pth", here) for name in INSTRUCTIONS]
+    for _, own, checkpoint in found:
+        assert own.sha256 == tokenizer.sha256 == checkpoint["tokenizer_sha256"]
+        assert checkpoint["made"]["command"].startswith("python ")
+    linear, _ = load_linear_baseline(MODELS / "linear_baseline.pth")
+    assert linear.predict(["works great, I love it", "waste of money"]).tolist() == [1, 0]
+
+
+def test_the_base_reaches_its_recorded_figure(data_dir: Path, here: Runtime):
+    path = MODELS / "model_weights.pth"
+    _, _, checkpoint = load_language_model(path)
+    validation = load_corpus("tinyshakespeare", None, data_dir).split()[1]
+    found = measure_file(path, validation, here)["nats_per_byte"]
+    assert found == pytest.approx(checkpoint["metrics"]["val_nats_per_byte"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_the_classifiers_reach_their_recorded_figures(name: str, data_dir: Path, here: Runtime):
+    model, tokenizer, checkpoint = load_classifier(MODELS / f"{name}.pth")
+    reviews = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
+    assert reviews.sha256 == checkpoint["data_sha256"]
+    test = split_reviews(reviews).test
+    found = class_probabilities(model, tokenizer, [row.text for row in test], here).argmax(1)
+    accuracy = (found == np.array([row.label for row in test])).mean()
+    # Another CPU may round a text at the boundary to the other side.
+    assert accuracy == pytest.approx(checkpoint["metrics"]["test"]["accuracy"], abs=0.005)
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_the_instruction_model_reaches_its_recorded_figure(
+    name: str, data_dir: Path, here: Runtime
+):
+    model, tokenizer, checkpoint = load_instruction_model(MODELS / f"{name}.pth", here)
+    found = load_instructions(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
+    assert found.sha256 == checkpoint["data_sha256"]
+    test = split_examples(found).test
+    encoded = encode_instructions(test, tokenizer, model.config.context_length)
+    figures = response_figures(model, tokenizer, encoded, here)
+    recorded = checkpoint["metrics"]["test"]["response_bits_per_byte"]
+    assert figures["response_bits_per_byte"] == pytest.approx(recorded, rel=2e-3)
+
+
+def test_the_readme_quotes_the_report():
+    tables = report_tables(json.loads((MODELS / "report.json").read_text()))
+    readme = (MODELS.parent / "README.md").read_text()
+    assert tables in readme
