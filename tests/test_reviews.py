@@ -274,6 +274,8 @@ def test_long_texts_keep_head_and_tail(n: int, length: int):
 def test_padding_is_on_the_right():
     ids, lengths = pad([np.array([1, 2, 3]), np.array([4])], pad_id=9, most=3)
     assert ids.tolist() == [[1, 2, 3], [4, 9, 9]] and lengths.tolist() == [3, 1]
+    shapes = [pad([np.arange(n)], 9, most=100)[0].shape[1] for n in (1, 32, 33, 97, 120)]
+    assert shapes == [32, 32, 64, 100, 120]
 
 
 def test_an_epoch_goes_once_over_the_reviews_in_batches_of_like_length(tokenizer: BPETokenizer):
@@ -286,7 +288,8 @@ def test_an_epoch_goes_once_over_the_reviews_in_batches_of_like_length(tokenizer
         (ids, lengths, labels), *none = batches(step)
         assert not none and labels.tolist() == [1] * 8
         seen += [tokenizer.decode(row[:n].tolist()) for row, n in zip(ids, lengths)]
-        padded += int((ids.shape[1] - lengths).sum())
+        assert ids.shape[1] <= -(-int(lengths.max()) // 32) * 32
+        padded += int((lengths.max() - lengths).sum())
         total += ids.numel()
     assert sorted(seen) == sorted(row.text for row in rows)
     assert padded < 0.25 * total
@@ -311,7 +314,8 @@ def test_hidden_tokens_are_a_share_and_keep_their_place(tokenizer: BPETokenizer)
     rows = [Review("the king and the queen of the south " * 20, 1)]
     whole = torch.tensor(tokenizer.encode(rows[0].text))
     batches = review_training_batches(rows, tokenizer, 1000, 1, seed=0, hide_probability=0.25)
-    (ids, _, _), *_ = batches(0)
+    ids, lengths, _ = batches(0)[0]
+    ids = ids[:, : lengths[0]]
     hidden = ids[0] == tokenizer.special_tokens["<|endoftext|>"]
     assert torch.equal(ids[0][~hidden], whole[~hidden])
     assert 0.15 < hidden.float().mean() < 0.35

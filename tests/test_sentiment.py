@@ -1,7 +1,6 @@
 """The two sentiment scripts from reviews to checkpoint, their metrics, and what is refused."""
 
 import json
-import math
 import signal
 import subprocess
 import sys
@@ -310,4 +309,4 @@ def test_own_reviews_are_never_a_control_token(tokenizer: BPETokenizer):
     ids, lengths, _ = batches[0]
     special = set(tokenizer.special_tokens.values())
     assert not special & set(ids[0, : lengths[0]].tolist())
-    assert math.prod(ids.shape) == lengths.sum()
+    assert tokenizer.decode(ids[0, : lengths[0]].tolist()) == rows[0].text
