@@ -20,11 +20,11 @@ import pandas as pd
 import streamlit as st
 import torch
 
-from data_loader import read_jsonl
 from data_utils import EncodedInstruction, collate_instructions, encode_prompt
 from evaluate import (
     CLASSES,
     LINEAR_BASELINE,
+    REVIEW_MODEL,
     answer,
     class_probabilities,
     load_classifier,
@@ -40,7 +40,7 @@ from training import Runtime
 MODELS = Path(os.environ.get("GPT_MODELS_DIR") or Path(__file__).parent / "models")
 CPU = Runtime(torch.device("cpu"), torch.float32)
 MAX_CHARACTERS = 2_000
-MAX_ROWS = 10_000
+MAX_ROWS, MAX_UPLOAD_MB = 10_000, 10
 SHOWN_TOKENS, ATTENTION_TOKENS = 15, 32
 REFRESH_SECONDS = 3.0
 CHART_COLOR = "#3a7ca5"
@@ -49,16 +49,20 @@ CHART_COLOR = "#3a7ca5"
 # ---- what the pages share
 
 
+SHARED_FILES = ("tokenizer.json", "model_weights.pth", REVIEW_MODEL)  # what models are built on
+
+
 @st.cache_resource(max_entries=8, show_spinner="Loading the model")
-def _load(path: Path, changed: float, _load: Callable) -> Any:
-    """A model that all sessions read and none changes; loaded anew when its file changes."""
+def _load(path: Path, changed: tuple[int, ...], _load: Callable) -> Any:
     return _load(path)
 
 
 def loaded(load: Callable, name: str) -> Any:
-    """What `load` makes of a file in the models folder, kept in memory."""
-    path = MODELS / name
-    return _load(path, path.stat().st_mtime if path.is_file() else 0.0, load)
+    """What `load` makes of a file in the models folder: a model that all sessions read and none
+    changes, loaded anew when its file, or one that it is built on, changes."""
+    paths = [MODELS / file for file in (name, *SHARED_FILES)]
+    changed = tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in paths)
+    return _load(paths[0], changed, load)
 
 
 def load_instructions_model(path: Path) -> Any:
@@ -75,19 +79,29 @@ def errors_as_messages() -> Iterator[None]:
         st.error(str(error))
 
 
+def request(*keys: str) -> None:
+    """Notes that a button asked for texts."""
+    for key in keys:
+        st.session_state[f"{key}-go"] = True
+        st.session_state[key] = st.session_state[f"{key}-speed"] = ""
+
+
+def requested(*keys: str) -> list[bool]:
+    """Which texts a button asked for; asked first thing, so that any other button stops them."""
+    return [st.session_state.pop(f"{key}-go", False) for key in keys]
+
+
 def stream_text(
-    key: str, ids: Callable[[], Iterator[int]], tokenizer: BPETokenizer, start: str = ""
+    key: str, ids: Iterator[int] | None, tokenizer: BPETokenizer, start: str = ""
 ) -> None:
     """Shows text as it is sampled; what was shown stays when a button interrupts it."""
-    place, speed = st.empty(), st.empty()
-    state = st.session_state
-    if state.pop(f"{key}-go", False):
-        state[key], state[f"{key}-speed"] = start, ""
-        begun, n = time.perf_counter(), 0
+    place, speed, state = st.empty(), st.empty(), st.session_state
+    if ids is not None:
+        state[key], begun, n = start, time.perf_counter(), 0
 
         def counted() -> Iterator[int]:
             nonlocal n
-            for token_id in ids():
+            for token_id in ids:
                 n += 1
                 yield token_id
 
@@ -97,23 +111,22 @@ def stream_text(
             state[f"{key}-speed"] = f"{n} tokens, {n / seconds:.0f} tokens per second"
             place.code(state[key], language=None, wrap_lines=True)
             speed.caption(state[f"{key}-speed"])
-    if key in state:
+        state[f"{key}-speed"] = state[f"{key}-speed"] or "It ended at once, without a word."
+    if state.get(f"{key}-speed"):
         place.code(state[key], language=None, wrap_lines=True)
         speed.caption(state[f"{key}-speed"])
 
 
-def request(key: str) -> None:
-    """Notes that a button asked for a text; the page then streams it."""
-    st.session_state[f"{key}-go"] = True
-
-
-def bars(frame: pd.DataFrame, x: str, y: str, x_format: str = ".0%") -> alt.Chart:
+def bars(
+    frame: pd.DataFrame, x: str, y: str, x_format: str = ".0%", x_most: float | None = None
+) -> alt.Chart:
     """A horizontal bar for each row of a table, in its order."""
+    scale = alt.Scale() if x_most is None else alt.Scale(domain=[0, x_most])
     return (
         alt.Chart(frame)
         .mark_bar(color=CHART_COLOR)
         .encode(
-            x=alt.X(x, type="quantitative", axis=alt.Axis(format=x_format)),
+            x=alt.X(x, type="quantitative", axis=alt.Axis(format=x_format), scale=scale),
             y=alt.Y(y, type="nominal", sort=None),
             tooltip=[y, x],
         )
@@ -121,9 +134,9 @@ def bars(frame: pd.DataFrame, x: str, y: str, x_format: str = ".0%") -> alt.Char
 
 
 def printable(token: bytes) -> str:
-    """A token's text with spaces and line ends made visible."""
-    text = token.decode(errors="replace")
-    return text.replace(" ", "\u00b7").replace("\n", "\u21b5")
+    """A token's text with spaces, line ends and control characters made visible."""
+    text = token.decode(errors="replace").replace(" ", "\u00b7").replace("\n", "\u21b5")
+    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 else c for c in text)
 
 
 # ---- pages
@@ -133,6 +146,7 @@ def generate_page() -> None:
     """Text from the base model, and what it expects next."""
     st.title("Generate")
     st.write("The base model continues your text, a token at a time, in the manner of Shakespeare.")
+    (go,) = requested("generated")
     with errors_as_messages():
         model, tokenizer, _ = loaded(load_language_model, "model_weights.pth")
         prompt = st.text_area("Prompt", "ROMEO:", max_chars=MAX_CHARACTERS)
@@ -153,12 +167,8 @@ def generate_page() -> None:
             "top_p": top_p,
             "seed": seed,
         }
-        stream_text(
-            "generated",
-            lambda: continue_prompt(model, tokenizer, prompt, length, **sampling),
-            tokenizer,
-            prompt,
-        )
+        ids = continue_prompt(model, tokenizer, prompt, length, **sampling) if go else None
+        stream_text("generated", ids, tokenizer, prompt)
         show_next_tokens(model, tokenizer, prompt)
         show_attention(model, tokenizer, prompt)
 
@@ -197,11 +207,11 @@ def show_attention(model: GPTModel, tokenizer: BPETokenizer, prompt: str) -> Non
     ]
     chart = (
         alt.Chart(pd.DataFrame(rows))
-        .mark_rect()
+        .mark_rect(color=CHART_COLOR)
         .encode(
             x=alt.X("to:N", sort=None, title="attends to"),
             y=alt.Y("from:N", sort=None, title="token"),
-            color=alt.Color("weight:Q", scale=alt.Scale(domain=[0, 1], scheme="blues")),
+            opacity=alt.Opacity("weight:Q", scale=alt.Scale(domain=[0, 1], range=[0.03, 1])),
             tooltip=["from", "to", alt.Tooltip("weight", format=".3f")],
         )
         .properties(height=max(200, 22 * len(ids)))
@@ -236,14 +246,10 @@ def sentiment_page() -> None:
             with column, errors_as_messages():
                 (positive,) = classify(name, [text])
                 verdict = CLASSES[positive >= 0.5]
-                st.metric(
-                    name, verdict, f"{max(positive, 1 - positive):.0%} sure", delta_color="off"
-                )
+                sure = f"{max(positive, 1 - positive):.0%} sure"
+                st.metric(name, verdict, sure, delta_color="off", delta_arrow="off")
                 frame = pd.DataFrame({"probability": [1 - positive, positive], "class": CLASSES})
-                chart = bars(frame, "probability", "class")
-                st.altair_chart(
-                    chart.encode(x=alt.X("probability", scale=alt.Scale(domain=[0, 1])))
-                )
+                st.altair_chart(bars(frame, "probability", "class", x_most=1))
     else:
         st.info("Write a review to have it judged.")
     batch_mode()
@@ -256,23 +262,36 @@ def batch_mode() -> None:
         f"CSV or JSONL with a column `text`, or `title` and `content`; {MAX_ROWS:,} rows at most."
     )
     name = st.selectbox("Classifier", list(CLASSIFIERS))
-    file = st.file_uploader("File", type=["csv", "jsonl"])
+    file = st.file_uploader("File", type=["csv", "jsonl"], max_upload_size=MAX_UPLOAD_MB)
     if file is None:
         return
     with errors_as_messages():
-        frame = read_table(file.name, file.getvalue())
+        csv = file.name.lower().endswith(".csv")
+        frame = read_table(file.getvalue(), csv)
         texts = review_texts(frame)
         with st.spinner(f"Judging {len(texts):,} reviews"):
-            positive = classify(name, texts)
+            positive = classify_all(name, texts)
         frame["prediction"] = [CLASSES[p >= 0.5] for p in positive]
         frame["probability_positive"] = [round(p, 4) for p in positive]
         st.dataframe(frame)
-        csv = file.name.endswith(".csv")
-        content = frame.to_csv(index=False) if csv else frame.to_json(orient="records", lines=True)
-        st.download_button("Download with predictions", content, f"predictions-{file.name}")
+        rows = (json.dumps(row, default=str) + "\n" for row in frame.to_dict("records"))
+        content = frame.to_csv(index=False) if csv else "".join(rows)
+        kind = "csv" if csv else "jsonl"
+        st.download_button(
+            "Download with predictions", content, f"predictions.{kind}", on_click="ignore"
+        )
 
 
-def read_table(name: str, content: bytes) -> pd.DataFrame:
+def classify_all(name: str, texts: list[str]) -> list[float]:
+    """As `classify`, but what a session has judged last is not judged again."""
+    asked = (name, texts)
+    if st.session_state.get("judged") != asked:
+        st.session_state["verdicts"] = classify(name, texts)
+        st.session_state["judged"] = asked
+    return st.session_state["verdicts"]
+
+
+def read_table(content: bytes, csv: bool) -> pd.DataFrame:
     """Rows of an uploaded CSV or JSONL file.
 
     Raises:
@@ -280,15 +299,19 @@ def read_table(name: str, content: bytes) -> pd.DataFrame:
     """
     try:
         text = content.decode("utf-8-sig")
-        if name.endswith(".csv"):
+        if csv:
             frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
         else:
-            lines = [json.loads(line) for line in text.split("\n") if line.strip()]
-            frame = pd.DataFrame(lines)
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("each line must be a JSON object")
+            frame = pd.DataFrame(rows, dtype=object)
     except (ValueError, RecursionError) as error:  # pandas' and json's errors are ValueErrors
-        raise ValueError(f"{name} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"the file cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise ValueError("the file's rows have more fields than its first line: quote the texts")
     if not 0 < len(frame) <= MAX_ROWS:
-        raise ValueError(f"{name} has {len(frame):,} rows; between 1 and {MAX_ROWS:,} are possible")
+        raise ValueError(f"the file has {len(frame):,} rows; 1 to {MAX_ROWS:,} are possible")
     return frame
 
 
@@ -312,37 +335,34 @@ def instructions_page() -> None:
     """The untouched base and the fine-tuned model answer side by side."""
     st.title("Instructions")
     st.write("The same prompt for the base, which knows plays alone, and after QLoRA on Dolly.")
+    keys = ("base-answer", "qlora-answer")
+    go = requested(*keys)
     task = st.text_area("Instruction", "Name three things to take to the beach.", max_chars=500)
     context = st.text_area("Context, if it is about a text", "", max_chars=MAX_CHARACTERS)
     left, right = st.columns(2)
     temperature = left.slider("Temperature", 0.0, 2.0, 0.7, 0.05)
     seed = right.number_input("Seed", 0, 2**31, 0)
     run, stop = st.columns([1, 5])
-    keys = ("base-answer", "qlora-answer")
-    run.button("Answer", type="primary", on_click=lambda: [request(key) for key in keys])
+    run.button("Answer", type="primary", on_click=request, args=keys)
     stop.button("Stop")
     files = ("model_weights.pth", "qlora_instruction_weights.pth")
     loaders = (load_language_model, load_instructions_model)
-    titles = ("Base", "QLoRA")
-    for column, title, key, name, load in zip(st.columns(2), titles, keys, files, loaders):
+    parts = zip(st.columns(2), ("Base", "QLoRA"), keys, files, loaders, go)
+    for column, title, key, name, load, asked in parts:
         with column, errors_as_messages():
             st.subheader(title)
             model, tokenizer, _ = loaded(load, name)
-            stream_text(
-                key,
-                lambda m=model, t=tokenizer: answer(
-                    m, t, task, context, temperature=temperature, seed=seed
-                ),
-                tokenizer,
-            )
+            sampling = {"temperature": temperature, "seed": seed}
+            ids = answer(model, tokenizer, task, context, **sampling) if asked else None
+            stream_text(key, ids, tokenizer)
     with errors_as_messages(), st.expander("Template and token mask"):
         show_template(task, context)
 
 
 def show_template(task: str, context: str) -> None:
     """The prompt as the model reads it, and which of its targets carry loss."""
-    _, tokenizer, _ = loaded(load_language_model, "model_weights.pth")
-    prompt = encode_prompt(task, context, tokenizer)
+    model, tokenizer, _ = loaded(load_instructions_model, "qlora_instruction_weights.pth")
+    prompt = encode_prompt(task, context, tokenizer, model.config.context_length // 2)
     st.code(tokenizer.decode(prompt), language=None)
     response = st.text_input(
         "A response to learn from", "A towel, a book, and a hat.", max_chars=200
@@ -380,16 +400,21 @@ def tokenizer_page() -> None:
         right.metric("Bytes per token", f"{len(text.encode()) / len(ids):.2f}")
         with st.container(horizontal=True, gap="small"):
             for place, token_id in enumerate(ids[:300]):
-                piece = escaped(printable(tokenizer.vocab[token_id]))
-                st.badge(f"{piece} {token_id}", color=colors[place % len(colors)])
+                st.badge(badge(tokenizer.vocab[token_id], token_id), color=colors[place % 5])
         if len(ids) > 300:
             st.caption(f"The first 300 of {len(ids):,} tokens.")
         show_merges(tokenizer)
 
 
-def escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|<>~$:&" else c for c in text)
+def badge(token: bytes, token_id: int) -> str:
+    """Markdown that shows a token as it is, and its id.
+
+    Streamlit itself escapes square brackets in badges; the invisible word joiners keep it from
+    setting dashes and arrows in type.
+    """
+    text = printable(token)
+    shown = (f"\\{c}" if c in r"\`*_{}()#+-.!|<>~$:&=" else c for c in text)
+    return "\u2060".join([*shown, ""]) + f" {token_id}"
 
 
 def show_merges(tokenizer: BPETokenizer) -> None:
@@ -417,10 +442,12 @@ def training_page() -> None:
     if not path.is_file():
         st.info(f"There is no {path.name} yet: make it with `python evaluate.py`.")
         return
-    with errors_as_messages():
+    try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         st.markdown(report_tables(rows))
         show_costs(rows)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        st.error(f"{path.name} cannot be read: make it again with `python evaluate.py`.")
 
 
 @st.fragment(run_every=REFRESH_SECONDS)
@@ -432,23 +459,35 @@ def curves() -> None:
     if not logs:
         st.info("There are no logs yet: train with `python main.py`.")
         return
-    name = st.selectbox("Training", list(logs), index=list(logs).index(min(logs, key=preferred)))
-    with errors_as_messages():
-        frame = pd.DataFrame(read_jsonl(logs[name]))
-        last = frame.iloc[-1]
-        st.caption(f"{int(last['step']):,} steps, {last['seconds']:,.0f} seconds")
-        left, right = st.columns(2)
-        losses = [n for n in ("loss", "val_loss", "val_error") if n in frame]
-        shown = frame.melt("step", losses, "figure", "value").dropna()
-        base = alt.Chart(shown).encode(x=alt.X("step:Q"), y=alt.Y("value:Q").scale(zero=False))
-        lines = base.encode(color=alt.Color("figure:N", title=None)).mark_line(point=True)
-        left.altair_chart(lines.properties(title="Loss (nats)"))
-        rates = (
-            alt.Chart(frame)
-            .mark_line(color=CHART_COLOR)
-            .encode(x="step:Q", y=alt.Y("learning_rate:Q", title="learning rate"))
-        )
-        right.altair_chart(rates.properties(title="Learning rate"))
+    first = list(logs).index(min(logs, key=preferred))
+    name = st.selectbox("Training", list(logs), index=first, key="training")
+    frame = pd.DataFrame(read_log(logs[name]))
+    if frame.empty:
+        st.info("No step is logged yet: wait a moment, or train with `python main.py`.")
+        return
+    last = frame.iloc[-1]
+    st.caption(f"{int(last['step']):,} steps, {last['seconds']:,.0f} seconds")
+    left, right = st.columns(2)
+    losses = [n for n in ("loss", "val_loss") if n in frame]
+    shown = frame.melt("step", losses, "figure", "value").dropna()
+    base = alt.Chart(shown).encode(
+        x=alt.X("step:Q"), y=alt.Y("value:Q", title="loss").scale(zero=False)
+    )
+    lines = base.encode(color=alt.Color("figure:N", title=None)).mark_line(point=True)
+    left.altair_chart(lines.properties(title="Loss (nats; val_loss of language models by byte)"))
+    rates = alt.Chart(frame).mark_line(color=CHART_COLOR)
+    rates = rates.encode(x="step:Q", y=alt.Y("learning_rate:Q", title="learning rate"))
+    right.altair_chart(rates.properties(title="Learning rate"))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a log; the last one may be under way."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    rows = []
+    for line in text[: text.rfind("\n") + 1].split("\n"):
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and {"step", "seconds"} <= row.keys()]
 
 
 def preferred(name: str) -> tuple[bool, str]:
@@ -466,9 +505,9 @@ def show_costs(rows: dict[str, list[dict[str, Any]]]) -> None:
         frame["training (s)"] = frame["seconds"]
         frame["trained parameters"] = frame["trained_parameters"]
         st.markdown(f"**{task.capitalize()}**")
-        names = ("trained parameters", "peak memory (GiB)", "training (s)")
-        for column, name in zip(st.columns(3), names):
-            column.altair_chart(bars(frame[["model", name]], name, "model", "~s"))
+        forms = {"trained parameters": "~s", "peak memory (GiB)": ".2f", "training (s)": ",.0f"}
+        for column, (name, form) in zip(st.columns(3), forms.items()):
+            column.altair_chart(bars(frame[["model", name]], name, "model", form))
 
 
 def main() -> None:

@@ -479,7 +479,8 @@ def _sentiment_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict
         linear, checkpoint = load_linear_baseline(models / LINEAR_BASELINE)
         examples = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
         test = _held_out(checkpoint, load_reviews, split_reviews, data_dir)
-        train = [row for row in examples.rows if row not in set(test)]
+        held = set(test)
+        train = [row for row in examples.rows if row not in held]
         figures = baseline_figures(linear, train, test)[name]
         return {"measured_on": checkpoint["dataset"], **figures}
 
@@ -585,7 +586,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.task is None:
             rows = report(args.models, find_data_dir(args.data_dir), runtime)
             if args.models.is_dir():
-                (args.models / "report.json").write_text(json.dumps(rows, indent=1) + "\n")
+                part = args.models / "report.json.part"
+                part.write_text(json.dumps(rows, indent=1) + "\n")
+                part.replace(args.models / "report.json")  # the app may be reading it
             print(report_tables(rows))
         elif args.task == "perplexity":
             _show(measure_file(args.checkpoint, _whole(args.data), runtime), args.json)
