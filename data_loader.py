@@ -403,7 +403,8 @@ def read_reviews(path: Path) -> list[Review]:
         ValueError: It is not UTF-8 text, no row is usable, or the labels are of two kinds.
     """
     text = _read_whole(path)
-    records = _json_records(text) if path.suffix == ".jsonl" else _table_records(text, path.suffix)
+    suffix = path.suffix.lower()
+    records = _json_records(text) if suffix == ".jsonl" else _table_records(text, suffix)
     rows, problems = [], []
     for line, record in records:
         try:
@@ -414,6 +415,8 @@ def read_reviews(path: Path) -> list[Review]:
     labels = {label for _, label in rows}
     if {"0", "2"} <= labels:
         raise ValueError(f"{path} has labels 0 and 2: use 0 and 1, or 1 and 2")
+    if labels == {"1"}:
+        say(f"{path}: all labels are 1, taken for positive")
     positive = {"positive", "2"} if "2" in labels else {"positive", "1"}
     return [Review(text, int(label in positive)) for text, label in rows]
 
@@ -469,6 +472,12 @@ def _table_records(text: str, suffix: str) -> Iterator[tuple[int, object]]:
             yield number, ValueError(f"{len(fields)} fields instead of {len(names)}")
 
 
+def _check_text(text: str) -> None:
+    """Raises ValueError for what no UTF-8 text holds: half a surrogate pair, or a NUL."""
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("a character that is none")
+
+
 def _review_fields(record: object) -> tuple[str, str]:
     """Text and label of a record.
 
@@ -486,6 +495,7 @@ def _review_fields(record: object) -> tuple[str, str]:
     text = "\n".join(part.strip() for part in parts if part.strip())
     if not text:
         raise ValueError("no text")
+    _check_text(text)
     label = str(record.get("label", "")).strip().lower().removesuffix(".0")
     if label not in ("0", "1", "2", "negative", "positive"):
         raise ValueError(f"label {label[:20]!r}")
@@ -594,6 +604,7 @@ def _instruction_fields(record: object) -> Instruction:
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{name} is not a string")
         values[name] = (value or "").strip()
+        _check_text(values[name])
     for name in ("instruction", "response"):
         if not values[name]:
             raise ValueError(f"no {name}")

@@ -6,6 +6,7 @@ Shapes: B batch, T time (tokens).
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,7 +288,8 @@ def _draw(
 ) -> tuple[list[Example], list[Example]]:
     """Draws a share of the keys, each 1/share-th of a list by group; rows keep their order."""
     firsts = {row.key: row for row in reversed(rows)}
-    keys = rng.permutation(sorted(firsts))
+    ordered = sorted(firsts)
+    keys = [ordered[i] for i in rng.permutation(len(ordered))]
     by_group = sorted(keys, key=lambda key: firsts[key].group)
     counts = np.floor(np.arange(len(keys) + 1) * share + rng.random())
     drawn = {key for key, count in zip(by_group, np.diff(counts)) if count}
@@ -455,7 +457,7 @@ class EncodedInstruction:
 
 def user_text(text: str) -> str:
     """Text from outside, unable to imitate a heading of the template."""
-    return text.replace("###", "# # #")
+    return re.sub("#{3,}", lambda found: " ".join(found[0]), text)
 
 
 def encode_prompt(

@@ -55,7 +55,7 @@ from data_utils import (
     split_examples,
     split_reviews,
 )
-from generation import continue_prompt, load_language_model, load_tokenizer
+from generation import continue_prompt, load_language_model, load_tokenizer, with_context
 from lora import (
     LoRAConfig,
     apply_lora,
@@ -84,6 +84,7 @@ COMMANDS = {  # what makes each file
     "lora_instruction_weights.pth": f"{INSTRUCTION_HINT} --no-quantize",
     "full_instruction_weights.pth": f"{INSTRUCTION_HINT} --full",
 }
+INSTRUCTION_CONTEXT = 256  # tokens of prompt and response
 INSTRUCTION_KINDS = ("base", "qlora_instruction", "lora_instruction", "full_instruction")
 
 
@@ -173,7 +174,7 @@ def class_probabilities(
     found = np.empty((len(texts), len(CLASSES)))
     with runtime.autocast():
         logits = [model(i.to(runtime.device), n.to(runtime.device)).float() for i, n, _ in batches]
-    found[order] = torch.cat(logits).softmax(dim=-1).cpu().numpy()
+    found[order] = torch.cat(logits).double().softmax(dim=-1).cpu().numpy()
     return found
 
 
@@ -265,7 +266,9 @@ def load_classifier(path: Path) -> tuple[GPTClassificationModel, BPETokenizer, d
             load_lora_state_dict(model, checkpoint["weights"])
     except (KeyError, TypeError, RuntimeError) as error:
         first_line = str(error).split("\n")[0]
-        raise ValueError(f"{path} does not fit this program's model: {first_line}") from None
+        raise ValueError(
+            f"{path} does not fit this program's model ({first_line}): make it again with `{hint}`"
+        ) from None
     return model.eval(), tokenizer, checkpoint
 
 
@@ -275,11 +278,11 @@ def _load_review_model(path: Path, adapter: dict[str, Any]) -> dict[str, torch.T
     Raises:
         ValueError: The model beside the adapter is another one, or not of the base beside it.
     """
-    base_path, hint = path.with_name(REVIEW_MODEL), "python finetune_lora_classifier.py"
+    base_path, hint = path.with_name(REVIEW_MODEL), COMMANDS["lora_classifier_weights.pth"]
     found = load_checkpoint(base_path, "base", hint)
     if found["weights_sha256"] != adapter["base_sha256"]:
         raise ValueError(f"{path} is not an adapter of {base_path}: train it again with `{hint}`")
-    origin = path.with_name("model_weights.pth")
+    origin = path.parent / found.get("base", "model_weights.pth")
     if origin.is_file():
         base_sha256 = load_checkpoint(origin, "base")["weights_sha256"]
         if base_sha256 != found["base_sha256"]:
@@ -361,7 +364,7 @@ def load_instruction_model(
         if checkpoint["kind"] == "full_instruction":
             model.load_state_dict(checkpoint["weights"])
             return model.to(runtime.device).eval(), tokenizer, checkpoint
-        base_path = path.with_name("model_weights.pth")
+        base_path = path.parent / checkpoint.get("base", "model_weights.pth")
         base = load_checkpoint(base_path, "base")
         if base["weights_sha256"] != checkpoint["base_sha256"]:
             raise ValueError(
@@ -376,7 +379,9 @@ def load_instruction_model(
         load_lora_state_dict(model, checkpoint["weights"])
     except (KeyError, TypeError, RuntimeError) as error:
         first_line = str(error).split("\n")[0]
-        raise ValueError(f"{path} does not fit this program's model: {first_line}") from None
+        raise ValueError(
+            f"{path} does not fit this program's model ({first_line}): make it again with `{hint}`"
+        ) from None
     return model.eval(), tokenizer, checkpoint
 
 
@@ -385,6 +390,8 @@ def measure_instructions(checkpoint: Path, data: Path, runtime: Runtime) -> dict
     rows = read_instructions(data)
     if load_checkpoint(checkpoint, INSTRUCTION_KINDS, INSTRUCTION_HINT)["kind"] == "base":
         model, tokenizer, _ = load_language_model(checkpoint)
+        if model.config.position == "rotary":  # as long texts as the fine-tuned ones
+            model = with_context(model, max(INSTRUCTION_CONTEXT, model.config.context_length), 0.0)
     else:
         model, tokenizer, _ = load_instruction_model(checkpoint, runtime)
     model.to(runtime.device)
@@ -477,8 +484,8 @@ def _sentiment_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict
 
     def measure_baseline(name: str) -> dict[str, Any]:
         linear, checkpoint = load_linear_baseline(models / LINEAR_BASELINE)
-        examples = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
         test = _held_out(checkpoint, load_reviews, split_reviews, data_dir)
+        examples = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
         held = set(test)
         train = [row for row in examples.rows if row not in held]
         figures = baseline_figures(linear, train, test)[name]
@@ -522,11 +529,13 @@ COLUMNS = {
         "perplexity": "{perplexity:.2f}",
     },
     "sentiment": {
+        "measured on": "{measured_on}, {n:,} texts",
         "accuracy": "{accuracy:.1%}",
         "95 % interval": "{ci95[0]:.1%} to {ci95[1]:.1%}",
         "macro F1": "{macro_f1:.3f}",
     },
     "instructions": {
+        "measured on": "{measured_on}, {n:,} responses",
         "bits per byte of response": "{response_bits_per_byte:.4f}",
         "perplexity": "{response_perplexity:.2f}",
         "answers that stop": "{stops:.0%}",

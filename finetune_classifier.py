@@ -17,13 +17,13 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from data_loader import REVIEW_SETS, Review, find_data_dir, load_reviews, say
@@ -47,7 +47,7 @@ from evaluate import (
     save_linear_baseline,
     sentiment_table,
 )
-from generation import load_language_model
+from generation import copy_tokenizer, load_language_model, with_context
 from lora import count_parameters
 from model import GPTClassificationModel, GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
@@ -63,11 +63,13 @@ from training import (
     command_line,
     first_process_first,
     half_precision,
+    load_checkpoint,
     measured,
     next_token_loss,
     one_line_errors,
     peak_memory_bytes,
     prefix_classification_loss,
+    relative_path,
     save_checkpoint,
     start_runtime,
     train,
@@ -108,7 +110,7 @@ class ReviewConfig:
         for name in ("batch_size", "context_length", "epochs", "language_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("split_probability", "hide_probability"):
+        for name in ("dropout", "split_probability", "hide_probability"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
 
@@ -161,7 +163,7 @@ class _Job:
     split: Split[Review]
     tokenizer: BPETokenizer
     base: GPTModel
-    base_sha256: str
+    origin: dict[str, Any]  # path and hash of the base
     path: Path
     runtime: Runtime
 
@@ -194,7 +196,7 @@ def run(method: Method, args: argparse.Namespace, argv: list[str] | None) -> int
             result = _train_classifier(model, facts, job, args.resume)
         stopped = (result or language).interrupted
         if runtime.rank == 0 and not stopped:
-            made = {"command": command, **measured(runtime, result)}
+            made = {"command": command, **measured(runtime, result, job.train_config)}
             _finish(method, model, result, {**facts, "made": made}, job)
     if stopped:
         say(f"interrupted; continue with: {command}{'' if args.resume else ' --resume'}")
@@ -207,11 +209,7 @@ def _prepare(method: Method, args: argparse.Namespace, runtime: Runtime) -> _Job
     options = {**method.defaults, **vars(args)}
     config = ReviewConfig(**chosen_fields(ReviewConfig, options))
     base, tokenizer, checkpoint = load_language_model(args.base)
-    context_length = base.config.context_length
-    if base.config.position == "learned" and config.context_length > context_length:
-        raise ValueError(
-            f"{args.base} has learned positions: --context-length must be at most {context_length}"
-        )
+    with_context(base, config.context_length, config.dropout)  # refused before the training
     reviews = load_reviews(args.dataset, args.data, find_data_dir(args.data_dir), args.max_examples)
     split = split_reviews(reviews)
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in vars(split).items())
@@ -220,24 +218,27 @@ def _prepare(method: Method, args: argparse.Namespace, runtime: Runtime) -> _Job
     steps = min(options["steps"], config.epochs * steps_per_epoch)
     options |= {"steps": steps, "eval_every": options.get("eval_every", steps_per_epoch)}
     path = args.out_dir / f"{method.name}.pth"
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(path.with_name("tokenizer.json"))
+    train_config = TrainConfig(**chosen_fields(TrainConfig, options))
+    copy_tokenizer(tokenizer, args.out_dir)
     states = [
         path.with_suffix(".resume.pth"),
         path.with_name(REVIEW_MODEL).with_suffix(".resume.pth"),
     ]
-    if not args.resume:
+    if not args.resume and runtime.rank == 0:
         states[0].unlink(missing_ok=True)  # of a run that was given up
-    elif not any(state.is_file() for state in states):
+    elif args.resume and not any(state.is_file() for state in states):
         raise FileNotFoundError(f"there is no {states[0]} to resume: leave --resume out")
     return _Job(
         config,
-        TrainConfig(**chosen_fields(TrainConfig, options)),
+        train_config,
         reviews.facts,
         split,
         tokenizer,
         base,
-        checkpoint["weights_sha256"],
+        {
+            "base": relative_path(args.base, args.out_dir),
+            "base_sha256": checkpoint["weights_sha256"],
+        },
         path,
         runtime,
     )
@@ -248,10 +249,11 @@ def _prepare(method: Method, args: argparse.Namespace, runtime: Runtime) -> _Job
 
 def _language_facts(job: _Job) -> dict[str, Any]:
     return {
-        "base_sha256": job.base_sha256,
+        **job.origin,
         "tokenizer_sha256": job.tokenizer.sha256,
         **job.data,
         "language_steps": job.config.language_steps,
+        "split_probability": job.config.split_probability,
     }
 
 
@@ -259,11 +261,16 @@ def _held_language_model(job: _Job) -> GPTModel | None:
     """The language model on disk, if it is the one that this run would make."""
     if not job.language_path.is_file():
         return None
-    model, _, checkpoint = load_language_model(job.language_path)
+    try:
+        checkpoint = load_checkpoint(job.language_path, "base")
+    except ValueError as error:
+        say(f"making it anew: {error}")
+        return None
     if {name: checkpoint.get(name) for name in _language_facts(job)} != _language_facts(job):
+        say(f"making {job.language_path} anew, for other data, another base or other options")
         return None
     say(f"language model of the reviews: from {job.language_path}")
-    return model
+    return load_language_model(job.language_path)[0]
 
 
 def _train_language_model(job: _Job, resume: bool, command: str) -> TrainResult:
@@ -286,6 +293,7 @@ def _train_language_model(job: _Job, resume: bool, command: str) -> TrainResult:
         job.config.language_steps,
     )
     steps = min(job.config.language_steps, LANGUAGE_EPOCHS * batches.steps_per_epoch)
+    batches.steps = steps
     config = TrainConfig(steps=steps, seed=LANGUAGE_SEED)
     say(f"language model of the reviews: {steps} steps on {len(texts[0]):,} tokens")
 
@@ -310,7 +318,7 @@ def _train_language_model(job: _Job, resume: bool, command: str) -> TrainResult:
         weights = half_precision(model.state_dict())
         model.load_state_dict(weights)
         if runtime.rank == 0:
-            made = {"command": command, **measured(runtime, result)}
+            made = {"command": command, **measured(runtime, result, config)}
             header = {
                 "format": FORMAT_VERSION,
                 "kind": "base",
@@ -328,19 +336,15 @@ def _new_classifier(
     method: Method, language_model: GPTModel, job: _Job
 ) -> tuple[GPTClassificationModel, dict[str, Any]]:
     """A classifier on top of a language model, and what there is to know of it."""
-    config = replace(
-        language_model.config, context_length=job.config.context_length, dropout=job.config.dropout
-    )
     torch.manual_seed(job.train_config.seed)
-    backbone = GPTModel(config)
-    backbone.load_state_dict(language_model.state_dict())
+    backbone = with_context(language_model, job.config.context_length, job.config.dropout)
     base_sha256 = weights_sha256(half_precision(backbone.state_dict()))
     model = GPTClassificationModel(backbone, len(CLASSES)).to(job.runtime.device)
     facts = {
         "base_sha256": base_sha256,
         "tokenizer_sha256": job.tokenizer.sha256,
         **job.data,
-        "model_config": asdict(config),
+        "model_config": asdict(backbone.config),
         "review_config": asdict(job.config),
         **method.prepare(model),
     }
@@ -363,8 +367,12 @@ def _train_classifier(
 
     def validate() -> dict[str, float]:
         found = class_probabilities(model, job.tokenizer, texts, job.runtime)
+        if not np.isfinite(found).all():
+            return {"val_disorder": math.nan}
         return {
-            "val_loss": float(log_loss(labels, found, labels=[0, 1])),
+            "val_loss": float(
+                -np.log(np.maximum(found[np.arange(len(labels)), labels], 1e-9)).mean()
+            ),
             "val_accuracy": float((found.argmax(1) == labels).mean()),
             "val_disorder": 1 - float(roc_auc_score(labels, found[:, 1])),
         }

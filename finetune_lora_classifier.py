@@ -9,6 +9,7 @@ model stays as it is, and `models/lora_classifier_weights.pth` holds low-rank ch
 classification head.
 """
 
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -52,8 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         apply_lora(model, config)
         return {"lora_config": asdict(config)}
 
+    if args.export_peft:
+        args.export_peft.mkdir(parents=True, exist_ok=True)  # refused before the training
     code = run(replace(LORA, prepare=prepare), args, argv)
-    if args.export_peft and not code:
+    if args.export_peft and not code and os.environ.get("RANK", "0") == "0":
         model, _, _ = load_classifier(args.out_dir / f"{LORA.name}.pth")
         export_peft(model, config, args.export_peft)
     return code

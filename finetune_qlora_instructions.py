@@ -30,8 +30,14 @@ from data_utils import (
     instruction_training_batches,
     split_examples,
 )
-from evaluate import answer, load_instruction_model, response_figures, share_that_stops
-from generation import load_language_model
+from evaluate import (
+    INSTRUCTION_CONTEXT,
+    answer,
+    load_instruction_model,
+    response_figures,
+    share_that_stops,
+)
+from generation import copy_tokenizer, load_language_model, with_context
 from lora import (
     LoRAConfig,
     apply_lora,
@@ -58,6 +64,7 @@ from training import (
     measured,
     next_token_loss,
     one_line_errors,
+    relative_path,
     save_checkpoint,
     start_runtime,
     train,
@@ -90,7 +97,7 @@ class InstructionConfig:
     """
 
     batch_size: int = 16
-    context_length: int = 256
+    context_length: int = INSTRUCTION_CONTEXT
     dropout: float = 0.05
     epochs: int = 4
 
@@ -129,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         model = _prepare_model(job)
         result = _train(model, job, args.resume)
         if runtime.rank == 0 and not result.interrupted:
-            made = {"command": command, **measured(runtime, result)}
+            made = {"command": command, **measured(runtime, result, job.train_config)}
             _finish(model, result, before, made, job)
     if result.interrupted:
         say(f"interrupted; continue with: {command}{'' if args.resume else ' --resume'}")
@@ -143,16 +150,7 @@ def _prepare(args: argparse.Namespace, runtime: Runtime) -> _Job:
     config = InstructionConfig(**chosen_fields(InstructionConfig, options))
     lora_config = LoRAConfig(**chosen_fields(LoRAConfig, options))
     language_model, tokenizer, checkpoint = load_language_model(args.base)
-    base_config = language_model.config
-    if base_config.position == "learned" and config.context_length > base_config.context_length:
-        raise ValueError(
-            f"{args.base} has learned positions: --context-length must be at most "
-            f"{base_config.context_length}"
-        )
-    base = GPTModel(
-        replace(base_config, context_length=config.context_length, dropout=config.dropout)
-    )
-    base.load_state_dict(language_model.state_dict())
+    base = with_context(language_model, config.context_length, config.dropout)
     found = load_instructions(
         args.dataset, args.data, find_data_dir(args.data_dir), args.max_examples
     )
@@ -168,9 +166,9 @@ def _prepare(args: argparse.Namespace, runtime: Runtime) -> _Job:
     steps_per_epoch = max(1, len(encoded.train) // config.batch_size)
     steps = min(options["steps"], config.epochs * steps_per_epoch)
     options |= {"steps": steps, "eval_every": options.get("eval_every", steps_per_epoch)}
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(args.out_dir / "tokenizer.json")
+    copy_tokenizer(tokenizer, args.out_dir)
     facts = {
+        "base": relative_path(args.base, args.out_dir),
         "base_sha256": checkpoint["weights_sha256"],
         "tokenizer_sha256": tokenizer.sha256,
         **found.facts,
@@ -241,6 +239,7 @@ def _finish(
     Raises:
         OSError: What was saved does not give the same logits.
     """
+    job = replace(job, runtime=replace(job.runtime, rank=0, world_size=1))  # the others have left
     full = job.method == "full"
     weights = half_precision(model.state_dict() if full else lora_state_dict(model))
     model.load_state_dict(weights, strict=full)
@@ -309,7 +308,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         dest="method",
         action="store_const",
         const="lora",
-        default="qlora",
+        default=argparse.SUPPRESS,
         help="plain LoRA on the base in full precision",
     )
     methods.add_argument(
@@ -317,9 +316,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         dest="method",
         action="store_const",
         const="full",
-        default="qlora",
+        default=argparse.SUPPRESS,
         help="train every weight, without adapters",
     )
+    parser.set_defaults(method="qlora")
     for config_class in (InstructionConfig, LoRAConfig, TrainConfig):
         defaults = {"eval_every": "a pass over the examples", **DEFAULTS}
         add_config_flags(parser, config_class, defaults)

@@ -6,6 +6,7 @@ Shapes: B batch, T time (tokens), V vocabulary.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -199,12 +200,45 @@ def load_tokenizer(path: Path, checkpoint: dict) -> BPETokenizer:
     """
     tokenizer_path = path.with_name("tokenizer.json")
     tokenizer = BPETokenizer.load(tokenizer_path)
-    if tokenizer.sha256 != checkpoint["tokenizer_sha256"]:
+    if tokenizer.sha256 != checkpoint.get("tokenizer_sha256"):
         raise ValueError(
             f"{path} was trained with another tokenizer than {tokenizer_path}: put the "
             "right one back, or train again with `python main.py`"
         )
+    if tokenizer.vocab_size > checkpoint["model_config"]["vocab_size"]:
+        raise ValueError(f"{path} knows fewer tokens than {tokenizer_path}: `python main.py`")
     return tokenizer
+
+
+def with_context(model: GPTModel, context_length: int, dropout: float) -> GPTModel:
+    """The same weights for texts of another length, in training with another dropout.
+
+    Raises:
+        ValueError: The model has learned positions, whose number is fixed.
+    """
+    if model.config.position == "learned" and context_length != model.config.context_length:
+        raise ValueError(
+            "the base has learned positions: --context-length must be "
+            f"{model.config.context_length}"
+        )
+    config = dataclasses.replace(model.config, context_length=context_length, dropout=dropout)
+    copy = GPTModel(config)
+    copy.load_state_dict(model.state_dict())
+    return copy.eval()
+
+
+def copy_tokenizer(tokenizer: BPETokenizer, folder: Path) -> None:
+    """Puts the tokenizer beside the models that a training is about to write.
+
+    Raises:
+        ValueError: There is another one, which other models there need.
+    """
+    path = folder / "tokenizer.json"
+    if path.is_file() and BPETokenizer.load(path).sha256 != tokenizer.sha256:
+        raise ValueError(f"{path} is another tokenizer than the base's: choose another --out-dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        tokenizer.save(path)
 
 
 def _load_base_model(path: Path) -> tuple[GPTModel, dict]:
@@ -220,7 +254,10 @@ def _load_base_model(path: Path) -> tuple[GPTModel, dict]:
         model.load_state_dict(checkpoint["weights"])
     except (KeyError, TypeError, RuntimeError) as error:
         first_line = str(error).split("\n")[0]
-        raise ValueError(f"{path} does not fit this program's model: {first_line}") from None
+        raise ValueError(
+            f"{path} does not fit this program's model ({first_line}): make it again with "
+            "`python main.py`"
+        ) from None
     return model.eval(), checkpoint
 
 

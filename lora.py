@@ -115,7 +115,8 @@ def merge_lora(model: nn.Module) -> None:
     """
     for name, module in lora_layers(model):
         layer = dequantize(module.base_layer)
-        layer.weight += module.weight_change()
+        # A new tensor: the head's weight may be the embedding's, too.
+        layer.weight = nn.Parameter(layer.weight + module.weight_change(), requires_grad=False)
         model.set_submodule(name, layer)
 
 
@@ -195,11 +196,15 @@ def quantize_4bit(model: nn.Module, dtype: torch.dtype = torch.float32) -> Quant
             quant_type="nf4",
             compress_statistics=True,
         )
-        quantized.bias = layer.bias
+        if layer.bias is not None:
+            quantized.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
         # Without gradients such CPUs would pack the weights anew, in a layout from which the
         # gradients of later training come out wrong.
         quantized.support_avx512bf16_for_cpu = False
-        quantized.to(layer.weight.device)  # quantises, also where it moves nothing
+        try:
+            quantized.to(layer.weight.device)  # quantises, also where it moves nothing
+        except RuntimeError as error:  # no library for this GPU
+            raise ValueError(_no_bitsandbytes(error)) from None
         model.set_submodule(name, quantized.train(layer.training))
     layers = [layer for layer in model.modules() if is_quantized(layer)]
     for layer in layers:  # the tables of 16 and 256 values are the same for all: hold them once
@@ -213,11 +218,16 @@ def _load_bitsandbytes() -> Any:
     try:
         import bitsandbytes
     except Exception as error:  # a missing package, or a library of it that the system lacks
-        raise ValueError(
-            f"bitsandbytes cannot be loaded ({error}): `pip install bitsandbytes`, or train "
-            "without 4-bit weights: --no-quantize"
-        ) from None
+        raise ValueError(_no_bitsandbytes(error)) from None
     return bitsandbytes
+
+
+def _no_bitsandbytes(error: Exception) -> str:
+    first_line = str(error).strip().split("\n")[0]
+    return (
+        f"bitsandbytes cannot be loaded ({first_line}): `pip install bitsandbytes`, or train "
+        "without 4-bit weights: --no-quantize"
+    )
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -232,7 +242,9 @@ def dequantize(layer: nn.Linear) -> nn.Linear:
     functional = _load_bitsandbytes().functional
     weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    plain.weight, plain.bias = nn.Parameter(weight.float(), requires_grad=False), layer.bias
+    plain.weight = nn.Parameter(weight.float(), requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.float(), requires_grad=False)
     return plain
 
 

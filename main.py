@@ -140,7 +140,11 @@ def main(argv: list[str] | None = None) -> int:
         path = args.out_dir / "model_weights.pth"
         result = _train(model, data, batches, train_config, runtime, path, facts, args.resume)
         if runtime.rank == 0 and not result.interrupted:
-            made = {"command": command, "dataset": data.corpus.name, **measured(runtime, result)}
+            made = {
+                "command": command,
+                "dataset": data.corpus.name,
+                **measured(runtime, result, train_config),
+            }
             weights = half_precision(model.state_dict())
             header = {"format": FORMAT_VERSION, "kind": "base", "metrics": result.best}
             save_checkpoint(path, {**header, **facts, "made": made, "weights": weights})

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -570,6 +571,7 @@ class _Run:
             **facts,
             "world_size": runtime.world_size,
             "train_config": asdict(config),
+            "criterion": criterion,
         }
         self.state_path = run_path.with_name(run_path.name + ".resume.pth")
         self.log_path = run_path.with_name(run_path.name + ".log.jsonl")
@@ -738,13 +740,23 @@ def command_line(script: str, argv: list[str] | None, runtime: Runtime) -> str:
     return shlex.join([*launcher, script, *(sys.argv[1:] if argv is None else argv)])
 
 
-def measured(runtime: Runtime, result: TrainResult) -> dict[str, Any]:
+def relative_path(path: Path, folder: Path) -> str:
+    """Where a file lies, seen from a folder: for files that name each other."""
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+
+
+def measured(runtime: Runtime, result: TrainResult, config: TrainConfig) -> dict[str, Any]:
     """What a training took and ran on, for its checkpoint."""
+    packages = ("torch", "numpy", "bitsandbytes")
     return {
+        "train_config": asdict(config),
         "runtime": runtime.describe(),
         "seconds": result.seconds,
         "peak_memory_bytes": peak_memory_bytes(runtime.device),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
     }
 
 
