@@ -289,7 +289,10 @@ class BPETokenizer:
                 f"no tokenizer at {path}: make it with `python main.py`"
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a byte-level BPE tokenizer.json: {error}") from None
+            raise ValueError(
+                f"{path} is not a byte-level BPE tokenizer.json ({error}): make it with "
+                "`python main.py`"
+            ) from None
 
     @classmethod
     def load_gpt2(cls, vocab_path: Path, merges_path: Path) -> "BPETokenizer":

@@ -12,6 +12,10 @@ import pytest
 import requests
 from playwright.sync_api import Page, expect, sync_playwright
 
+from app import printable
+from generation import continue_prompt, load_language_model
+from tokenizer import BPETokenizer
+
 ROOT = Path(__file__).parents[1]
 PAGES = {
     "generate": "Generate",
@@ -71,8 +75,22 @@ def pictures(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def settle(page: Page) -> None:
     """Waits until the app has nothing more to do."""
-    expect(page.get_by_test_id("stStatusWidget")).to_have_count(0)
-    page.wait_for_timeout(800)
+    for pause in (800, 200):  # a run may start a moment after what caused it
+        page.wait_for_timeout(pause)
+        app = page.get_by_test_id("stApp")
+        expect(app).to_have_attribute("data-test-script-state", "notRunning")
+
+
+def go_to(page: Page, address: str, name: str) -> None:
+    """Opens one of the app's pages; the first one has no path."""
+    page.goto(address if name == "generate" else f"{address}/{name}")
+    expect(page.get_by_role("heading", name=PAGES[name], level=1)).to_be_visible()
+    settle(page)
+
+
+def click(page: Page, name: str) -> None:
+    """Clicks a button of the page, not of Streamlit's own header."""
+    page.get_by_test_id("stMain").get_by_role("button", name=name, exact=True).click()
 
 
 def shoot(page: Page, path: Path) -> None:
@@ -84,28 +102,51 @@ def shoot(page: Page, path: Path) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_page_opens(name: str, address: str, page: Page, pictures: Path):
-    page.goto(f"{address}/{name}")
-    expect(page.get_by_role("heading", name=PAGES[name], level=1)).to_be_visible()
-    settle(page)
+    go_to(page, address, name)
     assert page.get_by_test_id("stAlertContentError").count() == 0
     shoot(page, pictures / f"page_{name}.png")
 
 
-def test_text_is_generated_and_can_be_stopped(address: str, page: Page, pictures: Path):
-    page.goto(address)
-    page.get_by_role("button", name="Generate").click()
-    text = page.get_by_test_id("stCode").first
-    expect(text).to_contain_text(re.compile(r"ROMEO:[\s\S]{200}"))
-    expect(page.get_by_text(re.compile(r"\d+ tokens, \d+ tokens per second"))).to_be_visible()
+SPEED = re.compile(r"\d+ tokens, \d+ tokens per second")
+
+
+def test_text_is_generated(address: str, page: Page, pictures: Path):
+    go_to(page, address, "generate")
+    click(page, "Generate")
+    expect(page.get_by_text("200 tokens,")).to_be_visible()
+    expect(page.get_by_test_id("stCode").first).to_contain_text(re.compile(r"ROMEO:[\s\S]{200}"))
     shoot(page, pictures / "llm_new_1.png")
-    page.get_by_role("button", name="Generate").click()
-    page.get_by_role("button", name="Stop").click()
+
+
+def test_stop_stops_and_keeps_the_text(address: str, page: Page):
+    go_to(page, address, "instructions")
+    page.get_by_label("Instruction").fill("Write a long story.")
+    page.get_by_label("Instruction").press("Control+Enter")
     settle(page)
-    expect(text).to_contain_text("ROMEO:")
+    click(page, "Answer")
+    expect(page.get_by_text(SPEED).first).to_be_visible()
+    click(page, "Stop")
+    settle(page)
+    shown = page.get_by_text(SPEED).all_inner_texts()
+    assert len(shown) == 1 and int(shown[0].split()[0]) < 200, "the second answer never begins"
+    page.wait_for_timeout(1000)
+    assert page.get_by_text(SPEED).all_inner_texts() == shown
+
+
+def test_the_first_page_is_ready_soon_and_asks_nobody_else(address: str, page: Page):
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    started = time.perf_counter()
+    page.goto(address)
+    button = page.get_by_test_id("stMain").get_by_role("button", name="Generate", exact=True)
+    expect(button).to_be_visible()
+    print(f"ready in {time.perf_counter() - started:.1f} s")
+    settle(page)
+    assert asked and all(url.startswith(("http://127.0.0.1", "data:", "blob:")) for url in asked)
 
 
 def test_a_review_is_judged(address: str, page: Page, pictures: Path):
-    page.goto(f"{address}/sentiment")
+    go_to(page, address, "sentiment")
     box = page.get_by_label("Review")
     box.fill("I love it. The best purchase I have made in years, works great!")
     box.press("Control+Enter")
@@ -119,7 +160,7 @@ def test_a_review_is_judged(address: str, page: Page, pictures: Path):
 def test_a_file_is_judged(address: str, page: Page, tmp_path: Path):
     path = tmp_path / "reviews.csv"
     path.write_text("text\nI love it\nawful waste of money\n")
-    page.goto(f"{address}/sentiment")
+    go_to(page, address, "sentiment")
     page.locator("input[type=file]").set_input_files(path)
     with page.expect_download() as download:
         page.get_by_role("button", name="Download with predictions").click()
@@ -128,35 +169,55 @@ def test_a_file_is_judged(address: str, page: Page, tmp_path: Path):
 
 
 def test_an_instruction_is_answered(address: str, page: Page, pictures: Path):
-    page.goto(f"{address}/instructions")
-    page.get_by_role("button", name="Answer").click()
-    expect(page.get_by_text(re.compile(r"\d+ tokens, \d+ tokens per second"))).to_have_count(2)
+    go_to(page, address, "instructions")
+    click(page, "Answer")
+    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "running")
+    settle(page)
+    expect(page.get_by_text(SPEED)).to_have_count(2)
     shoot(page, pictures / "llm_new_3.png")
 
 
 def test_two_sessions_at_once_get_their_own_text(address: str, page: Page):
+    model, tokenizer, _ = load_language_model(ROOT / "models" / "model_weights.pth")
     other = page.context.browser.new_page()
-    texts = []
-    for tab, prompt in ((page, "KING:"), (other, "Nurse:")):
-        tab.goto(address)
+    tabs = {"KING:": page, "Nurse:": other}
+    for prompt, tab in tabs.items():
+        go_to(tab, address, "generate")
         tab.get_by_label("Prompt").fill(prompt)
         tab.get_by_label("Prompt").press("Control+Enter")
         settle(tab)
-    for tab in (page, other):
-        tab.get_by_role("button", name="Generate").click()
-    for tab in (page, other):
-        expect(tab.get_by_text(re.compile("200 tokens|tokens per second"))).to_be_visible()
+    for tab in tabs.values():
+        click(tab, "Generate")
+    for prompt, tab in tabs.items():
+        expect(tab.get_by_text("200 tokens,")).to_be_visible()
         settle(tab)
-        texts.append(tab.get_by_test_id("stCode").first.inner_text())
-    assert texts[0].startswith("KING:") and texts[1].startswith("Nurse:")
+        ids = continue_prompt(model, tokenizer, prompt, 200)
+        expected = prompt + "".join(tokenizer.decode_stream(ids))
+        shown = tab.get_by_test_id("stCode").first.inner_text()
+        assert shown.split() == expected.split()
+
+
+def test_tokens_are_shown_as_they_are(address: str, page: Page):
+    go_to(page, address, "tokenizer")
+    text = "a[0] -- :red[x] $y$ **b** <script>c</script> -> `d`"
+    page.get_by_label("Text").fill(text)
+    page.get_by_label("Text").press("Control+Enter")
+    settle(page)
+    tokenizer = BPETokenizer.load(ROOT / "models" / "tokenizer.json")
+    names = [f"{printable(tokenizer.vocab[i])} {i}" for i in tokenizer.encode(text)]
+    badges = page.get_by_test_id("stMain").locator(".stMarkdownBadge").all_inner_texts()
+    assert [badge.replace("\u2060", "") for badge in badges] == names
+    main = page.get_by_test_id("stMain")
+    assert main.locator(".katex, strong, script").count() == 0
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_narrow_dark_window_does_not_scroll_sideways(name: str, address: str, page: Page):
+def test_a_narrow_dark_window_does_not_scroll_sideways(
+    name: str, address: str, page: Page, tmp_path: Path
+):
     page.set_viewport_size({"width": 420, "height": 900})
     page.emulate_media(color_scheme="dark")
-    page.goto(f"{address}/{name}")
-    expect(page.get_by_role("heading", name=PAGES[name], level=1)).to_be_visible()
-    settle(page)
-    wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-    assert wide <= 0
+    go_to(page, address, name)
+    main = page.get_by_test_id("stMain")
+    assert main.evaluate("e => e.scrollWidth - e.clientWidth") <= 0
+    page.screenshot(path=tmp_path / "narrow.png")
