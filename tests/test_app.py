@@ -123,6 +123,48 @@ def test_an_adapter_is_refused_as_soon_as_its_base_changes(models: Path):
     assert not at.exception and "was trained on another base" in at.error[0].value
 
 
+def test_files_of_reviews():
+    csv = app.read_table(b'\xef\xbb\xbftitle,content\nGood,"a, b"\n,only\n', csv=True)
+    assert app.review_texts(csv) == ["Good\na, b", "only"]
+    lines = app.read_table(b'{"text": "x\\u2028y", "n": 1}\n\n{"text": "z", "n": null}', csv=False)
+    assert app.review_texts(lines) == ["x\u2028y", "z"] and lines["n"].iloc[0] == 1
+    for csv, content, message in (
+        (True, b"", "cannot be read"),
+        (True, b"\xff\xfe", "cannot be read"),
+        (True, b"text\nI love it, really\n", "more fields than its first line"),
+        (False, b"{", "cannot be read"),
+        (False, b'{"text": "a"}\nnull', "each line must be a JSON object"),
+        (True, b"text\n", "has 0 rows"),
+        (True, b"text\n" + b"x\n" * (app.MAX_ROWS + 1), "10,001 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            app.read_table(content, csv)
+    with pytest.raises(ValueError, match="needs a column text"):
+        app.review_texts(pd.DataFrame({"review": ["x"]}))
+    with pytest.raises(ValueError, match="1 rows have no text, the first is row 2"):
+        app.review_texts(pd.DataFrame({"text": ["x", " "]}))
+
+
+def test_a_file_is_judged_once(models: Path, monkeypatch: pytest.MonkeyPatch):
+    calls: list[int] = []
+    judge = app.classify
+    monkeypatch.setattr(app, "classify", lambda n, t: (calls.append(len(t)), judge(n, t))[1])
+    script = 'import app\napp.classify_all("LoRA", ["good", "bad"])'
+    at = AppTest.from_string(script, default_timeout=60).run()
+    at.run()
+    assert_quiet(at)
+    assert calls == [2]
+
+
+def test_both_models_answer(models: Path):
+    at = page("instructions")
+    at.button[0].click().run()
+    assert_quiet(at)
+    answers = [code.value for code in at.code]
+    assert answers[-1].startswith("### Instruction\n")
+    assert len(at.caption) == 2
+
+
 def test_a_word_is_built_by_its_merges(models: Path):
     at = page("tokenizer")
     at.text_input[0].set_value(" king").run()
