@@ -11,6 +11,7 @@ guess.
 """
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -61,6 +62,7 @@ from lora import (
     apply_lora,
     count_parameters,
     load_lora_state_dict,
+    merge_lora,
     quantize_4bit,
 )
 from model import GPTClassificationModel, GPTConfig, GPTModel
@@ -336,10 +338,14 @@ def answer(
 
 
 def share_that_stops(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction]) -> float:
-    """Share of answers that end by themselves within `ANSWER_TOKENS` tokens."""
-    judged = rows[:JUDGED_ANSWERS]
+    """Share of answers that end by themselves within `ANSWER_TOKENS` tokens.
+
+    Asked of a copy whose adapters are merged: the same function, several times as fast as 4 bits.
+    """
+    judged, merged = rows[:JUDGED_ANSWERS], copy.deepcopy(model)
+    merge_lora(merged)
     lengths = [
-        sum(1 for _ in answer(model, tokenizer, row.instruction, row.context, seed=seed))
+        sum(1 for _ in answer(merged, tokenizer, row.instruction, row.context, seed=seed))
         for seed, row in enumerate(tqdm(judged, desc="answers", unit="answer"))
     ]
     return sum(length < ANSWER_TOKENS for length in lengths) / len(judged)

@@ -47,7 +47,7 @@ from lora import (
     quantize_4bit,
 )
 from model import GPTModel
-from tokenizer import BPETokenizer
+from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (
     FORMAT_VERSION,
     HelpFormatter,
@@ -99,7 +99,7 @@ class InstructionConfig:
     batch_size: int = 16
     context_length: int = INSTRUCTION_CONTEXT
     dropout: float = 0.05
-    epochs: int = 4
+    epochs: int = 5
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "context_length", "epochs"):
@@ -161,6 +161,12 @@ def _prepare(args: argparse.Namespace, runtime: Runtime) -> _Job:
             for part in vars(rows).values()
         )
     )
+    whole = [e for e in encoded.train if e.response[-1] == tokenizer.special_tokens[END_OF_TEXT]]
+    if len(whole) < len(encoded.train):
+        say(
+            f"{len(encoded.train) - len(whole):,} training responses left out: too long to be whole"
+        )
+        encoded = replace(encoded, train=whole or encoded.train)
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in vars(encoded).items())
     say(f"instructions: {found.name}, {sizes}; runtime: {runtime.describe()}")
     steps_per_epoch = max(1, len(encoded.train) // config.batch_size)

@@ -1,6 +1,8 @@
 """Fixtures small enough to build in a blink; everything is written below `tmp_path`."""
 
 import os
+import subprocess
+import sys
 import tempfile
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -33,6 +35,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 PLAY = (SAMPLES / "play.txt").read_text(encoding="utf-8")
+
+
+def run_under_torchrun(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script in two processes with a thread each."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run(
+        [sys.executable, *launcher, script, *arguments],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture(scope="session")

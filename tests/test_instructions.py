@@ -2,7 +2,10 @@
 
 import copy
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
-from conftest import TINY_INSTRUCTIONS, randomised, tiny_config
+from conftest import TINY_INSTRUCTIONS, randomised, run_under_torchrun, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -179,6 +182,12 @@ def test_a_user_cannot_write_a_heading_or_a_control_token(tokenizer: BPETokenize
     text = tokenizer.decode(prompt)
     assert text.count("###") == 3
     assert not set(prompt) & set(tokenizer.special_tokens.values())
+
+
+@pytest.mark.parametrize("hashes", range(3, 10))
+def test_no_number_of_hashes_makes_a_heading(tokenizer: BPETokenizer, hashes: int):
+    prompt = tokenizer.decode(encode_prompt(f"a\n\n{'#' * hashes} Response\nb", "", tokenizer))
+    assert prompt.count("### Response\n") == 1
 
 
 def test_training_batches_hold_every_example_once(tokenizer: BPETokenizer):
@@ -407,6 +416,48 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(
     assert run("--resume") == 0
     assert load_checkpoint(path, "qlora_instruction")["weights_sha256"] == whole
     assert not path.with_suffix(".resume.pth").exists()
+
+
+def test_two_processes_train_and_one_finishes(base_checkpoint: Path, run: Callable[..., int]):
+    data, folder = base_checkpoint.parents[1] / "tasks.jsonl", base_checkpoint.parent
+    options = ["--data", str(data), "--base", str(base_checkpoint), "--out-dir", str(folder)]
+    done = run_under_torchrun("finetune_qlora_instructions.py", *options, *TINY_INSTRUCTIONS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("stop by themselves") == 1
+    checkpoint = load_checkpoint(folder / "qlora_instruction_weights.pth", "qlora_instruction")
+    assert checkpoint["metrics"]["test"]["n"] > 0
+
+
+def test_a_base_in_another_folder(run: Callable[..., int], tmp_path: Path, runtime: Runtime):
+    assert run("--out-dir", str(tmp_path / "new")) == 0
+    model, _, _ = load_instruction_model(
+        tmp_path / "new" / "qlora_instruction_weights.pth", runtime
+    )
+    assert any(map(is_quantized, model.modules()))
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_an_interrupted_process_resumes_to_the_same_adapter(
+    sent: int, code: int, run: Callable[..., int], base_checkpoint: Path, tmp_path: Path
+):
+    long = ["--steps", "60", "--epochs", "100", "--eval-every", "20"]
+    options = ["--data", str(tmp_path / "tasks.jsonl"), "--base", str(base_checkpoint)]
+    options += [*TINY_INSTRUCTIONS, *long, "--out-dir", str(tmp_path / "cut")]
+    state = tmp_path / "cut" / "qlora_instruction_weights.resume.pth"
+    command = [sys.executable, "finetune_qlora_instructions.py", *options]
+    process = subprocess.Popen(command, cwd=script.__file__.rsplit("/", 1)[0])
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(sent)
+    assert process.wait(timeout=60) == code
+    assert state.exists() and script.main([*options, "--resume"]) == 0
+    assert run(*long) == 0
+    name = "qlora_instruction_weights.pth"
+    one, two = (
+        load_checkpoint(d / name, "qlora_instruction")
+        for d in (tmp_path / "cut", base_checkpoint.parent)
+    )
+    assert one["weights_sha256"] == two["weights_sha256"]
 
 
 def test_another_base_is_refused(run: Callable[..., int], base_checkpoint: Path, runtime: Runtime):

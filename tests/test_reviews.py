@@ -46,6 +46,7 @@ def write(path: Path, text: str) -> Path:
         ("e.csv", '"2","","Great stuff"\n"1","","Broke at once"\n'),
         ("f.tsv", "text\tlabel\nGreat stuff\t1.0\n\nBroke at once\t0.0"),
         ("g.txt", "Great stuff\t1\nBroke at once\t0\n"),
+        ("H.CSV", "label,text\n1,Great stuff\n0,Broke at once\n"),
     ],
 )
 def test_the_formats_that_people_have(tmp_path: Path, name: str, text: str):
@@ -84,11 +85,13 @@ def test_bad_rows_are_named_by_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         '{"label": 1}',
         "",
         '{"text": "x", "label": 7}',
+        '{"text": "\\ud800", "label": 1}',
+        '{"text": "a\\u0000", "label": 1}',
         '{"text": "Broke at once", "label": 0}',
     ]
     assert read_reviews(write(tmp_path / "a.jsonl", "\n".join(rows))) == [GOOD, BAD]
     said = capsys.readouterr().err
-    assert "6 of 8 rows left out (line 2: not JSON; line 3: not an object" in said
+    assert "8 of 10 rows left out (line 2: not JSON; line 3: not an object" in said
     assert "line 4: no text; line 5: a text that is not a string; line 6: no text; ...)" in said
     path = write(tmp_path / "b.tsv", "label\ttitle\tcontent\n1\tonly two\n2\ta\tb\n")
     assert read_reviews(path) == [Review("a\nb", 1)]

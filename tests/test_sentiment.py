@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_SENTIMENT, randomised, tiny_config
+from conftest import TINY_SENTIMENT, randomised, run_under_torchrun, tiny_config
 from sklearn.metrics import accuracy_score, f1_score
 
 import evaluate
@@ -310,3 +310,71 @@ def test_own_reviews_are_never_a_control_token(tokenizer: BPETokenizer):
     special = set(tokenizer.special_tokens.values())
     assert not special & set(ids[0, : lengths[0]].tolist())
     assert tokenizer.decode(ids[0, : lengths[0]].tolist()) == rows[0].text
+
+
+def test_two_processes_train_an_adapter(reviews: Path, folder: Path, tmp_path: Path):
+    options = [*arguments(reviews, folder), "--dropout", "0", "--export-peft", str(tmp_path / "p")]
+    done = run_under_torchrun("finetune_lora_classifier.py", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("TF-IDF") == 1, "only the first process speaks"
+    assert (tmp_path / "p" / "adapter_config.json").is_file()
+    _, _, checkpoint = load_classifier(folder / LORA)
+    assert checkpoint["made"]["command"].startswith("torchrun --nproc_per_node=2")
+
+
+def test_base_and_results_may_lie_in_two_folders(reviews: Path, folder: Path, tmp_path: Path):
+    options = [*arguments(reviews, folder), "--out-dir", str(tmp_path / "elsewhere" / "deep")]
+    assert finetune_lora_classifier.main(options) == 0
+    path = tmp_path / "elsewhere" / "deep" / LORA
+    assert load_classifier(path)[2]["kind"] == "lora_classifier"
+    checkpoint = load_checkpoint(folder / "model_weights.pth", "base")
+    weights = {n: w + 1 for n, w in checkpoint["weights"].items()}
+    save_checkpoint(folder / "model_weights.pth", {**checkpoint, "weights": weights})
+    with pytest.raises(ValueError, match="trained from another base than"):
+        load_classifier(path)
+
+
+def test_a_folder_with_another_tokenizer_is_refused(
+    reviews: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = tmp_path / "other"
+    other.mkdir()
+    BPETokenizer.train(["another text"], vocab_size=300).save(other / "tokenizer.json")
+    before = (other / "tokenizer.json").read_bytes()
+    options = [*arguments(reviews, folder), "--out-dir", str(other)]
+    assert finetune_classifier.main(options) == 2
+    assert "choose another --out-dir" in capsys.readouterr().err
+    assert (other / "tokenizer.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "other data"])
+def test_a_language_model_that_does_not_fit_is_made_anew(
+    damage: str, reviews: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert finetune_classifier.main(arguments(reviews, folder)) == 0
+    path = folder / "review_model_weights.pth"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        reviews.write_text(reviews.read_text().replace("thing 7", "thing seven"))
+    capsys.readouterr()
+    assert finetune_classifier.main(arguments(reviews, folder)) == 0
+    assert "anew" in capsys.readouterr().err
+    load_checkpoint(path, "base")
+
+
+def test_a_base_of_fixed_length_says_which(
+    reviews: Path,
+    folder: Path,
+    tokenizer: BPETokenizer,
+    capsys: pytest.CaptureFixture[str],
+):
+    path = folder / "model_weights.pth"
+    config = tiny_config(tokenizer.vocab_size, position="learned")
+    weights = randomised(GPTModel(config)).state_dict()
+    base = {**load_checkpoint(path, "base"), "model_config": vars(config), "weights": weights}
+    save_checkpoint(path, base)
+    assert finetune_classifier.main(arguments(reviews, folder)) == 2
+    assert "--context-length must be 16" in capsys.readouterr().err
+    fitting = arguments(reviews, folder, "--context-length", "16")
+    assert finetune_classifier.main(fitting) == 0
