@@ -77,7 +77,8 @@ DEFAULTS = {
     "decay_share": 0.9,
     "r": 16,
     "lora_alpha": 32.0,
-    "target_modules": ("qkv", "fc", "proj"),
+    # The head, too: it has never had to predict <|endoftext|> or the words of today.
+    "target_modules": ("qkv", "fc", "proj", "head"),
 }
 SHOWN_ANSWERS = 3
 
