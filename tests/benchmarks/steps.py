@@ -3,8 +3,8 @@
     python tests/benchmarks/steps.py [--repeats 3] [--steps 20]
 
 The default model with random weights; sentiment: 32 texts of 160 tokens, adapters on the query-key-
-value products; instructions: 16 texts of 256 tokens, adapters of rank 16 on all linear layers of
-the blocks. Every measurement is a process of its own, the methods taking turns; medians over the
+value products; instructions: 16 texts of 256 tokens, adapters of rank 16 on all linear layers.
+Every measurement is a process of its own, the methods taking turns; medians over the
 repeats. Memory is what the process grows by, at its peak, from the model before the first step on.
 """
 
@@ -48,7 +48,7 @@ def measure(task: str, method: str, steps: int) -> dict[str, float]:
         model = GPTModel(GPTConfig(vocab_size=2048, context_length=256)).to(runtime.device)
         config = LoRAConfig()
         if task == "instructions":
-            config = LoRAConfig(r=16, lora_alpha=32, target_modules=("qkv", "fc", "proj"))
+            config = LoRAConfig(r=16, lora_alpha=32, target_modules=("qkv", "fc", "proj", "head"))
             batch = tuple(torch.randint(2048, (2, 16, 256), device=runtime.device))
             loss_fn = next_token_loss
         else:
