@@ -30,7 +30,7 @@ from evaluate import (
     load_classifier,
     load_instruction_model,
     load_linear_baseline,
-    report_tables,
+    report_cells,
 )
 from generation import continue_prompt, load_language_model, token_probabilities
 from model import GPTModel
@@ -44,6 +44,7 @@ MAX_ROWS, MAX_UPLOAD_MB = 10_000, 10
 SHOWN_TOKENS, ATTENTION_TOKENS = 15, 32
 REFRESH_SECONDS = 3.0
 CHART_COLOR = "#3a7ca5"
+TASKS = {"language": "Language", "sentiment": "Sentiment", "instructions": "Instructions"}
 
 
 # ---- what the pages share
@@ -444,7 +445,10 @@ def training_page() -> None:
         return
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        st.markdown(report_tables(rows))
+        for task, title in TASKS.items():
+            header, *lines = report_cells(task, rows[task])
+            st.markdown(f"**{title}**")
+            st.dataframe(pd.DataFrame(lines, columns=header), hide_index=True)
         show_costs(rows)
     except (KeyError, TypeError, AttributeError, ValueError):
         st.error(f"{path.name} cannot be read: make it again with `python evaluate.py`.")
@@ -504,7 +508,7 @@ def show_costs(rows: dict[str, list[dict[str, Any]]]) -> None:
         frame["peak memory (GiB)"] = frame["peak_memory_bytes"] / 2**30
         frame["training (s)"] = frame["seconds"]
         frame["trained parameters"] = frame["trained_parameters"]
-        st.markdown(f"**{task.capitalize()}**")
+        st.markdown(f"**{TASKS[task]}: full against adapters**")
         forms = {"trained parameters": "~s", "peak memory (GiB)": ".2f", "training (s)": ",.0f"}
         for column, (name, form) in zip(st.columns(3), forms.items()):
             column.altair_chart(bars(frame[["model", name]], name, "model", form))

@@ -558,19 +558,25 @@ COST_COLUMNS = {
 
 def report_tables(rows: dict[str, list[dict[str, Any]]]) -> str:
     """The rows of `report` as Markdown tables."""
-    return "\n\n".join(_table(task, rows[task]) for task in COLUMNS)
+    tables = []
+    for task in COLUMNS:
+        header, *lines = report_cells(task, rows[task])
+        lines = [header, ["---"] * len(header), *lines]
+        tables.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(tables)
 
 
-def _table(task: str, rows: list[dict[str, Any]]) -> str:
+def report_cells(task: str, rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The header of a task's table, and its rows, as text."""
     columns = {**COLUMNS[task], **COST_COLUMNS}
-    lines = ["| " + " | ".join(["model", *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
+    lines = [["model", *columns]]
     for row in rows:
         if "problem" in row:
             cells = [row["problem"], *[""] * (len(columns) - 1)]
         else:
             cells = [_cell(form, row) for form in columns.values()]
-        lines.append("| " + " | ".join([row["model"], *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([row["model"], *cells])
+    return lines
 
 
 def _cell(form: str, row: dict[str, Any]) -> str:

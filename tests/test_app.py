@@ -190,6 +190,8 @@ def test_curves_and_table_come_from_the_files(models: Path):
         "sentiment": [
             {
                 "model": "LoRA",
+                "measured_on": "sample",
+                "n": 8,
                 "accuracy": 0.875,
                 "ci95": [0.8, 0.9],
                 "macro_f1": 0.87,
@@ -205,8 +207,9 @@ def test_curves_and_table_come_from_the_files(models: Path):
     (models / "report.json").write_text(json.dumps(rows))
     at = page("training")
     assert_quiet(at)
-    shown = "\n".join(m.value for m in at.markdown)
-    assert "| LoRA | 87.5% | 80.0% to 90.0% | 0.870 | 10 | 1,000 | 2 kB | 3 s | 1.00 GiB |" in shown
+    shown = " | ".join(at.dataframe[1].value.iloc[0])
+    expected = "LoRA | sample, 8 texts | 87.5% | 80.0% to 90.0% | 0.870 | 10 | 1,000 | 2 kB | 3 s"
+    assert shown == f"{expected} | 1.00 GiB"
     logs = sorted(path.name.removesuffix(".log.jsonl") for path in models.glob("*.log.jsonl"))
     assert at.selectbox[0].options == logs and len(logs) == 4
     path = models / "qlora_instruction_weights.log.jsonl"

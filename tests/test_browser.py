@@ -24,7 +24,7 @@ PAGES = {
     "tokenizer": "Tokenizer",
     "training": "Training and evaluation",
 }
-WAIT_MS = 60_000
+WAIT_MS = 20_000
 
 pytestmark = pytest.mark.browser
 
@@ -120,8 +120,8 @@ def test_text_is_generated(address: str, page: Page, pictures: Path):
 
 def test_stop_stops_and_keeps_the_text(address: str, page: Page):
     go_to(page, address, "instructions")
-    page.get_by_label("Instruction").fill("Write a long story.")
-    page.get_by_label("Instruction").press("Control+Enter")
+    page.get_by_role("textbox", name="Instruction", exact=True).fill("Write a long story.")
+    page.get_by_role("textbox", name="Instruction", exact=True).press("Control+Enter")
     settle(page)
     click(page, "Answer")
     expect(page.get_by_text(SPEED).first).to_be_visible()
@@ -147,7 +147,7 @@ def test_the_first_page_is_ready_soon_and_asks_nobody_else(address: str, page: P
 
 def test_a_review_is_judged(address: str, page: Page, pictures: Path):
     go_to(page, address, "sentiment")
-    box = page.get_by_label("Review")
+    box = page.get_by_role("textbox", name="Review", exact=True)
     box.fill("I love it. The best purchase I have made in years, works great!")
     box.press("Control+Enter")
     expect(page.get_by_test_id("stMetricValue").first).to_have_text("positive")
@@ -183,8 +183,8 @@ def test_two_sessions_at_once_get_their_own_text(address: str, page: Page):
     tabs = {"KING:": page, "Nurse:": other}
     for prompt, tab in tabs.items():
         go_to(tab, address, "generate")
-        tab.get_by_label("Prompt").fill(prompt)
-        tab.get_by_label("Prompt").press("Control+Enter")
+        tab.get_by_role("textbox", name="Prompt", exact=True).fill(prompt)
+        tab.get_by_role("textbox", name="Prompt", exact=True).press("Control+Enter")
         settle(tab)
     for tab in tabs.values():
         click(tab, "Generate")
@@ -200,8 +200,8 @@ def test_two_sessions_at_once_get_their_own_text(address: str, page: Page):
 def test_tokens_are_shown_as_they_are(address: str, page: Page):
     go_to(page, address, "tokenizer")
     text = "a[0] -- :red[x] $y$ **b** <script>c</script> -> `d`"
-    page.get_by_label("Text").fill(text)
-    page.get_by_label("Text").press("Control+Enter")
+    page.get_by_role("textbox", name="Text", exact=True).fill(text)
+    page.get_by_role("textbox", name="Text", exact=True).press("Control+Enter")
     settle(page)
     tokenizer = BPETokenizer.load(ROOT / "models" / "tokenizer.json")
     names = [f"{printable(tokenizer.vocab[i])} {i}" for i in tokenizer.encode(text)]
