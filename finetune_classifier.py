@@ -15,7 +15,6 @@ from.
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,6 +62,7 @@ from training import (
     command_line,
     first_process_first,
     half_precision,
+    leave,
     load_checkpoint,
     measured,
     next_token_loss,
@@ -450,4 +450,4 @@ def make_parser(method: Method, description: str) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

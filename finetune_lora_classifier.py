@@ -10,7 +10,6 @@ classification head.
 """
 
 import os
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from evaluate import load_classifier
 from finetune_classifier import Method, make_parser, run
 from lora import LoRAConfig, apply_lora, export_peft, lora_state_dict
 from model import GPTClassificationModel
-from training import add_config_flags, chosen_fields, one_line_errors
+from training import add_config_flags, chosen_fields, leave, one_line_errors
 
 LORA = Method(
     name="lora_classifier_weights",
@@ -63,4 +62,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

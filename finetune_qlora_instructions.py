@@ -14,7 +14,6 @@ and its log. Ctrl-C keeps a state that `--resume` goes on from.
 import argparse
 import copy
 import math
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +59,7 @@ from training import (
     command_line,
     first_process_first,
     half_precision,
+    leave,
     mean_loss,
     measured,
     next_token_loss,
@@ -334,4 +334,4 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

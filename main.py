@@ -12,7 +12,6 @@ Ctrl-C keeps a state that `--resume` goes on from.
 import argparse
 import math
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from training import (
     command_line,
     first_process_first,
     half_precision,
+    leave,
     measured,
     next_token_loss,
     one_line_errors,
@@ -265,4 +265,4 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -137,4 +137,4 @@ def test_fine_tuned_models_are_measured_on_the_part_they_did_not_see(
     assert base["response_bits_per_byte"] == recorded["base"]["response_bits_per_byte"]
     assert "--full" in full["problem"] and "--no-quantize" in plain["problem"]
     shown = capsys.readouterr().out
-    assert f"| LoRA | {lora['accuracy']:.1%} |" in shown
+    assert f"| LoRA | sample, 16 texts | {lora['accuracy']:.1%} |" in shown
