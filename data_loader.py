@@ -6,6 +6,7 @@ name is strict; "auto" tries one source after the other and says on stderr which
 """
 
 import codecs
+import contextlib
 import csv
 import hashlib
 import io
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import requests
 import urllib3
@@ -119,9 +120,7 @@ class Corpus:
         digest = hashlib.sha256()
         for path in self.paths:
             digest.update(path.stat().st_size.to_bytes(8, "little"))
-            with path.open("rb") as file:
-                while piece := file.read(PIECE_BYTES):
-                    digest.update(piece)
+            _digest_file(digest, path)
         return digest.hexdigest()
 
     def split(self, share: float = 0.9) -> tuple[list[ByteRange], list[ByteRange]]:
@@ -261,8 +260,21 @@ def fetch(file: RemoteFile, data_dir: Path) -> Path:
     return path
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    _digest_file(digest, path)
+    return digest.hexdigest()
+
+
+def _digest_file(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+
+
 def _check_held(path: Path, sha256: str) -> None:
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = file_sha256(path)
     if found != sha256:
         raise ValueError(f"{path} is damaged or another file (SHA-256 {found}): delete it")
 
@@ -699,8 +711,11 @@ def download(url: str, sha256: str, member: str = "") -> bytes:
             content = _get(url, started + DOWNLOAD_TIMEOUT)
             break
         except (OSError, urllib3.exceptions.HTTPError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
+            response = getattr(error, "response", None)
+            status = getattr(response, "status_code", None)
             final = status is not None and 400 <= status < 500 and status not in (408, 429)
+            asked = "" if response is None else response.headers.get("Retry-After", "")
+            pause = pause and max(pause, int(asked) if asked.isdigit() else 0)
             if pause is None or final or time.monotonic() + pause > started + LAST_TRY:
                 reason = f"status {status}" if status else type(error).__name__
                 raise SourceError(f"{url} cannot be downloaded ({reason})") from None
@@ -773,13 +788,24 @@ def _read_package(requirement: str, pattern: str, read: Callable[[zipfile.ZipFil
 
 
 def _write_whole(path: Path, content: bytes) -> None:
+    with written_whole(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which gets its name once it is whole; nothing is left of a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def say(message: str) -> None:

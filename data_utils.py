@@ -5,7 +5,6 @@ Shapes: B batch, T time (tokens).
 
 import hashlib
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,9 +23,11 @@ from data_loader import (
     Examples,
     Instruction,
     Review,
+    file_sha256,
     read_text,
     sample_texts,
     say,
+    written_whole,
 )
 from tokenizer import END_OF_TEXT, PAD, BPETokenizer
 
@@ -44,8 +45,7 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETo
     key = hashlib.sha256(
         "\0".join([corpus.sha256, str(vocab_size), str(SAMPLE_WEIGHT), *samples.values()]).encode()
     ).hexdigest()[:16]
-    path = cache_dir / f"tokenizer-{key}.json"
-    if path.is_file():
+    if path := _held(cache_dir, f"tokenizer-{key}", ".json"):
         say(f"tokenizer: from {path}")
         return BPETokenizer.load(path)
     train_part, _ = corpus.split()
@@ -56,8 +56,18 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETo
     texts = list(itertools.chain(samples.values(), _first_bytes(train_part, TOKENIZER_TEXT_BYTES)))
     tokenizer = BPETokenizer.train(texts, vocab_size, itertools.islice(weights, len(texts)))
     cache_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(path)
+    tokenizer.save(cache_dir / f"tokenizer-{key}-{tokenizer.sha256[:16]}.json")
     return tokenizer
+
+
+def _held(cache_dir: Path, stem: str, suffix: str) -> Path | None:
+    """The file in the cache whose name starts like this and ends with the hash of its content."""
+    for path in cache_dir.glob(f"{stem}-*{suffix}"):
+        if path.stem == f"{stem}-{file_sha256(path)[:16]}":
+            return path
+        say(f"{path} is damaged: making it anew")
+        path.unlink()
+    return None
 
 
 def _first_bytes(parts: list[ByteRange], limit: int) -> Iterator[str]:
@@ -88,26 +98,25 @@ def prepare_token_ids(
         tokenizer: Encodes piece by piece: memory does not grow with the text.
         cache_dir: Where the file is kept.
     """
-    path = cache_dir / f"{name}-{corpus.sha256[:16]}-{tokenizer.sha256[:16]}.bin"
+    stem = f"{name}-{corpus.sha256[:16]}-{tokenizer.sha256[:16]}"
     dtype = token_dtype(tokenizer.vocab_size)
-    if path.is_file():
+    path = _held(cache_dir, stem, ".bin")
+    if path:
         say(f"{name} tokens: from {path}")
     else:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        part_path = path.with_name(path.name + ".part")
+        unnamed = cache_dir / f"{stem}.bin"
+        end = np.array([tokenizer.special_tokens[END_OF_TEXT]], dtype=dtype)
         size = sum(r.stop - r.start for r in parts)
         with (
-            part_path.open("wb") as file,
+            written_whole(unnamed) as file,
             tqdm(total=size, unit="B", unit_scale=True, desc=f"{name} tokens") as progress,
         ):
             for i, part in enumerate(parts):
                 if i:
-                    file.write(dtype(tokenizer.special_tokens[END_OF_TEXT]).tobytes())
+                    end.tofile(file)
                 for ids in tokenizer.encode_stream(_watch(read_text(part), progress)):
-                    file.write(np.array(ids, dtype=dtype).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        part_path.replace(path)
+                    np.array(ids, dtype=dtype).tofile(file)
+        path = unnamed.replace(cache_dir / f"{stem}-{file_sha256(unnamed)[:16]}.bin")
     if not path.stat().st_size:
         return np.empty(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r")

@@ -44,6 +44,7 @@ from data_loader import (
     read_instructions,
     read_reviews,
     read_text,
+    written_whole,
 )
 from data_utils import (
     EncodedInstruction,
@@ -607,9 +608,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.task is None:
             rows = report(args.models, find_data_dir(args.data_dir), runtime)
             if args.models.is_dir():
-                part = args.models / "report.json.part"
-                part.write_text(json.dumps(rows, indent=1) + "\n")
-                part.replace(args.models / "report.json")  # the app may be reading it
+                with written_whole(args.models / "report.json") as file:  # the app may be reading
+                    file.write(json.dumps(rows, indent=1).encode() + b"\n")
             print(report_tables(rows))
         elif args.task == "perplexity":
             _show(measure_file(args.checkpoint, _whole(args.data), runtime), args.json)

@@ -73,6 +73,7 @@ from training import (
     save_checkpoint,
     start_runtime,
     train,
+    training_in,
     weights_sha256,
 )
 
@@ -182,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(method: Method, args: argparse.Namespace, argv: list[str] | None) -> int:
     """Prepares, trains, saves, reloads and measures a classifier; returns the exit code."""
-    with start_runtime() as runtime:
+    with start_runtime() as runtime, training_in(args.out_dir, runtime):
         command = command_line(method.script, argv, runtime)
         with first_process_first(runtime):
             job = _prepare(method, args, runtime)

@@ -68,6 +68,7 @@ from training import (
     save_checkpoint,
     start_runtime,
     train,
+    training_in,
 )
 
 DEFAULTS = {
@@ -129,7 +130,7 @@ class _Job:
 def main(argv: list[str] | None = None) -> int:
     """Trains, saves, reloads and measures; returns the exit code (130 or 143 when interrupted)."""
     args = _parse(argv)
-    with start_runtime() as runtime:
+    with start_runtime() as runtime, training_in(args.out_dir, runtime):
         command = command_line("finetune_qlora_instructions.py", argv, runtime)
         with first_process_first(runtime):
             job = _prepare(args, runtime)

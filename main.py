@@ -44,6 +44,7 @@ from training import (
     save_checkpoint,
     start_runtime,
     train,
+    training_in,
 )
 
 MAX_VALIDATION_TOKENS = 100_000  # of a large corpus; TinyShakespeare's validation part is smaller
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     options = {**PRESETS[args.preset], **vars(args)}
     data_config = DataConfig(**chosen_fields(DataConfig, options))
     train_config = TrainConfig(**chosen_fields(TrainConfig, options))
-    with start_runtime() as runtime:
+    with start_runtime() as runtime, training_in(args.out_dir, runtime):
         command = command_line("main.py", argv, runtime)
         data = _prepare_data(args, data_config, runtime)
         shape = {**chosen_fields(GPTConfig, options), "vocab_size": data.tokenizer.vocab_size}

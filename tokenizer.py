@@ -262,13 +262,21 @@ class BPETokenizer:
     # ---- files
 
     def save(self, path: Path) -> None:
-        """Writes `tokenizer.json`: to a temporary file beside it first, then renamed."""
+        """Writes `tokenizer.json` whole or not at all: to a temporary file, which is renamed.
+
+        Raises:
+            OSError: The disk is full or the folder cannot be written.
+        """
         part = path.with_name(path.name + ".part")
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(self._to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        try:
+            with part.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(self._to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: Path) -> "BPETokenizer":

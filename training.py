@@ -28,13 +28,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT_VERSION = 2
 LOG_EVERY = 10  # steps
@@ -175,6 +180,38 @@ def first_process_first(runtime: Runtime) -> Iterator[None]:
             dist.broadcast_object_list(done, src=0)
 
 
+@contextlib.contextmanager
+def training_in(folder: Path, runtime: Runtime) -> Iterator[None]:
+    """Keeps other trainings out of a folder; the system frees the lock of a process that died.
+
+    Raises:
+        ValueError: Another process trains there; the message names it.
+    """
+    with contextlib.ExitStack() as held:
+        with first_process_first(runtime):
+            if runtime.rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                _lock(held.enter_context((folder / ".training.lock").open("a+")), folder)
+        yield
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    if fcntl is None:
+        print(f"warning: this system cannot lock {folder}: train once at a time", file=sys.stderr)
+        return
+    file.seek(0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"process {file.read()} is training in {folder}: wait for it, or choose another "
+            "--out-dir"
+        ) from None
+    file.truncate()
+    file.write(str(os.getpid()))
+    file.flush()
+
+
 def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether the hardware multiplies bf16 matrices faster than float32 ones; on a CPU, timed."""
     if device.type == "cuda":
@@ -281,8 +318,12 @@ def load_checkpoint(
             f"{path} has format {checkpoint.get('format')}, this program reads {FORMAT_VERSION}: "
             f"make it again with `{hint}`"
         )
-    if not {"weights", "weights_sha256"} <= checkpoint.keys():
-        raise ValueError(f"{path} holds no weights: make it again with `{hint}`")
+    try:
+        intact = weights_sha256(checkpoint["weights"]) == checkpoint["weights_sha256"]
+    except (KeyError, AttributeError, RuntimeError):
+        intact = False
+    if not intact:
+        raise ValueError(f"{path} holds other weights than it says: make it again with `{hint}`")
     return checkpoint
 
 
@@ -362,6 +403,8 @@ def train(
             progress.update()
             if stop and not finished:
                 return TrainResult(signals.caught or signal.SIGTERM, run.best, run.seconds)
+    if signals.caught and runtime.world_size == 1:
+        return TrainResult(signals.caught, run.best, run.seconds)
     run.put(run.best_weights)
     model.eval()
     return TrainResult(None, run.best, run.seconds)
@@ -673,6 +716,8 @@ class _Run:
         }
         self.validation = {}
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        held = self.log_path.stat().st_size if self.log_path.is_file() else 0
+        self.log_bytes = min(self.log_bytes, held)
         with self.log_path.open("r+b" if self.log_bytes else "wb") as file:
             file.truncate(self.log_bytes)
             file.seek(self.log_bytes)
@@ -861,7 +906,7 @@ def one_line_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[s
         except torch.OutOfMemoryError:
             message, code = "error: out of GPU memory: raise --grad-accumulation", 2
         except KeyboardInterrupt:
-            message, code = "interrupted", 130
+            message, code = "interrupted; --resume goes on if the training had begun", 130
         if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process speaks
             print(message, file=sys.stderr)
         return code

@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,8 +37,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests += 1
         if answer == "redirects":
             self._head(302, Location=self.path + "x")
-        elif answer.isdigit():
-            self._head(int(answer), **{"Content-Length": "0"})
+        elif answer[:3].isdigit():  # "429 5": asks to be left alone for five seconds
+            status, _, pause = answer.partition(" ")
+            more = {"Retry-After": pause} if pause else {}
+            self._head(int(status), **{"Content-Length": "0"}, **more)
         elif answer == "trickles":
             self._head(200)
             for _ in range(100):
@@ -68,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(data_loader, "PAUSES", (0.01, 0.02))
     monkeypatch.setattr(data_loader, "READ_TIMEOUT", 0.3)
-    monkeypatch.setattr(data_loader, "DOWNLOAD_TIMEOUT", 1.0)
+    monkeypatch.setattr(data_loader, "DOWNLOAD_TIMEOUT", 2.0)
     with Server(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -79,15 +82,18 @@ def remote(server: Server) -> RemoteFile:
     return RemoteFile("text.txt", f"http://127.0.0.1:{server.server_port}/text.txt", SHA256)
 
 
-@pytest.mark.parametrize("answers", [("ok",), ("500", "ok"), ("cut", "503", "ok"), ("429", "ok")])
+@pytest.mark.parametrize(
+    "answers", [("ok",), ("500", "ok"), ("cut", "503", "ok"), ("429", "ok"), ("429 1", "ok")]
+)
 def test_a_download_survives_passing_trouble(
     server: Server, tmp_path: Path, answers: tuple[str, ...]
 ):
-    server.answers = answers
+    server.answers, started = answers, time.monotonic()
     path = data_loader.fetch(remote(server), tmp_path / "data")
     assert path.read_bytes() == CONTENT
     assert [p.name for p in path.parent.iterdir()] == ["text.txt"]
     assert server.requests == len(answers)
+    assert time.monotonic() - started >= ("429 1" in answers)
     data_loader.fetch(remote(server), tmp_path / "data")
     assert server.requests == len(answers), "a file that is there is not fetched again"
 
@@ -97,6 +103,7 @@ def test_a_download_survives_passing_trouble(
     [
         ("404", 1),
         ("500", 3),
+        ("429 3600", 1),
         ("cut", 3),
         ("stalls", 3),
         ("wrong", 1),

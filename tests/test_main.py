@@ -69,7 +69,7 @@ def test_a_run_leaves_a_checkpoint_that_everything_else_reads(
     assert main.main(options(own_text, trained)) == 0
     shown = capsys.readouterr().out
     assert "bits per byte" in shown and "\nROMEO:" in shown
-    names = sorted(path.name for path in trained.iterdir())
+    names = sorted(path.name for path in trained.iterdir() if path.name != ".training.lock")
     assert names == ["cache", "model_weights.log.jsonl", "model_weights.pth", "tokenizer.json"]
     checkpoint = load_checkpoint(trained / "model_weights.pth", "base")
     tokenizer = BPETokenizer.load(trained / "tokenizer.json")

@@ -1,0 +1,409 @@
+"""What life does to trainings: killed processes, full disks, two at once, senseless numbers."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PLAY, TINY_INSTRUCTIONS, TINY_SENTIMENT
+from streamlit.testing.v1 import AppTest
+
+import app
+import finetune_classifier
+import finetune_lora_classifier
+import finetune_qlora_instructions
+import main
+from generation import continue_prompt, load_language_model
+from model import GPTModel
+from tokenizer import BPETokenizer
+from training import load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parents[1]
+TINY_BASE = """--n-layer 1 --n-head 1 --n-embd 16 --context-length 16 --batch-size 4 --steps 150
+    --eval-every 5 --vocab-size 300""".split()  # noqa: SIM905
+FREQUENT = "--steps 60 --epochs 1000 --eval-every 5".split()  # noqa: SIM905
+SAMPLE = ["--dataset", "sample", "--max-examples", "80"]
+TRAININGS = {  # file: script, kind, options
+    "model_weights.pth": (main, "base", TINY_BASE),
+    "finetuned_classifier_weights.pth": (
+        finetune_classifier,
+        "classifier",
+        [*SAMPLE, *TINY_SENTIMENT, *FREQUENT],
+    ),
+    "lora_classifier_weights.pth": (
+        finetune_lora_classifier,
+        "lora_classifier",
+        [*SAMPLE, *TINY_SENTIMENT, *FREQUENT],
+    ),
+    "qlora_instruction_weights.pth": (
+        finetune_qlora_instructions,
+        "qlora_instruction",
+        [*SAMPLE, *TINY_INSTRUCTIONS, *FREQUENT],
+    ),
+}
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "own.txt"
+    path.write_text(PLAY[:6000])
+    return path
+
+
+def options_of(name: str, all_models: Path, own: Path, out: Path, *more: str) -> list[str]:
+    _, kind, options = TRAININGS[name]
+    source = (
+        ["--data", str(own)]
+        if kind == "base"
+        else ["--base", str(all_models / "model_weights.pth")]
+    )
+    return [*source, *options, "--out-dir", str(out), *more]
+
+
+def start(name: str, options: list[str], **more: object) -> subprocess.Popen:
+    """The script in a process of its own, with one thread."""
+    command = [sys.executable, f"{TRAININGS[name][0].__name__}.py", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **more)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)
+    assert path.exists(), process.communicate()[1]
+
+
+# ---- kill
+
+
+def kill_somewhere(
+    process: subprocess.Popen, folder: Path, seconds: float, rng: random.Random
+) -> int:
+    """Kills at a random moment, or while the n-th file is being written; returns the exit code."""
+    if rng.random() < 0.5:
+        time.sleep(rng.uniform(0.3, 1.0) * seconds)
+    else:
+        for _ in range(rng.randint(1, 8)):
+            for there in (True, False):  # one that begins, then its end
+                while any(folder.glob("*.part")) != there and process.poll() is None:
+                    time.sleep(0.0002)
+                if there and rng.random() < 0.3:
+                    break
+    process.kill()
+    return process.wait()
+
+
+def assert_whole(folder: Path) -> None:
+    """Every file that bears its final name can be read to the end."""
+    for path in folder.glob("*.pth"):
+        kind = torch.load(path, weights_only=True)["kind"]
+        load_checkpoint(path, kind)
+    for path in folder.glob("*.log.jsonl"):
+        assert all(map(json.loads, path.read_text().splitlines()))
+    for path in folder.glob("tokenizer.json"):
+        BPETokenizer.load(path)
+
+
+def log_of(folder: Path, name: str) -> list[dict]:
+    lines = (folder / name).with_suffix(".log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines]
+
+
+@pytest.mark.parametrize(
+    ("name", "kills"),
+    [
+        ("lora_classifier_weights.pth", 2),
+        *(pytest.param(name, 20, marks=pytest.mark.slow) for name in TRAININGS),
+    ],
+)
+def test_killed_trainings_end_with_the_same_weights(
+    name: str, kills: int, all_models: Path, own: Path, tmp_path: Path
+):
+    kind = TRAININGS[name][1]
+    expected, folder = tmp_path / "expected", tmp_path / "killed"
+    begun = time.monotonic()
+    process = start(name, options_of(name, all_models, own, expected))
+    assert process.wait() == 0, process.communicate()[1]
+    seconds = time.monotonic() - begun
+    whole = load_checkpoint(expected / name, kind)
+    folder.mkdir()
+    save_checkpoint(folder / name, {**whole, "metrics": "of an older run"})
+    rng, killed = random.Random(name), 0
+    while killed < kills:
+        resume = ["--resume"] * any(folder.glob("*.resume.pth"))
+        process = start(name, options_of(name, all_models, own, folder, *resume))
+        code = kill_somewhere(process, folder, seconds, rng)
+        assert code in (0, -signal.SIGKILL), process.communicate()[1]
+        killed += code != 0
+        assert_whole(folder)
+        assert (folder / name).exists(), "the older checkpoint is lost"
+        if not code:
+            (folder / "review_model_weights.pth").unlink(missing_ok=True)
+    resume = ["--resume"] * any(folder.glob("*.resume.pth"))
+    process = start(name, options_of(name, all_models, own, folder, *resume))
+    assert process.wait() == 0, process.communicate()[1]
+    found = load_checkpoint(folder / name, kind)
+    assert found["weights_sha256"] == whole["weights_sha256"]
+    assert found["metrics"] == whole["metrics"]
+    assert log_of(folder, name) == log_of(expected, name)
+    assert not list(folder.glob("*.resume.pth"))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_at_the_very_end_is_not_lost(
+    sent: signal.Signals,
+    all_models: Path,
+    own: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Between the two phases of a fine-tuning, where the second would swallow it."""
+    measure = finetune_classifier.perplexity
+
+    def interrupted(*arguments: object) -> dict[str, float]:
+        os.kill(os.getpid(), sent)
+        return measure(*arguments)
+
+    name, out = "lora_classifier_weights.pth", tmp_path / "out"
+    options = options_of(name, all_models, own, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_classifier, "perplexity", interrupted)
+        assert finetune_lora_classifier.main(options) == 128 + sent
+    assert not (out / name).exists()
+    assert finetune_lora_classifier.main([*options, "--resume"]) == 0
+    assert (out / name).exists()
+
+
+# ---- disk
+
+
+@pytest.fixture
+def limited() -> Iterator[callable]:
+    """Sets the largest file that this process may write; undone at the end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 1_000, 20_000, 50_000])
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(
+    name: str,
+    size: int,
+    all_models: Path,
+    own: Path,
+    tmp_path: Path,
+    limited: callable,
+    capsys: pytest.CaptureFixture[str],
+):
+    script, kind, _ = TRAININGS[name]
+    folder = tmp_path / "models"
+    save_checkpoint(folder / name, {"format": 2, "kind": kind, "weights": {"old": torch.ones(3)}})
+    older = (folder / name).read_bytes()
+    steps = ["--steps", "6", "--language-steps", "3"][: 2 if script is main else None]
+    options = options_of(name, all_models, own, folder, *steps[: 4 if "class" in name else 2])
+    limited(size)
+    code = script.main(options)
+    limited(resource.RLIM_INFINITY)
+    errors = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1
+    assert (folder / name).read_bytes() == older
+    assert not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("place", ["/proc/models", "a file", "its name is a folder"])
+def test_a_place_that_cannot_be_written_is_one_line(
+    name: str,
+    place: str,
+    all_models: Path,
+    own: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    out = Path(place) if place.startswith("/") else tmp_path / place
+    if place == "a file":
+        out.write_text("")
+    elif place == "its name is a folder":
+        (out / name).mkdir(parents=True)
+    steps = ["--steps", "2", *(["--language-steps", "2"] if "classifier" in name else [])]
+    assert TRAININGS[name][0].main(options_of(name, all_models, own, out, *steps)) == 2
+    said = capsys.readouterr().err
+    errors = [line for line in said.split("\n") if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in said
+
+
+# ---- several processes
+
+
+def test_a_second_training_in_a_folder_is_refused(
+    all_models: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    name, folder = "model_weights.pth", tmp_path / "out"
+    long = options_of(name, all_models, own, folder, "--steps", "1000000")
+    first = start(name, long)
+    wait_for(folder / "model_weights.resume.pth", first)
+    for second in ("model_weights.pth", "lora_classifier_weights.pth"):
+        assert TRAININGS[second][0].main(options_of(second, all_models, own, folder)) == 2
+        assert f"error: process {first.pid} is training in {folder}" in capsys.readouterr().err
+    first.kill()
+    first.wait()
+    assert main.main(options_of(name, all_models, own, folder, "--steps", "3")) == 0
+
+
+def torchrun(options: list[str]) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "main.py", *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_killed_worker_ends_the_job_which_resumes(
+    all_models: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    name, folder = "model_weights.pth", tmp_path / "out"
+    options = options_of(name, all_models, own, folder, "--steps", "600", "--batch-size", "5")
+    job = torchrun(options)
+    state = folder / "model_weights.resume.pth"
+    wait_for(state, job)
+    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    assert job.wait(timeout=60) != 0
+    load_checkpoint(state, "resume")
+    assert main.main([*options, "--resume"]) == 2
+    assert "world_size was 2, is 1" in capsys.readouterr().err
+    job = torchrun([*options, "--resume"])
+    assert job.wait(timeout=120) == 0, job.communicate()[1]
+    assert load_checkpoint(folder / name, "base")["made"]["command"].startswith("torchrun")
+    assert not state.exists()
+
+
+def test_the_app_reads_whole_models_while_they_are_overwritten(
+    base_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(app, "MODELS", base_checkpoint.parent)
+    checkpoint, done = load_checkpoint(base_checkpoint, "base"), threading.Event()
+
+    def overwrite() -> None:
+        sign = 1
+        while not done.is_set():
+            sign = -sign
+            weights = {n: sign * w for n, w in checkpoint["weights"].items()}
+            save_checkpoint(base_checkpoint, {**checkpoint, "weights": weights})
+
+    writer = threading.Thread(target=overwrite)
+    writer.start()
+    try:
+        for _ in range(50):
+            model, _, _ = app.loaded(load_language_model, "model_weights.pth")
+            signs = {
+                torch.equal(p, checkpoint["weights"][n])
+                or -torch.equal(p, -checkpoint["weights"][n])
+                for n, p in model.named_parameters()
+            }
+            assert len(signs) == 1 and 0 not in signs
+    finally:
+        done.set()
+        writer.join()
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_rate_of_zero_changes_nothing_and_a_huge_batch_is_no_error(
+    name: str, all_models: Path, own: Path, tmp_path: Path
+):
+    script, kind, _ = TRAININGS[name]
+    still = "--learning-rate 0 --muon-learning-rate 0 --batch-size 5000 --eval-every 1".split()  # noqa: SIM905
+    found = []
+    for steps in ("1", "2"):
+        out = tmp_path / steps
+        assert script.main(options_of(name, all_models, own, out, *still, "--steps", steps)) == 0
+        found.append(load_checkpoint(out / name, kind)["weights_sha256"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_an_absurd_rate_ends_in_one_line_or_in_finite_weights(
+    name: str, all_models: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    script, kind, _ = TRAININGS[name]
+    absurd = "--learning-rate 1e30 --muon-learning-rate 1e30 --steps 8".split()  # noqa: SIM905
+    code = script.main(options_of(name, all_models, own, tmp_path / "out", *absurd))
+    said = capsys.readouterr().err
+    if code == 0:
+        weights = load_checkpoint(tmp_path / "out" / name, kind)["weights"].values()
+        assert all(w.isfinite().all() for w in weights)
+    else:
+        assert code == 2 and said.count("\nerror: ") == 1 and "Traceback" not in said
+
+
+def test_reviews_of_one_class_are_one_line(
+    all_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "praise.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"good {i}", "label": 1}) + "\n" for i in range(60))
+    )
+    name = "finetuned_classifier_weights.pth"
+    options = options_of(name, all_models, path, tmp_path / "out", "--data", str(path))
+    assert finetune_classifier.main(options) == 2
+    assert "error: " in capsys.readouterr().err.strip().split("\n")[-1]
+
+
+# ---- memory
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_2000_steps(all_models: Path, own: Path, tmp_path: Path):
+    held = []
+    for run in range(5):
+        options = options_of("model_weights.pth", all_models, own, tmp_path / "out")
+        assert main.main([*options, "--steps", "500", "--eval-every", "100"]) == 0
+        held.append(resident_bytes())
+        print(f"run {run}: {held[-1] / 2**20:.1f} MiB")
+    assert held[-1] - held[0] < 10 * 2**20  # 5 KiB a step would be too much
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_200_generations(model: GPTModel, tokenizer: BPETokenizer):
+    held = []
+    for seed in range(220):
+        assert len(list(continue_prompt(model, tokenizer, "the king", 40, seed=seed))) <= 40
+        held.append(resident_bytes())
+    print(f"{held[20] / 2**20:.1f} to {held[-1] / 2**20:.1f} MiB")
+    assert held[-1] - held[20] < 5 * 2**20
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_100_reruns_of_the_app(
+    all_models: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("GPT_MODELS_DIR", str(all_models))
+    page, held = AppTest.from_file(str(ROOT / "app.py"), default_timeout=30).run(), []
+    for place in range(120):
+        page = page.slider[0].set_value(0.05 * (place % 40)).run()
+        assert not page.exception
+        held.append(resident_bytes())
+    print(f"{held[20] / 2**20:.1f} to {held[-1] / 2**20:.1f} MiB")
+    assert held[-1] - held[20] < 20 * 2**20
