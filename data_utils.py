@@ -324,6 +324,15 @@ def split_reviews(reviews: Examples[Review]) -> Split[Review]:
     return split
 
 
+def reviews_as_text(reviews: list[Review], tokenizer: BPETokenizer) -> np.ndarray:
+    """Token ids of reviews, one after the other, for a language model; each ends with
+    `<|endoftext|>`."""
+    end = [tokenizer.special_tokens[END_OF_TEXT]]
+    return np.concatenate(
+        [part for ids in encode_reviews(reviews, tokenizer) for part in (ids, end)]
+    )
+
+
 def head_and_tail(ids: np.ndarray, length: int) -> np.ndarray:
     """A text that is longer than `length` tokens without its middle: opinions stand at the ends."""
     if len(ids) <= length:

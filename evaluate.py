@@ -53,6 +53,7 @@ from data_utils import (
     encode_prompt,
     instruction_batches,
     review_batches,
+    reviews_as_text,
     scoring_windows,
     split_examples,
     split_reviews,
@@ -127,9 +128,13 @@ def perplexity(
 def measure_file(checkpoint: Path, parts: list[ByteRange], runtime: Runtime) -> dict[str, float]:
     """Perplexity of a base checkpoint on text files; see `perplexity`."""
     model, tokenizer, _ = load_language_model(checkpoint)
-    pieces = itertools.chain.from_iterable(map(read_text, parts))
-    ids = np.concatenate([np.array(piece) for piece in tokenizer.encode_stream(pieces)])
+    ids = _encode_parts(parts, tokenizer)
     return perplexity(model.to(runtime.device), tokenizer, ids, runtime)
+
+
+def _encode_parts(parts: list[ByteRange], tokenizer: BPETokenizer) -> np.ndarray:
+    pieces = itertools.chain.from_iterable(map(read_text, parts))
+    return np.concatenate([np.array(piece) for piece in tokenizer.encode_stream(pieces)])
 
 
 # ---- sentiment
@@ -438,33 +443,44 @@ def _row(model: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"model": model, "problem": str(error)}
 
 
-def _costs(path: Path, checkpoint: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+def _costs(path: Path, checkpoint: dict[str, Any], parameters: int) -> dict[str, Any]:
     """What it took to make a checkpoint."""
     return {
         "trained_parameters": sum(t.numel() for t in checkpoint["weights"].values()),
-        "parameters": count_parameters(model)[1],
+        "parameters": parameters,
         "file_bytes": path.stat().st_size,
-        "seconds": checkpoint["made"]["seconds"],
-        "peak_memory_bytes": checkpoint["made"]["peak_memory_bytes"],
+        **{k: v for k, v in checkpoint["made"].items() if k in ("seconds", "peak_memory_bytes")},
     }
 
 
 def _language_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict[str, Any]]:
-    """The base, in and out of domain."""
-    path = models / "model_weights.pth"
-    sources = {
-        "TinyShakespeare, validation part": lambda: load_corpus(
-            "tinyshakespeare", None, data_dir
-        ).split()[1],
-        "The Wizard of Oz": lambda: _whole(fetch(WIZARD_OF_OZ, data_dir)),
-    }
+    """The base, in and out of domain, and what the classifiers start from."""
 
-    def measure(place: str) -> dict[str, Any]:
-        model, _, checkpoint = load_language_model(path)
-        figures = measure_file(path, sources[place](), runtime)
-        return {"measured_on": place, **figures, **_costs(path, checkpoint, model)}
+    def measure(name: str, place: str, find: Callable) -> dict[str, Any]:
+        hint = "python main.py" if name == "model_weights.pth" else FINETUNE_HINT
+        model, tokenizer, checkpoint = load_language_model(models / name, hint)
+        ids = find(tokenizer, checkpoint)
+        figures = perplexity(model.to(runtime.device), tokenizer, ids, runtime)
+        costs = _costs(models / name, checkpoint, count_parameters(model)[1])
+        return {"measured_on": place, **figures, **costs}
 
-    return [_row("base", functools.partial(measure, place)) for place in sources]
+    def shakespeare(tokenizer: BPETokenizer, _: dict[str, Any]) -> np.ndarray:
+        validation = load_corpus("tinyshakespeare", None, data_dir).split()[1]
+        return _encode_parts(validation, tokenizer)
+
+    def wizard(tokenizer: BPETokenizer, _: dict[str, Any]) -> np.ndarray:
+        return _encode_parts(_whole(fetch(WIZARD_OF_OZ, data_dir)), tokenizer)
+
+    def reviews(tokenizer: BPETokenizer, checkpoint: dict[str, Any]) -> np.ndarray:
+        test = _held_out(checkpoint, load_reviews, split_reviews, data_dir)
+        return reviews_as_text(test, tokenizer)
+
+    rows = (
+        ("base", "model_weights.pth", "TinyShakespeare, validation part", shakespeare),
+        ("base", "model_weights.pth", "The Wizard of Oz", wizard),
+        ("after training reviews", REVIEW_MODEL, "test reviews", reviews),
+    )
+    return [_row(name, functools.partial(measure, *more)) for name, *more in rows]
 
 
 def _held_out(checkpoint: dict[str, Any], load: Callable, split: Callable, data_dir: Path) -> list:
@@ -487,7 +503,8 @@ def _sentiment_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict
         texts, labels = [r.text for r in test], np.array([r.label for r in test])
         found = class_probabilities(model.to(runtime.device), tokenizer, texts, runtime)
         figures = classification_figures(found.argmax(1), labels)
-        return {"measured_on": checkpoint["dataset"], **figures, **_costs(path, checkpoint, model)}
+        costs = _costs(path, checkpoint, count_parameters(model)[1])
+        return {"measured_on": checkpoint["dataset"], **figures, **costs}
 
     def measure_baseline(name: str) -> dict[str, Any]:
         linear, checkpoint = load_linear_baseline(models / LINEAR_BASELINE)
@@ -496,6 +513,9 @@ def _sentiment_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict
         held = set(test)
         train = [row for row in examples.rows if row not in held]
         figures = baseline_figures(linear, train, test)[name]
+        if name == BASELINES[0]:
+            n = sum(t.numel() for t in checkpoint["weights"].values())
+            figures |= _costs(models / LINEAR_BASELINE, checkpoint, n)
         return {"measured_on": checkpoint["dataset"], **figures}
 
     return [
@@ -514,7 +534,8 @@ def _instruction_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[di
         encoded = encode_instructions(test, tokenizer, model.config.context_length)
         figures = response_figures(model, tokenizer, encoded, runtime)
         figures |= {"stops": share_that_stops(model, tokenizer, test)}
-        return {"measured_on": checkpoint["dataset"], **figures, **_costs(path, checkpoint, model)}
+        costs = _costs(path, checkpoint, count_parameters(model)[1])
+        return {"measured_on": checkpoint["dataset"], **figures, **costs}
 
     def measure_base(path: Path) -> dict[str, Any]:
         checkpoint = load_checkpoint(path, INSTRUCTION_KINDS[1:], INSTRUCTION_HINT)

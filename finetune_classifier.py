@@ -15,6 +15,7 @@ from.
 
 import argparse
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,11 +30,12 @@ from data_loader import REVIEW_SETS, Review, find_data_dir, load_reviews, say
 from data_utils import (
     Split,
     TokenBatches,
-    encode_reviews,
     review_training_batches,
+    reviews_as_text,
     split_reviews,
 )
 from evaluate import (
+    BASELINES,
     CLASSES,
     LINEAR_BASELINE,
     REVIEW_MODEL,
@@ -49,7 +51,7 @@ from evaluate import (
 from generation import copy_tokenizer, load_language_model, with_context
 from lora import count_parameters
 from model import GPTClassificationModel, GPTModel
-from tokenizer import END_OF_TEXT, BPETokenizer
+from tokenizer import BPETokenizer
 from training import (
     FORMAT_VERSION,
     HelpFormatter,
@@ -277,12 +279,8 @@ def _held_language_model(job: _Job) -> GPTModel | None:
 def _train_language_model(job: _Job, resume: bool, command: str) -> TrainResult:
     """Trains the base, in place, on the texts of the training reviews, and saves it."""
     model, runtime = job.base.to(job.runtime.device), job.runtime
-    end = job.tokenizer.special_tokens[END_OF_TEXT]
     texts = [
-        np.concatenate(
-            [part for ids in encode_reviews(rows, job.tokenizer) for part in (ids, [end])]
-        )
-        for rows in (job.split.train, job.split.validation)
+        reviews_as_text(rows, job.tokenizer) for rows in (job.split.train, job.split.validation)
     ]
     batches = TokenBatches(
         texts[0],
@@ -428,9 +426,12 @@ def _finish(
     for path in (job.path, job.language_path):
         path.with_suffix(".resume.pth").unlink(missing_ok=True)
     rows = [*job.split.train, *job.split.validation]
+    started = time.perf_counter()
     linear = linear_baseline(rows)
+    linear_made = {"command": facts["made"]["command"], "seconds": time.perf_counter() - started}
     baselines = baseline_figures(linear, rows, job.split.test)
-    save_linear_baseline(linear, job.path.with_name(LINEAR_BASELINE), job.data)
+    linear_facts = {**job.data, "metrics": {"test": baselines[BASELINES[0]]}, "made": linear_made}
+    save_linear_baseline(linear, job.path.with_name(LINEAR_BASELINE), linear_facts)
     print(
         sentiment_table({job.path.name: figures, **baselines}),
         f"best at step {result.best['step']} of {job.train_config.steps}; wrote {job.path}: "

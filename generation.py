@@ -180,14 +180,20 @@ def continue_prompt(
     return (token.item() for token in tokens)
 
 
-def load_language_model(path: Path) -> tuple[GPTModel, BPETokenizer, dict]:
+def load_language_model(
+    path: Path, hint: str = "python main.py"
+) -> tuple[GPTModel, BPETokenizer, dict]:
     """Base model, the tokenizer beside it, and the checkpoint's other facts.
+
+    Args:
+        path: The checkpoint.
+        hint: Command that makes it, for the error messages.
 
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, or the model was trained with another tokenizer.
     """
-    model, checkpoint = _load_base_model(path)
+    model, checkpoint = _load_base_model(path, hint)
     return model, load_tokenizer(path, checkpoint), checkpoint
 
 
@@ -241,22 +247,21 @@ def copy_tokenizer(tokenizer: BPETokenizer, folder: Path) -> None:
         tokenizer.save(path)
 
 
-def _load_base_model(path: Path) -> tuple[GPTModel, dict]:
+def _load_base_model(path: Path, hint: str) -> tuple[GPTModel, dict]:
     """Builds the language model of a base checkpoint, in evaluation mode on the CPU.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is not a whole base checkpoint.
     """
-    checkpoint = load_checkpoint(path, "base")
+    checkpoint = load_checkpoint(path, "base", hint)
     try:
         model = GPTModel(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["weights"])
     except (KeyError, TypeError, RuntimeError) as error:
         first_line = str(error).split("\n")[0]
         raise ValueError(
-            f"{path} does not fit this program's model ({first_line}): make it again with "
-            "`python main.py`"
+            f"{path} does not fit this program's model ({first_line}): make it again with `{hint}`"
         ) from None
     return model.eval(), checkpoint
 

@@ -184,6 +184,27 @@ def test_what_a_user_writes_is_shown_as_text(models: Path):
     assert app.printable(b" a\n\t") == "\u00b7a\u21b5\u2409"
 
 
+ODD = [
+    "\0",
+    "\x1b[31m",
+    "\u202eabc",
+    "a\u0301" * 50,
+    "\U0001f600" * 99,
+    "<|endoftext|>",
+    "x" * 2000,
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_any_text_gets_an_answer_on_every_page(odd: str, models: Path):
+    for name in ("generate", "sentiment", "instructions", "tokenizer"):
+        at = page(name)
+        at.text_area[0].set_value(odd).run()
+        for box in at.text_input:
+            box.set_value(odd[:40])
+        assert_quiet(at.run())
+
+
 def test_curves_and_table_come_from_the_files(models: Path):
     rows = {
         "language": [{"model": "base", "problem": "nothing"}],

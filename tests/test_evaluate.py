@@ -106,8 +106,10 @@ def test_the_table_measures_in_and_out_of_domain(
     assert evaluate.main(options) == 0
     table = capsys.readouterr().out
     rows = json.loads((base_checkpoint.parent / "report.json").read_text())
-    assert [row["bytes"] for row in rows["language"]] == [500, 792]
-    for row in rows["language"]:
+    *measured, missing = rows["language"]
+    assert [row["bytes"] for row in measured] == [500, 792]
+    assert "`python finetune_classifier.py`" in missing["problem"]
+    for row in measured:
         assert f"| base | {row['measured_on']} | {row['bits_per_byte']:.4f} | " in table
         assert row["trained_parameters"] == row["parameters"] > 0 and row["file_bytes"] > 1000
     assert "| 1 s | 1.00 GiB |" in table
@@ -128,6 +130,9 @@ def test_fine_tuned_models_are_measured_on_the_part_they_did_not_see(
         assert row["measured_on"] == "sample"
     assert lora["trained_parameters"] < full["trained_parameters"]
     assert linear["accuracy"] > majority["accuracy"] == 0.5
+    assert linear["file_bytes"] > 1000 and linear["parameters"] > 100 and linear["seconds"] > 0
+    reviews = rows["language"][2]
+    assert reviews["measured_on"] == "test reviews" and 0 < reviews["bits_per_byte"] < 8
     base, full, plain, qlora = rows["instructions"]
     path = all_models / "qlora_instruction_weights.pth"
     recorded = load_checkpoint(path, "qlora_instruction")["metrics"]

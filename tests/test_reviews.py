@@ -112,6 +112,21 @@ def test_a_file_without_use_is_an_error(tmp_path: Path, text: str, message: str)
         read_reviews(write(tmp_path / "a.jsonl", text))
 
 
+@given(st.lists(st.tuples(PRINTABLE.filter(str.strip), st.sampled_from([0, 1])), min_size=1))
+def test_json_lines_keep_any_text(tmp_path_factory: pytest.TempPathFactory, rows: list):
+    lines = [json.dumps({"text": t, "label": n}, ensure_ascii=False) for t, n in rows]
+    path = write(tmp_path_factory.mktemp("jsonl") / "a.jsonl", "\r\n".join(lines))
+    assert [(r.text, r.label) for r in read_reviews(path)] == [(t.strip(), n) for t, n in rows]
+
+
+def test_a_hundred_thousand_rows_with_every_spelling_of_the_labels(tmp_path: Path):
+    spellings = ["0", "1", "1.0", "positive", "NEGATIVE"]
+    rows = [f'"text, {i}",{spellings[i % 5]}' for i in range(100_000)]
+    found = read_reviews(write(tmp_path / "a.csv", "\n".join(["text,label", *rows])))
+    assert len(found) == 100_000 and found[3] == Review("text, 3", 1)
+    assert sum(review.label for review in found) == 60_000
+
+
 def test_files_that_are_no_text(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_reviews(tmp_path / "none.csv")

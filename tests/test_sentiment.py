@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_SENTIMENT, randomised, run_under_torchrun, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
 import evaluate
@@ -116,6 +118,30 @@ def test_predictions_do_not_depend_on_the_company(tokenizer: BPETokenizer, runti
     ids, lengths = pad([np.array(tokenizer.encode("good"))], tokenizer.special_tokens["<|pad|>"], 0)
     wide = F.pad(ids, (0, 7), value=3)
     torch.testing.assert_close(model(wide, lengths), model(ids, lengths))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.characters(blacklist_categories=["Cs"])), min_size=1, max_size=5))
+def test_any_text_has_probabilities_whatever_stands_beside_it(texts: list[str]):
+    texts = [text or "?" for text in texts]
+    tokenizer = BPETokenizer.train(["to be or not to be"], 260)
+    model = GPTClassificationModel(
+        randomised(GPTModel(tiny_config(tokenizer.vocab_size))), 2
+    ).eval()
+    torch.nn.init.normal_(model.classifier_head.weight, generator=torch.Generator().manual_seed(0))
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    together = class_probabilities(model, tokenizer, texts, runtime)
+    alone = [class_probabilities(model, tokenizer, [text], runtime)[0] for text in texts]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(together.sum(1), 1)
+
+
+def test_a_megabyte_without_a_space_is_judged(tokenizer: BPETokenizer):
+    model = GPTClassificationModel(
+        randomised(GPTModel(tiny_config(tokenizer.vocab_size))), 2
+    ).eval()
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    assert class_probabilities(model, tokenizer, ["x" * 1_000_000], runtime).shape == (1, 2)
 
 
 def test_the_linear_baseline_learns_what_a_word_decides(reviews: Path):

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from data_loader import load_corpus, load_instructions, load_reviews
-from data_utils import encode_instructions, split_examples, split_reviews
+from data_utils import encode_instructions, reviews_as_text, split_examples, split_reviews
 from evaluate import (
     class_probabilities,
     load_classifier,
     load_instruction_model,
     load_linear_baseline,
     measure_file,
+    perplexity,
     report_tables,
     response_figures,
 )
@@ -60,6 +61,22 @@ def test_the_base_reaches_its_recorded_figure(data_dir: Path, here: Runtime):
     validation = load_corpus("tinyshakespeare", None, data_dir).split()[1]
     found = measure_file(path, validation, here)["nats_per_byte"]
     assert found == pytest.approx(checkpoint["metrics"]["val_nats_per_byte"], rel=1e-3)
+
+
+def test_the_reviews_language_model_reaches_its_recorded_figure(data_dir: Path, here: Runtime):
+    model, tokenizer, checkpoint = load_language_model(MODELS / "review_model_weights.pth")
+    reviews = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
+    ids = reviews_as_text(split_reviews(reviews).validation, tokenizer)
+    found = perplexity(model, tokenizer, ids, here)["nats_per_byte"]
+    assert found == pytest.approx(checkpoint["metrics"]["val_nats_per_byte"], rel=1e-3)
+
+
+def test_the_linear_baseline_reaches_its_recorded_figure(data_dir: Path):
+    linear, checkpoint = load_linear_baseline(MODELS / "linear_baseline.pth")
+    reviews = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
+    test = split_reviews(reviews).test
+    accuracy = linear.score([row.text for row in test], [row.label for row in test])
+    assert accuracy == pytest.approx(checkpoint["metrics"]["test"]["accuracy"], abs=1e-9)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
