@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -364,40 +364,46 @@ def load_reviews(
         FileNotFoundError: `data` does not exist.
         ValueError: No row is usable, or a source asked for by name failed.
     """
-    if max_examples < 1:
-        raise ValueError(f"max-examples must be at least 1, not {max_examples}")
-    if data is not None:
-        return Examples(data.name, read_reviews(data)[:max_examples])
-    name, path = _first_source(
-        dataset,
-        {
-            "amazon_polarity": lambda: _fetch_rows(
-                POLARITY_REPOSITORY, "amazon_polarity", max_examples, data_dir
-            ),
-            "amazon_cells": lambda: fetch(AMAZON_CELLS, data_dir),
-            "amazon_snippets": lambda: fetch_snippets(data_dir),
-            "sample": lambda: SAMPLES / "reviews.jsonl",
-        },
-    )
-    read = read_snippets if name == "amazon_snippets" else read_reviews
-    return Examples(name, read(path)[:max_examples], has_test_part=name == "amazon_polarity")
+    sources = {
+        "amazon_polarity": (
+            lambda: _fetch_rows(POLARITY_REPOSITORY, "amazon_polarity", max_examples, data_dir),
+            read_reviews,
+        ),
+        "amazon_cells": (lambda: fetch(AMAZON_CELLS, data_dir), read_reviews),
+        "amazon_snippets": (lambda: fetch_snippets(data_dir), read_snippets),
+        "sample": (lambda: SAMPLES / "reviews.jsonl", read_reviews),
+    }
+    return _load_examples(dataset, data, max_examples, sources, read_reviews)
 
 
 REVIEW_SETS = ("amazon_polarity", "amazon_cells", "amazon_snippets", "sample")
 
 
-def _first_source(dataset: str, sources: dict[str, Callable[[], Path]]) -> tuple[str, Path]:
-    """Name and path of the source asked for, or, for "auto", of the first one to be had."""
-    if dataset != "auto":
-        return dataset, sources[dataset]()
-    for name, find in sources.items():
+def _load_examples(
+    dataset: str,
+    data: Path | None,
+    max_examples: int,
+    sources: dict[str, tuple[Callable[[], Path], Callable[[Path], list[Example]]]],
+    read_own: Callable[[Path], list[Example]],
+) -> Examples[Example]:
+    """A file of one's own, or the source asked for, or, for "auto", the first to be had."""
+    if max_examples < 1:
+        raise ValueError(f"max-examples must be at least 1, not {max_examples}")
+    if data is not None:
+        return Examples(data.name, read_own(data)[:max_examples])
+    for name, (find, read) in sources.items():
+        if dataset not in ("auto", name):
+            continue
         try:
             path = find()
         except SourceError as error:
+            if dataset != "auto":
+                raise
             say(f"no {name}: {error}")
             continue
-        say(f"data set: {name}, from {path}")
-        return name, path
+        if dataset == "auto":
+            say(f"data set: {name}, from {path}")
+        return Examples(name, read(path)[:max_examples], has_test_part=name == "amazon_polarity")
     raise SourceError("no data set can be had: give a file with --data")
 
 
@@ -417,13 +423,7 @@ def read_reviews(path: Path) -> list[Review]:
     text = _read_whole(path)
     suffix = path.suffix.lower()
     records = _json_records(text) if suffix == ".jsonl" else _table_records(text, suffix)
-    rows, problems = [], []
-    for line, record in records:
-        try:
-            rows.append(_review_fields(record))
-        except ValueError as error:
-            problems.append(f"line {line}: {error}")
-    _report_problems(path, problems, len(rows))
+    rows = _parse_records(path, records, _review_fields)
     labels = {label for _, label in rows}
     if {"0", "2"} <= labels:
         raise ValueError(f"{path} has labels 0 and 2: use 0 and 1, or 1 and 2")
@@ -439,14 +439,32 @@ def _read_whole(path: Path) -> str:
     return "".join(read_text(ByteRange(path, 0, path.stat().st_size))).removeprefix("\ufeff")
 
 
-def _report_problems(path: Path, problems: list[str], n_usable: int) -> None:
+def _parse_records(
+    path: Path, records: Iterable[tuple[int, object]], parse: Callable[[dict], T]
+) -> list[T]:
+    """What `parse` makes of the records, by line number; says which it refused and why.
+
+    Raises:
+        ValueError: It refused all of them.
+    """
+    rows, problems = [], []
+    for line, record in records:
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            if not isinstance(record, dict):
+                raise ValueError("not an object with fields")
+            rows.append(parse(record))
+        except ValueError as error:
+            problems.append(f"line {line}: {error}")
     shown = "; ".join(problems[:SHOWN_PROBLEMS])
-    if not n_usable:
+    if not rows:
         raise ValueError(f"{path} has no usable row" + (f": {shown}" if shown else ""))
     if problems:
         more = "; ..." if len(problems) > SHOWN_PROBLEMS else ""
-        n_rows = len(problems) + n_usable
+        n_rows = len(problems) + len(rows)
         say(f"{path}: {len(problems):,} of {n_rows:,} rows left out ({shown}{more})")
+    return rows
 
 
 def _json_records(text: str) -> Iterator[tuple[int, object]]:
@@ -490,16 +508,12 @@ def _check_text(text: str) -> None:
         raise ValueError("a character that is none")
 
 
-def _review_fields(record: object) -> tuple[str, str]:
+def _review_fields(record: dict[str, Any]) -> tuple[str, str]:
     """Text and label of a record.
 
     Raises:
         ValueError: It has none.
     """
-    if isinstance(record, ValueError):
-        raise record
-    if not isinstance(record, dict):
-        raise ValueError("not an object with fields")
     names = ["text"] if "text" in record else ["title", "content"]
     parts = [record[name] for name in names if record.get(name) is not None]
     if not all(isinstance(part, str) for part in parts):
@@ -563,19 +577,15 @@ def load_instructions(
         FileNotFoundError: `data` does not exist.
         ValueError: No row is usable, or a source asked for by name failed.
     """
-    if max_examples < 1:
-        raise ValueError(f"max-examples must be at least 1, not {max_examples}")
-    if data is not None:
-        return Examples(data.name, read_instructions(data)[:max_examples])
     limit = min(max_examples, DOLLY_ROWS)
-    name, path = _first_source(
-        dataset,
-        {
-            "dolly": lambda: _fetch_rows(DOLLY_REPOSITORY, "dolly", limit, data_dir),
-            "sample": lambda: SAMPLES / "instructions.jsonl",
-        },
-    )
-    return Examples(name, read_instructions(path)[:max_examples])
+    sources = {
+        "dolly": (
+            lambda: _fetch_rows(DOLLY_REPOSITORY, "dolly", limit, data_dir),
+            read_instructions,
+        ),
+        "sample": (lambda: SAMPLES / "instructions.jsonl", read_instructions),
+    }
+    return _load_examples(dataset, data, max_examples, sources, read_instructions)
 
 
 INSTRUCTION_SETS = ("dolly", "sample")
@@ -590,26 +600,15 @@ def read_instructions(path: Path) -> list[Instruction]:
         FileNotFoundError: There is no such file.
         ValueError: It is not UTF-8 text, or no line is usable.
     """
-    rows, problems = [], []
-    for line, record in _json_records(_read_whole(path)):
-        try:
-            rows.append(_instruction_fields(record))
-        except ValueError as error:
-            problems.append(f"line {line}: {error}")
-    _report_problems(path, problems, len(rows))
-    return rows
+    return _parse_records(path, _json_records(_read_whole(path)), _instruction_fields)
 
 
-def _instruction_fields(record: object) -> Instruction:
+def _instruction_fields(record: dict[str, Any]) -> Instruction:
     """An instruction out of a record.
 
     Raises:
         ValueError: A field is missing, empty, or no text.
     """
-    if isinstance(record, ValueError):
-        raise record
-    if not isinstance(record, dict):
-        raise ValueError("not an object with fields")
     values = {}
     for name in ("instruction", "context", "response", "category"):
         value = record.get(name)

@@ -146,7 +146,7 @@ FULL = Method(
     script="finetune_classifier.py",
     defaults={
         "steps": 450,
-        "learning_rate": 0.002,
+        "learning_rate": 0.0004,
         "muon_learning_rate": 0.007,
         "warmup_steps": 30,
         "decay_share": 0.9,

@@ -1,16 +1,23 @@
 """Speed side by side with what people would use instead, in one run, as ratios.
 
-    python tests/benchmarks/run.py [--quick] [--data FILE]
+    python tests/benchmarks/run.py [--quick] [--only NAME ...]
 
-Each measurement alternates between us and the peer and takes the median; above 1 we are faster.
+Contestants take turns; medians over the repeats, with the lowest and highest beside them. Ratios
+above 1: ours is faster, or smaller. Everything that trains is measured in processes of its own.
+Writes `tests/benchmarks/results.json` and prints it as a table.
 """
 
 import argparse
+import json
 import os
+import platform
 import statistics
+import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["RAYON_NUM_THREADS"] = "1"  # before `tokenizers` starts its threads
@@ -18,32 +25,102 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import tiktoken  # noqa: E402
 import torch  # noqa: E402
 from gpt2_oracle import copy_into_gpt2  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 from data_loader import fetch_tiny_shakespeare, find_data_dir, read_jsonl, sample_texts  # noqa: E402
 from generation import generate  # noqa: E402
 from model import GPTConfig, GPTModel  # noqa: E402
-from tokenizer import BPETokenizer  # noqa: E402
+from tokenizer import _PRE_TOKEN, BPETokenizer  # noqa: E402
+
+RESULTS = Path(__file__).with_name("results.json")
+BIG_BYTES = 20_000_000
+GPT2_FORM = {
+    "bias": True,
+    "activation": "gelu",
+    "position": "learned",
+    "qk_norm": False,
+    "tie_weights": True,
+    "dropout": 0.0,
+}
 
 
-def medians(repeats: int, **contestants: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each contestant, after a warm-up, taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(repeats + 1):
-        for name, function in contestants.items():
-            started = time.perf_counter()
-            function()
-            if turn:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+class Table:
+    """Measurements, each a row."""
+
+    def __init__(self, repeats: int):
+        self.repeats = repeats
+        self.rows: list[dict] = []
+
+    def race(
+        self, what: str, amount: float, unit: str, repeats: int = 0, **runs: Callable[[], object]
+    ) -> None:
+        """Times contestants in turns, after a warm-up: `amount` of `unit` by the second.
+
+        The first one is ours, and the others are divided by it; `unit` "s" reports seconds.
+        """
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        repeats = repeats or self.repeats
+        for turn in range(repeats + (repeats > 1)):
+            for name, run in runs.items():
+                started = time.perf_counter()
+                run()
+                if turn or repeats == 1:
+                    times[name].append(time.perf_counter() - started)
+        if unit != "s":
+            times = {name: [amount / t for t in values] for name, values in times.items()}
+        self.add(what, unit, times, smaller_is_better=unit == "s")
+
+    def add(
+        self, what: str, unit: str, found: dict[str, list[float]], smaller_is_better: bool
+    ) -> None:
+        """A row of repeated measurements, ours first."""
+        middle = {name: statistics.median(values) for name, values in found.items()}
+        ours = next(iter(middle.values()))
+        for name, value in middle.items():
+            ratio = value / ours if smaller_is_better else ours / value
+            spread = [min(found[name]), max(found[name])]
+            row = {"what": what, "unit": unit, "by": name, "median": value, "spread": spread}
+            self.rows.append({**row, "repeats": len(found[name]), "ratio": ratio})
+            print(format_row(self.rows[-1]), flush=True)
+
+
+def format_row(row: dict) -> str:
+    """A line of the Markdown table."""
+    low, high = row["spread"]
+    return (
+        f"| {row['what']} | {row['by']} | {row['median']:.4g} {row['unit']} "
+        f"| {low:.4g} to {high:.4g} | {row['ratio']:.2f} |"
+    )
+
+
+# ---- tokenizer
+
+
+def textbook_bpe(text: str, vocab_size: int) -> list[tuple[int, int]]:
+    """BPE as in a lecture: count every pair in the whole text, merge the best, begin again."""
+    words = [list(word.encode()) for word in _PRE_TOKEN.findall(text)]
+    merges = []
+    for new in range(256, vocab_size):
+        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
+        best = max(counts, key=counts.get)
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = [new]
+                i += 1
+        merges.append(best)
+    return merges
 
 
 def train_with_tokenizers(text: str, vocab_size: int) -> Tokenizer:
     """The same vocabulary by Hugging Face `tokenizers`."""
     peer = Tokenizer(models.BPE())
     peer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    peer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
@@ -52,143 +129,236 @@ def train_with_tokenizers(text: str, vocab_size: int) -> Tokenizer:
     return peer
 
 
-def benchmark_tokenizer(text: str, repeats: int) -> None:
-    """Training and encoding against `tokenizers`, one thread each."""
-    megabytes = len(text.encode()) / 1e6
-    for vocab_size in (1024, 4096):
-        seconds = medians(
-            repeats,
-            ours=lambda v=vocab_size: BPETokenizer.train([text], v, special_tokens=()),
-            theirs=lambda v=vocab_size: train_with_tokenizers(text, v),
-        )
-        report(f"train {vocab_size:,} tokens on {megabytes:.1f} MB", "s", seconds)
-        ours = BPETokenizer.train([text], vocab_size, special_tokens=())
-        peer = train_with_tokenizers(text, vocab_size)
-        cold, theirs_cold = ours.encode(text), peer.encode(text).ids
+def as_tiktoken(ours: BPETokenizer) -> tiktoken.Encoding:
+    """Our merges in `tiktoken`, whose ids are ranks."""
+    merged = [ours.vocab[m] for _, _, m in ours.merges]
+    tokens = [bytes([i]) for i in range(256)] + merged
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return tiktoken.Encoding(
+        "ours", pat_str=_PRE_TOKEN.pattern, mergeable_ranks=ranks, special_tokens={}
+    )
 
-        def encode_cold(tokenizer: BPETokenizer = ours) -> None:
+
+def big_text() -> str:
+    """Twenty megabytes of text: the Python sources of PyTorch, in the order of their names."""
+    text = ""
+    for path in sorted(Path(torch.__file__).parent.rglob("*.py")):
+        text += path.read_text(encoding="utf-8", errors="ignore")
+        if len(text) > BIG_BYTES:
+            break
+    return text[:BIG_BYTES]
+
+
+def benchmark_tokenizer(table: Table, shakespeare: str) -> None:
+    """Training, encoding and decoding, one thread each."""
+    sizes = {"1.1 MB": shakespeare, "20 MB": big_text()}
+    for size, text in sizes.items():
+        for merges in (1024, 4096):
+            table.race(
+                f"train {merges:,} merges, {size}",
+                1,
+                "s",
+                repeats=0 if size == "1.1 MB" else 1,
+                ours=lambda t=text, m=merges: BPETokenizer.train([t], m + 256, special_tokens=()),
+                tokenizers=lambda t=text, m=merges: train_with_tokenizers(t, m + 256),
+            )
+    part = shakespeare[:100_000]
+    table.race(
+        "train 256 merges, 0.1 MB",
+        1,
+        "s",
+        repeats=1,
+        ours=lambda: BPETokenizer.train([part], 512, special_tokens=()),
+        textbook=lambda: textbook_bpe(part, 512),
+    )
+    for size, text in sizes.items():
+        text = text[:4_000_000]
+        ours = BPETokenizer.train([text], 4096, special_tokens=())
+        theirs, tik = train_with_tokenizers(text, 4096), as_tiktoken(ours)
+        ids, peer_ids, tik_ids = ours.encode(text), theirs.encode(text).ids, tik.encode(text)
+        spelled = [ours.vocab[i] for i in ids]
+        assert ids == peer_ids and spelled == tik.decode_tokens_bytes(tik_ids)
+
+        def cold(tokenizer: BPETokenizer = ours, text: str = text) -> None:
             tokenizer._cache.clear()
             tokenizer.encode(text)
 
-        seconds = medians(
-            repeats,
-            ours=encode_cold,
-            theirs=lambda p=peer: p.encode(text),
-            warm=lambda t=ours: t.encode(text),
-        )
-        speeds = {name: megabytes / value for name, value in seconds.items()}
-        print(
-            f"  encode, {vocab_size:,} tokens: {speeds['ours']:.2f} MB/s with a cold cache, "
-            f"{speeds['warm']:.2f} with a warm one; tokenizers {speeds['theirs']:.2f}: ratios "
-            f"{speeds['ours'] / speeds['theirs']:.1f} and {speeds['warm'] / speeds['theirs']:.1f}; "
-            f"{len(cold):,} and {len(theirs_cold):,} tokens"
+        megabytes = len(text.encode()) / 1e6
+        peers = {
+            "tokenizers": lambda t=text, p=theirs: p.encode(t),
+            "tiktoken": lambda t=text, p=tik: p.encode_ordinary(t),
+        }
+        what = f"encode {megabytes:.1f} MB of the {size}"
+        table.race(f"{what}, cold cache", megabytes, "MB/s", ours=cold, **peers)
+        warm = {"ours": lambda t=text, o=ours: o.encode(t), **peers}
+        table.race(f"{what}, warm cache", megabytes, "MB/s", **warm)
+        table.race(
+            f"decode {megabytes:.1f} MB of the {size}",
+            megabytes,
+            "MB/s",
+            ours=lambda i=ids, o=ours: o.decode(i),
+            tokenizers=lambda i=ids, p=theirs: p.decode(i),
+            tiktoken=lambda i=tik_ids, p=tik: p.decode(i),
         )
 
 
-def benchmark_compression(text: str, data_dir: Path) -> None:
+def benchmark_compression(shakespeare: str) -> list[dict]:
     """Bytes per token of the shared vocabulary by size, on text it was not learned from."""
-    cut = int(0.9 * len(text.encode()))
-    texts = {"Shakespeare": text.encode()[cut:].decode(errors="ignore")}
+    data_dir, cut = find_data_dir(), int(0.9 * len(shakespeare))
+    texts = {"Shakespeare": shakespeare[cut:]}
     reviews, records = data_dir / "amazon_polarity_5000.jsonl", data_dir / "dolly_2500.jsonl"
-    if reviews.is_file() and records.is_file():
-        rows = read_jsonl(reviews)[:1000]
-        texts["reviews"] = "\n".join(f"{r['title']}\n{r['content']}" for r in rows)
-        rows = read_jsonl(records)[:500]
-        texts["instructions"] = "\n".join(
-            f"{r['instruction']}\n{r['context']}\n{r['response']}" for r in rows
-        )
-    else:
-        print(f"  (no reviews and instructions in {data_dir}: Shakespeare only)")
-    samples = list(sample_texts().values())
+    for name, path in (("reviews", reviews), ("instructions", records)):
+        if path.is_file():
+            lines = read_jsonl(path)[:500]
+            texts[name] = "\n".join(v for row in lines for v in row.values() if isinstance(v, str))
+    rows = []
     for vocab_size in (512, 1024, 2048, 4096):
         for weight in (0, 1, 3):
-            corpus, weights = [text.encode()[:cut].decode(), *samples], [1, weight, weight]
+            corpus, weights = [shakespeare[:cut], *sample_texts().values()], [1, weight, weight]
             tokenizer = BPETokenizer.train(corpus, vocab_size, weights)
-            rates = (
-                f"{name} {len(t.encode()) / len(tokenizer.encode(t)):.2f}"
-                for name, t in texts.items()
-            )
-            print(f"  {vocab_size:,} tokens, samples x {weight}: {', '.join(rates)} bytes a token")
+            rates = {n: len(t.encode()) / len(tokenizer.encode(t)) for n, t in texts.items()}
+            rows.append({"tokens": vocab_size, "samples counted": weight, **rates})
+            print(rows[-1], flush=True)
+    return rows
 
 
-def report(what: str, unit: str, seconds: dict[str, float]) -> None:
-    """Prints our time, theirs, and the ratio."""
-    ratio = seconds["theirs"] / seconds["ours"]
-    print(
-        f"  {what}: {seconds['ours']:.2f} {unit}, theirs {seconds['theirs']:.2f}: ratio {ratio:.2f}"
-    )
+# ---- generation
 
 
-def benchmark_generation(repeats: int, new_tokens: int = 240) -> None:
-    """Greedy decoding with the same weights: ours, `transformers`, and a loop without a cache."""
+def gpt2_pair() -> tuple[GPTModel, torch.nn.Module]:
+    """GPT-2's form with 3.5 M random weights, ours and that of `transformers`."""
     torch.manual_seed(0)
-    config = GPTConfig(
-        vocab_size=1024,
-        context_length=256,
-        n_layer=4,
-        n_head=4,
-        n_embd=256,
-        dropout=0.0,
-        bias=True,
-        activation="gelu",
-        position="learned",
-        qk_norm=False,
-        tie_weights=True,
-    )
-    model = GPTModel(config).eval()
+    shape = {"vocab_size": 1024, "context_length": 272, "n_layer": 4, "n_head": 4, "n_embd": 256}
+    model = GPTModel(GPTConfig(**shape, **GPT2_FORM)).eval()
     for block in model.blocks:
         torch.nn.init.normal_(block.mlp.proj.weight, std=0.02)
         torch.nn.init.normal_(block.attn.proj.weight, std=0.02)
-    peer = copy_into_gpt2(model).eval()
-    prompt = torch.tensor([[1, 2, 3]])
+    return model, copy_into_gpt2(model).eval()
 
-    def ours() -> list[int]:
-        return [t.item() for t in generate(model, prompt, new_tokens, temperature=0)]
 
-    def theirs() -> list[int]:
-        with torch.inference_mode():
-            out = peer.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-                eos_token_id=None,
-            )
-        return out[0, prompt.shape[1] :].tolist()
+def benchmark_generation(table: Table, new_tokens: int = 256) -> None:
+    """Greedy decoding with the same weights: ours, `transformers`, and a loop without a cache."""
+    model, peer = gpt2_pair()
+    for batch in (1, 8):
+        prompt = torch.tensor([[1, 2, 3]]).repeat(batch, 1)
 
-    def loop() -> list[int]:
-        tokens = prompt
-        with torch.inference_mode():
-            for _ in range(new_tokens):
-                tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], dim=1)
-        return tokens[0, prompt.shape[1] :].tolist()
+        def ours(prompt: torch.Tensor = prompt) -> torch.Tensor:
+            return torch.stack(list(generate(model, prompt, new_tokens, temperature=0)), dim=1)
 
-    equal = ours() == theirs() == loop()
-    seconds = medians(repeats, ours=ours, theirs=theirs, loop=loop)
-    speeds = {name: new_tokens / value for name, value in seconds.items()}
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(
-        f"  generate {new_tokens} tokens, {size:.1f} M parameters: {speeds['ours']:.0f} tokens/s, "
-        f"transformers {speeds['theirs']:.0f}, no cache {speeds['loop']:.0f}: ratios "
-        f"{speeds['ours'] / speeds['theirs']:.1f} and {speeds['ours'] / speeds['loop']:.1f}; "
-        f"{'equal' if equal else 'DIFFERENT'} tokens"
-    )
+        def theirs(prompt: torch.Tensor = prompt) -> torch.Tensor:
+            with torch.inference_mode():
+                return peer.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=new_tokens,
+                    do_sample=False,
+                    pad_token_id=0,
+                    eos_token_id=None,
+                )[:, prompt.shape[1] :]
+
+        def loop(prompt: torch.Tensor = prompt) -> torch.Tensor:
+            tokens = prompt
+            with torch.inference_mode():
+                for _ in range(new_tokens):
+                    tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], dim=1)
+            return tokens[:, prompt.shape[1] :]
+
+        assert torch.equal(ours(), theirs()) and torch.equal(ours(), loop())
+        table.race(
+            f"generate {new_tokens} tokens, batch {batch}",
+            batch * new_tokens,
+            "tokens/s",
+            ours=ours,
+            transformers=theirs,
+            **{"no cache": loop},
+        )
+    speed = next(r["median"] for r in table.rows if r["what"].startswith("generate"))
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    read = torch.ones(1 << 26)
+    started = time.perf_counter()
+    read.sum()
+    bandwidth = 4 * len(read) / (time.perf_counter() - started)
+    share = 100 * speed * weights / bandwidth
+    table.add("share of memory bandwidth", "%", {"ours, batch 1": [share]}, False)
+
+
+# ---- training
+
+
+def benchmark_steps(table: Table) -> None:
+    """Training steps in processes of their own: whole models, then adapters against peft's."""
+    contests = {
+        "GPT-2 form, 16 x 128, fp32": ("gpt2", "gpt2 transformers"),
+        "GPT-2 form, 16 x 128, bf16": ("gpt2-bf16", "gpt2-bf16 transformers"),
+        "LoRA, sentiment": ("sentiment lora", "sentiment peft"),
+        "LoRA, instructions": ("instructions lora", "instructions peft"),
+        "QLoRA, instructions": ("instructions qlora", "instructions qlora-peft"),
+    }
+    for what, names in contests.items():
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for _ in range(table.repeats):
+            for name in names:
+                command = [sys.executable, str(Path(__file__).with_name("steps.py"))]
+                done = subprocess.run(
+                    [*command, "--optimizer", "adamw", "--only", name],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                found[name].append(json.loads(done.stdout.splitlines()[-1]))
+        by = dict(zip(names, ("ours", names[1].split()[-1])))
+        for unit, scale in (("seconds", 1.0), ("MiB", 2**20)):
+            key = "bytes" if unit == "MiB" else unit
+            values = {by[n]: [row[key] / scale for row in rows] for n, rows in found.items()}
+            table.add(f"step: {what}", unit, values, smaller_is_better=True)
+        losses = [rows[0]["loss"] for rows in found.values()]
+        same = abs(losses[0] - losses[1]) < 2e-2 * abs(losses[1])
+        print(f"  losses after the steps: {losses}{'' if same else ', DIFFERENT'}", flush=True)
+        if what.startswith("GPT-2"):
+            peak, flop = found[names[0]][0]["peak_flops"], found[names[0]][0]["flop"]
+            shares = [100 * flop / row["seconds"] / peak for row in found[names[0]]]
+            table.add(f"share of matrix-product peak: {what}", "%", {"ours": shares}, False)
+
+
+BENCHMARKS = ("tokenizer", "generation", "steps")
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the table and writes it."""
     parser = argparse.ArgumentParser(description="Measure speed side by side with peers.")
     parser.add_argument("--quick", action="store_true", help="one repeat instead of five")
-    parser.add_argument("--data", type=Path, help="text to encode; else TinyShakespeare")
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS)
     args = parser.parse_args()
-    repeats = 1 if args.quick else 5
-    path = args.data or fetch_tiny_shakespeare(find_data_dir())
-    print(f"{repeats} repeats, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    text = path.read_text(encoding="utf-8")
-    benchmark_compression(text, find_data_dir())
-    benchmark_tokenizer(text, repeats)
-    benchmark_generation(repeats)
+    table = Table(1 if args.quick else 5)
+    print("| what | by | median | spread | ours against it |\n|---|---|---|---|---|")
+    compression = []
+    if "tokenizer" in args.only:
+        text = fetch_tiny_shakespeare(find_data_dir()).read_text(encoding="utf-8")
+        benchmark_tokenizer(table, text)
+        compression = benchmark_compression(text)
+    if "generation" in args.only:
+        benchmark_generation(table)
+    if "steps" in args.only:
+        benchmark_steps(table)
+    packages = ("torch", "tokenizers", "tiktoken", "transformers", "peft", "bitsandbytes")
+    machine = {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+    if not args.quick and args.only == BENCHMARKS:
+        results = {"machine": machine, "rows": table.rows, "bytes per token": compression}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(machine))
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

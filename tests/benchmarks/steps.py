@@ -1,14 +1,16 @@
-"""What a training step costs in seconds and memory: every weight, LoRA, and QLoRA.
+"""What a training step costs in seconds and memory: every weight, LoRA, QLoRA, and the peers.
 
     python tests/benchmarks/steps.py [--repeats 3] [--steps 20]
 
-The default model with random weights; sentiment: 32 texts of 160 tokens, adapters on the query-key-
-value products; instructions: 16 texts of 256 tokens, adapters of rank 16 on all linear layers.
-Every measurement is a process of its own, the methods taking turns; medians over the
-repeats. Memory is what the process grows by, at its peak, from the model before the first step on.
+Sentiment: the default model, 32 texts of 160 tokens, adapters on the query-key-value products;
+instructions: 16 texts of 256 tokens, adapters of rank 16 on all linear layers; random weights.
+Every measurement is a process of its own, the methods taking turns; medians over the repeats.
+Memory is what the process grows by, at its peak, from the model before the first step on. The
+peers, for `run.py`: `peft` on the same modules, and GPT-2 in `transformers`, from the same weights.
 """
 
 import argparse
+import copy
 import json
 import resource
 import statistics
@@ -18,13 +20,16 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
-from lora import LoRAConfig, apply_lora, quantize_4bit  # noqa: E402
+from lora import LoRAConfig, apply_lora, lora_state_dict, quantize_4bit  # noqa: E402
 from model import GPTClassificationModel, GPTConfig, GPTModel  # noqa: E402
 from training import (  # noqa: E402
+    LossFn,
+    Runtime,
     TrainConfig,
     make_optimizers,
     next_token_loss,
@@ -34,6 +39,8 @@ from training import (  # noqa: E402
 
 METHODS = {"sentiment": ["full", "lora"], "instructions": ["full", "lora", "qlora"]}
 WARM_UP = 3
+GPT2 = {"vocab_size": 1024, "context_length": 128, "n_layer": 4, "n_head": 4, "n_embd": 256}
+Task = tuple[nn.Module, tuple[Tensor, ...], LossFn]
 
 
 def resident_bytes() -> int:
@@ -41,28 +48,86 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def measure(task: str, method: str, steps: int) -> dict[str, float]:
-    """Median seconds of a step and bytes that the steps needed."""
+def gpt2_task(peer: bool) -> Task:
+    """GPT-2's form on 16 windows of 128 tokens, ours or that of `transformers`."""
+    from gpt2_oracle import copy_into_gpt2
+    from run import GPT2_FORM
+
+    model = GPTModel(GPTConfig(**GPT2, **GPT2_FORM))
+    for block in model.blocks:
+        nn.init.normal_(block.mlp.proj.weight, std=0.02)
+        nn.init.normal_(block.attn.proj.weight, std=0.02)
+    batch = tuple(torch.randint(1024, (2, 16, 128)))
+    if not peer:
+        return model, batch, next_token_loss
+    twin = copy_into_gpt2(model)
+    return twin, batch, lambda m, b: next_token_loss(lambda ids: m(ids).logits, b)
+
+
+def with_peft(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """The same adapters as `apply_lora` makes, by `peft`."""
+    import peft
+
+    ours = copy.deepcopy(model)
     torch.manual_seed(0)
+    apply_lora(ours, config)
+    head = ["classifier_head"] if isinstance(model, GPTClassificationModel) else None
+    twin = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            target_modules=list(config.target_modules),
+            modules_to_save=head,
+        ),
+    )
+    places = dict(twin.named_parameters())
+    with torch.no_grad():
+        for name, tensor in lora_state_dict(ours).items():
+            if "lora_" in name:
+                places[f"base_model.model.{name}.default.weight"].copy_(tensor)
+    return twin
+
+
+def adapter_task(task: str, method: str, runtime: Runtime) -> Task:
+    """One of our fine-tunings, or the same with adapters by `peft`."""
+    model = GPTModel(GPTConfig(vocab_size=2048, context_length=256)).to(runtime.device)
+    config, device = LoRAConfig(), runtime.device
+    if task == "instructions":
+        config = LoRAConfig(r=16, lora_alpha=32, target_modules=("qkv", "fc", "proj", "head"))
+        batch = tuple(torch.randint(2048, (2, 16, 256), device=device))
+        loss_fn = next_token_loss
+    else:
+        model = GPTClassificationModel(model, 2).to(device)
+        ids = torch.randint(2048, (32, 160), device=device)
+        batch = (ids, torch.full((32,), 160).to(ids), torch.randint(2, (32,)).to(ids))
+        loss_fn = prefix_classification_loss
+    if method.startswith("qlora"):
+        quantize_4bit(model, runtime.dtype)
+    if method.endswith("peft"):
+        model = with_peft(model, config)
+    elif method != "full":
+        torch.manual_seed(0)
+        apply_lora(model, config)
+    return model, batch, loss_fn
+
+
+def measure(name: str, steps: int, optimizer: str) -> dict[str, float]:
+    """Median seconds of a step, bytes that the steps needed, and the last loss."""
+    torch.manual_seed(0)
+    task, _, method = name.partition(" ")
     with start_runtime() as runtime:
-        model = GPTModel(GPTConfig(vocab_size=2048, context_length=256)).to(runtime.device)
-        config = LoRAConfig()
-        if task == "instructions":
-            config = LoRAConfig(r=16, lora_alpha=32, target_modules=("qkv", "fc", "proj", "head"))
-            batch = tuple(torch.randint(2048, (2, 16, 256), device=runtime.device))
-            loss_fn = next_token_loss
+        if task.startswith("gpt2"):
+            dtype = torch.bfloat16 if task.endswith("bf16") else torch.float32
+            runtime = Runtime(torch.device("cpu"), dtype)
+            model, batch, loss_fn = gpt2_task(peer=bool(method))
         else:
-            model = GPTClassificationModel(model, 2).to(runtime.device)
-            ids = torch.randint(2048, (32, 160), device=runtime.device)
-            batch = (ids, torch.full((32,), 160).to(ids), torch.randint(2, (32,)).to(ids))
-            loss_fn = prefix_classification_loss
-        if method == "qlora":
-            quantize_4bit(model, runtime.dtype)
-        if method != "full":
-            apply_lora(model, config)
-        optimizers = make_optimizers(model.train(), TrainConfig(steps=1))
+            model, batch, loss_fn = adapter_task(task, method, runtime)
+        config = TrainConfig(steps=1, optimizer=optimizer, learning_rate=1e-3)
+        optimizers = make_optimizers(model.train(), config)
         before, times = resident_bytes(), []
-        for _ in range(WARM_UP + steps):
+        for step in range(WARM_UP + steps):
+            torch.manual_seed(step)  # of dropout
             started = time.perf_counter()
             with runtime.autocast():
                 loss, weight = loss_fn(model, batch)
@@ -74,7 +139,29 @@ def measure(task: str, method: str, steps: int) -> dict[str, float]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if runtime.device.type == "cuda":
             before, peak = 0, torch.cuda.max_memory_allocated()
-    return {"seconds": statistics.median(times[WARM_UP:]), "bytes": peak - before}
+    return {
+        "seconds": statistics.median(times[WARM_UP:]),
+        "bytes": peak - before,
+        "loss": (loss / weight).item(),
+        "flop": gpt2_flop(*batch[0].shape),
+        "peak_flops": peak_flops(runtime.dtype),
+    }
+
+
+def gpt2_flop(B: int, T: int) -> float:
+    """Operations of a training step of the GPT-2 form, three times those of its forward pass."""
+    L, C, V = GPT2["n_layer"], GPT2["n_embd"], GPT2["vocab_size"]
+    return 3 * 2 * B * T * (12 * L * C * C + V * C + 2 * L * T * C)
+
+
+def peak_flops(dtype: torch.dtype, size: int = 2048) -> float:
+    """Operations a second that a large matrix product reaches."""
+    x, times = torch.ones(size, size, dtype=dtype), []
+    for _ in range(10):
+        started = time.perf_counter()
+        x @ x
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times)
 
 
 def main() -> None:
@@ -82,10 +169,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Cost of a step: full, LoRA, QLoRA.")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--only", nargs=2, metavar=("TASK", "METHOD"), help=argparse.SUPPRESS)
+    parser.add_argument("--optimizer", default="muon", help="muon or adamw")
+    parser.add_argument("--only", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        print(json.dumps(measure(*args.only, args.steps)))
+        print(json.dumps(measure(args.only, args.steps, args.optimizer)))
         return
     print("| task | method | step | of full | memory | of full |\n|---|---|---|---|---|---|")
     for task, methods in METHODS.items():
@@ -93,7 +181,7 @@ def main() -> None:
         for _ in range(args.repeats):
             for method in methods:
                 command = [sys.executable, __file__, "--steps", str(args.steps)]
-                command += ["--only", task, method]
+                command += ["--only", f"{task} {method}"]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 found[method].append(json.loads(done.stdout.splitlines()[-1]))
         middle = {
