@@ -502,7 +502,7 @@ def preferred(name: str) -> tuple[bool, str]:
 def show_costs(rows: dict[str, list[dict[str, Any]]]) -> None:
     """Charts of parameters trained, memory and time, full against LoRA against QLoRA."""
     for task in ("sentiment", "instructions"):
-        frame = pd.DataFrame([row for row in rows[task] if "trained_parameters" in row])
+        frame = pd.DataFrame([row for row in rows[task] if "peak_memory_bytes" in row])
         if frame.empty:
             continue
         frame["peak memory (GiB)"] = frame["peak_memory_bytes"] / 2**30

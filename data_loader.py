@@ -793,18 +793,24 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which gets its name once it is whole; nothing is left of a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    """A file to write, which gets its name once it is whole; nothing is left of a part of it.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may fetch the same
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def say(message: str) -> None:

@@ -113,9 +113,9 @@ def prepare_token_ids(
         ):
             for i, part in enumerate(parts):
                 if i:
-                    end.tofile(file)
+                    file.write(end.data)
                 for ids in tokenizer.encode_stream(_watch(read_text(part), progress)):
-                    np.array(ids, dtype=dtype).tofile(file)
+                    file.write(np.array(ids, dtype=dtype).data)
         path = unnamed.replace(cache_dir / f"{stem}-{file_sha256(unnamed)[:16]}.bin")
     if not path.stat().st_size:
         return np.empty(0, dtype=dtype)

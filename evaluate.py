@@ -58,7 +58,13 @@ from data_utils import (
     split_examples,
     split_reviews,
 )
-from generation import continue_prompt, load_language_model, load_tokenizer, with_context
+from generation import (
+    continue_prompt,
+    load_language_model,
+    load_tokenizer,
+    misfits_named,
+    with_context,
+)
 from lora import (
     LoRAConfig,
     apply_lora,
@@ -264,7 +270,7 @@ def load_classifier(path: Path) -> tuple[GPTClassificationModel, BPETokenizer, d
     hint = COMMANDS.get(path.name, FINETUNE_HINT)
     checkpoint = load_checkpoint(path, ("classifier", "lora_classifier"), hint)
     tokenizer = load_tokenizer(path, checkpoint)
-    try:
+    with misfits_named(path, hint):
         model = GPTClassificationModel(GPTModel(GPTConfig(**checkpoint["model_config"])), 2)
         if checkpoint["kind"] == "classifier":
             model.load_state_dict(checkpoint["weights"])
@@ -272,11 +278,6 @@ def load_classifier(path: Path) -> tuple[GPTClassificationModel, BPETokenizer, d
             model.backbone.load_state_dict(_load_review_model(path, checkpoint))
             apply_lora(model, LoRAConfig(**checkpoint["lora_config"]))
             load_lora_state_dict(model, checkpoint["weights"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        first_line = str(error).split("\n")[0]
-        raise ValueError(
-            f"{path} does not fit this program's model ({first_line}): make it again with `{hint}`"
-        ) from None
     return model.eval(), tokenizer, checkpoint
 
 
@@ -371,7 +372,7 @@ def load_instruction_model(
     hint = COMMANDS.get(path.name, INSTRUCTION_HINT)
     checkpoint = load_checkpoint(path, INSTRUCTION_KINDS[1:], hint)
     tokenizer = load_tokenizer(path, checkpoint)
-    try:
+    with misfits_named(path, hint):
         model = GPTModel(GPTConfig(**checkpoint["model_config"]))
         if checkpoint["kind"] == "full_instruction":
             model.load_state_dict(checkpoint["weights"])
@@ -389,11 +390,6 @@ def load_instruction_model(
             quantize_4bit(model, getattr(torch, checkpoint["compute_dtype"].split(".")[-1]))
         apply_lora(model, LoRAConfig(**checkpoint["lora_config"]))
         load_lora_state_dict(model, checkpoint["weights"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        first_line = str(error).split("\n")[0]
-        raise ValueError(
-            f"{path} does not fit this program's model ({first_line}): make it again with `{hint}`"
-        ) from None
     return model.eval(), tokenizer, checkpoint
 
 
@@ -449,7 +445,11 @@ def _costs(path: Path, checkpoint: dict[str, Any], parameters: int) -> dict[str,
         "trained_parameters": sum(t.numel() for t in checkpoint["weights"].values()),
         "parameters": parameters,
         "file_bytes": path.stat().st_size,
-        **{k: v for k, v in checkpoint["made"].items() if k in ("seconds", "peak_memory_bytes")},
+        **{
+            k: v
+            for k, v in checkpoint.get("made", {}).items()
+            if k in ("seconds", "peak_memory_bytes")
+        },
     }
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -60,6 +61,7 @@ from training import (
     TrainResult,
     add_config_flags,
     add_run_flags,
+    check_range,
     chosen_fields,
     command_line,
     first_process_first,
@@ -110,12 +112,9 @@ class ReviewConfig:
     language_steps: int = 600
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "context_length", "epochs", "language_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("dropout", "split_probability", "hide_probability"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
+        sizes = ("batch_size", "context_length", "epochs", "language_steps")
+        check_range(self, 1, math.inf, *sizes)
+        check_range(self, 0, 1, "dropout", "split_probability", "hide_probability")
 
 
 @dataclass(frozen=True)
@@ -399,6 +398,27 @@ def _train_classifier(
     )
 
 
+def calibrate(
+    model: GPTClassificationModel, tokenizer: BPETokenizer, rows: list[Review], runtime: Runtime
+) -> None:
+    """Makes probabilities mean what they say, by scaling and shifting the head's logits.
+
+    Training drives probabilities towards 0 and 1, and may come to favour a class. A logistic
+    regression on the log odds of texts it has not seen corrects both (Platt 1999). It is left out
+    where the odds of the validation part say nothing.
+    """
+    found = class_probabilities(model, tokenizer, [row.text for row in rows], runtime)
+    log_odds = np.diff(np.log(np.maximum(found, 1e-9)))
+    fit = LogisticRegression().fit(log_odds, [row.label for row in rows])
+    scale, shift = fit.coef_.item(), fit.intercept_.item()
+    if scale > 0:
+        head = model.classifier_head
+        with torch.no_grad():
+            head.weight *= scale
+            head.bias *= scale
+            head.bias[1] += shift
+
+
 def _finish(
     method: Method,
     model: GPTClassificationModel,
@@ -411,6 +431,7 @@ def _finish(
     Raises:
         OSError: What was saved does not give the same predictions.
     """
+    calibrate(model, job.tokenizer, job.split.validation, job.runtime)
     model.load_state_dict(half_precision(model.state_dict()))
     texts = [row.text for row in job.split.test]
     found = class_probabilities(model, job.tokenizer, texts, job.runtime)

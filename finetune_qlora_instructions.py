@@ -55,6 +55,7 @@ from training import (
     TrainResult,
     add_config_flags,
     add_run_flags,
+    check_range,
     chosen_fields,
     command_line,
     first_process_first,
@@ -104,9 +105,8 @@ class InstructionConfig:
     epochs: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "context_length", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_range(self, 1, math.inf, "batch_size", "context_length", "epochs")
+        check_range(self, 0, 1, "dropout")
 
 
 @dataclass(frozen=True)

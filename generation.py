@@ -6,6 +6,7 @@ Shapes: B batch, T time (tokens), V vocabulary.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -248,22 +249,24 @@ def copy_tokenizer(tokenizer: BPETokenizer, folder: Path) -> None:
 
 
 def _load_base_model(path: Path, hint: str) -> tuple[GPTModel, dict]:
-    """Builds the language model of a base checkpoint, in evaluation mode on the CPU.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not a whole base checkpoint.
-    """
+    """Builds the language model of a base checkpoint, in evaluation mode on the CPU."""
     checkpoint = load_checkpoint(path, "base", hint)
-    try:
+    with misfits_named(path, hint):
         model = GPTModel(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["weights"])
+    return model.eval(), checkpoint
+
+
+@contextlib.contextmanager
+def misfits_named(path: Path, hint: str) -> Iterator[None]:
+    """Turns the errors of building a model from a checkpoint into a ValueError that names both."""
+    try:
+        yield
     except (KeyError, TypeError, RuntimeError) as error:
         first_line = str(error).split("\n")[0]
         raise ValueError(
             f"{path} does not fit this program's model ({first_line}): make it again with `{hint}`"
         ) from None
-    return model.eval(), checkpoint
 
 
 @one_line_errors

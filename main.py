@@ -32,6 +32,7 @@ from training import (
     TrainConfig,
     TrainResult,
     add_config_flags,
+    check_range,
     chosen_fields,
     command_line,
     first_process_first,
@@ -71,10 +72,8 @@ class DataConfig:
     split_probability: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
-        if not 0 <= self.split_probability < 1:
-            raise ValueError(f"split_probability must lie in [0, 1), not {self.split_probability}")
+        check_range(self, 1, math.inf, "batch_size")
+        check_range(self, 0, 1, "split_probability")
 
 
 # What each preset changes; the dataclasses' own defaults are the recipe for two CPU cores.

@@ -274,9 +274,9 @@ class BPETokenizer:
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
-        except OSError:
+        except OSError as error:
             part.unlink(missing_ok=True)
-            raise
+            raise OSError(f"cannot write {path}: {error}") from None
 
     @classmethod
     def load(cls, path: Path) -> "BPETokenizer":

@@ -86,18 +86,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.optimizer not in ("muon", "adamw"):
             raise ValueError(f"optimizer must be muon or adamw, not {self.optimizer}")
-        for name in ("steps", "grad_accumulation", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("learning_rate", "muon_learning_rate", "weight_decay", "warmup_steps", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name} must be finite and not negative, not {getattr(self, name)}"
-                )
-        if self.seed >= 2**32:
-            raise ValueError(f"seed must be below 2^32, not {self.seed}")
+        check_range(self, 1, math.inf, "steps", "grad_accumulation", "eval_every")
+        check_range(self, 0, math.inf, "learning_rate", "muon_learning_rate", "weight_decay")
+        check_range(self, 0, math.inf, "warmup_steps")
+        check_range(self, 0, 2**32, "seed")
         if not 0 <= self.decay_share <= 1 or not self.max_grad_norm > 0:
             raise ValueError("decay_share must lie in [0, 1] and max_grad_norm above 0")
+
+
+def check_range(config: Any, least: float, below: float, *names: str) -> None:
+    """Raises ValueError for the fields of a config that are under `least`, or not under `below`."""
+    for name in names:
+        if not least <= getattr(config, name) < below:
+            raise ValueError(f"{name} must lie in [{least}, {below}), not {getattr(config, name)}")
 
 
 # ---- device, precision, processes
@@ -207,6 +208,10 @@ def _lock(file: TextIO, folder: Path) -> None:
             f"process {file.read()} is training in {folder}: wait for it, or choose another "
             "--out-dir"
         ) from None
+    except OSError as error:  # some network file systems
+        print(
+            f"warning: {folder} cannot be locked ({error}): train once at a time", file=sys.stderr
+        )
     file.truncate()
     file.write(str(os.getpid()))
     file.flush()
@@ -321,7 +326,7 @@ def load_checkpoint(
     try:
         intact = weights_sha256(checkpoint["weights"]) == checkpoint["weights_sha256"]
     except (KeyError, AttributeError, RuntimeError):
-        intact = False
+        raise ValueError(f"{path} holds no weights: make it again with `{hint}`") from None
     if not intact:
         raise ValueError(f"{path} holds other weights than it says: make it again with `{hint}`")
     return checkpoint
@@ -403,8 +408,8 @@ def train(
             progress.update()
             if stop and not finished:
                 return TrainResult(signals.caught or signal.SIGTERM, run.best, run.seconds)
-    if signals.caught and runtime.world_size == 1:
-        return TrainResult(signals.caught, run.best, run.seconds)
+    if stop := run.told_to_stop(signals.caught):
+        return TrainResult(stop, run.best, run.seconds)
     run.put(run.best_weights)
     model.eval()
     return TrainResult(None, run.best, run.seconds)
@@ -686,6 +691,13 @@ class _Run:
             self.best_weights = {n: p.detach().clone() for n, p in self.named.items()}
         self.seconds += time.perf_counter() - started
 
+    def told_to_stop(self, caught: signal.Signals | None) -> signal.Signals | None:
+        """The signal that any process has caught."""
+        number = torch.tensor(int(caught or 0), device=self.runtime.device)
+        if self.runtime.world_size > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return signal.Signals(number.item()) if number else None
+
     def figures(self) -> dict[str, str]:
         """What the progress bar shows."""
         shown = {"loss": self._recent_loss(), "best": self.best.get(self.criterion)}
@@ -716,8 +728,8 @@ class _Run:
         }
         self.validation = {}
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        held = self.log_path.stat().st_size if self.log_path.is_file() else 0
-        self.log_bytes = min(self.log_bytes, held)
+        held = self.log_path.read_bytes()[: self.log_bytes] if self.log_path.is_file() else b""
+        self.log_bytes = held.rfind(b"\n") + 1  # a log that was cut off goes on at a whole line
         with self.log_path.open("r+b" if self.log_bytes else "wb") as file:
             file.truncate(self.log_bytes)
             file.seek(self.log_bytes)
@@ -906,7 +918,7 @@ def one_line_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[s
         except torch.OutOfMemoryError:
             message, code = "error: out of GPU memory: raise --grad-accumulation", 2
         except KeyboardInterrupt:
-            message, code = "interrupted; --resume goes on if the training had begun", 130
+            message, code = "interrupted", 130
         if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process speaks
             print(message, file=sys.stderr)
         return code

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,8 @@ import finetune_classifier
 import finetune_lora_classifier
 import finetune_qlora_instructions
 import main
+from data_loader import Corpus
+from data_utils import prepare_token_ids
 from generation import continue_prompt, load_language_model
 from model import GPTModel
 from tokenizer import BPETokenizer
@@ -69,18 +71,34 @@ def options_of(name: str, all_models: Path, own: Path, out: Path, *more: str) ->
     return [*source, *options, "--out-dir", str(out), *more]
 
 
-def start(name: str, options: list[str], **more: object) -> subprocess.Popen:
-    """The script in a process of its own, with one thread."""
-    command = [sys.executable, f"{TRAININGS[name][0].__name__}.py", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **more)
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a script in a process of its own, with one thread; none of them outlives the test."""
+    started: list[subprocess.Popen] = []
+
+    def start(name: str, options: list[str], launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+        command = [sys.executable, *launcher, f"{TRAININGS[name][0].__name__}.py", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        said = (tmp_path / f"stderr{len(started)}.txt").open("w")
+        started.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+        )
+        started[-1].said = Path(said.name)
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
     while not path.exists() and process.poll() is None:
         time.sleep(0.01)
-    assert path.exists(), process.communicate()[1]
+    assert path.exists(), process.said.read_text()
 
 
 # ---- kill
@@ -100,7 +118,7 @@ def kill_somewhere(
                 if there and rng.random() < 0.3:
                     break
     process.kill()
-    return process.wait()
+    return process.wait(timeout=120)
 
 
 def assert_whole(folder: Path) -> None:
@@ -127,13 +145,13 @@ def log_of(folder: Path, name: str) -> list[dict]:
     ],
 )
 def test_killed_trainings_end_with_the_same_weights(
-    name: str, kills: int, all_models: Path, own: Path, tmp_path: Path
+    name: str, kills: int, all_models: Path, own: Path, tmp_path: Path, start: Start
 ):
     kind = TRAININGS[name][1]
     expected, folder = tmp_path / "expected", tmp_path / "killed"
     begun = time.monotonic()
     process = start(name, options_of(name, all_models, own, expected))
-    assert process.wait() == 0, process.communicate()[1]
+    assert process.wait(timeout=120) == 0, process.said.read_text()
     seconds = time.monotonic() - begun
     whole = load_checkpoint(expected / name, kind)
     folder.mkdir()
@@ -143,7 +161,7 @@ def test_killed_trainings_end_with_the_same_weights(
         resume = ["--resume"] * any(folder.glob("*.resume.pth"))
         process = start(name, options_of(name, all_models, own, folder, *resume))
         code = kill_somewhere(process, folder, seconds, rng)
-        assert code in (0, -signal.SIGKILL), process.communicate()[1]
+        assert code in (0, -signal.SIGKILL), process.said.read_text()
         killed += code != 0
         assert_whole(folder)
         assert (folder / name).exists(), "the older checkpoint is lost"
@@ -151,7 +169,7 @@ def test_killed_trainings_end_with_the_same_weights(
             (folder / "review_model_weights.pth").unlink(missing_ok=True)
     resume = ["--resume"] * any(folder.glob("*.resume.pth"))
     process = start(name, options_of(name, all_models, own, folder, *resume))
-    assert process.wait() == 0, process.communicate()[1]
+    assert process.wait(timeout=120) == 0, process.said.read_text()
     found = load_checkpoint(folder / name, kind)
     assert found["weights_sha256"] == whole["weights_sha256"]
     assert found["metrics"] == whole["metrics"]
@@ -195,6 +213,16 @@ def limited() -> Iterator[callable]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_token_ids_that_do_not_fit_on_the_disk_are_not_kept(
+    own: Path, tokenizer: BPETokenizer, tmp_path: Path, limited: callable
+):
+    corpus = Corpus("own", (own,))
+    limited(3_000)
+    with pytest.raises(OSError, match=r"cannot write .*train-"):
+        prepare_token_ids("train", corpus.split()[0], corpus, tokenizer, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
 @pytest.mark.parametrize("size", [0, 1_000, 20_000, 50_000])
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(
@@ -212,9 +240,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(
     older = (folder / name).read_bytes()
     steps = ["--steps", "6", "--language-steps", "3"][: 2 if script is main else None]
     options = options_of(name, all_models, own, folder, *steps[: 4 if "class" in name else 2])
+    soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     limited(size)
     code = script.main(options)
-    limited(resource.RLIM_INFINITY)
+    limited(soft)
     errors = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1
     assert (folder / name).read_bytes() == older
@@ -247,7 +276,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
 
 
 def test_a_second_training_in_a_folder_is_refused(
-    all_models: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    all_models: Path, own: Path, tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]
 ):
     name, folder = "model_weights.pth", tmp_path / "out"
     long = options_of(name, all_models, own, folder, "--steps", "1000000")
@@ -261,24 +290,15 @@ def test_a_second_training_in_a_folder_is_refused(
     assert main.main(options_of(name, all_models, own, folder, "--steps", "3")) == 0
 
 
-def torchrun(options: list[str]) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "main.py", *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def test_a_killed_worker_ends_the_job_which_resumes(
-    all_models: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    all_models: Path, own: Path, tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]
 ):
     name, folder = "model_weights.pth", tmp_path / "out"
     options = options_of(name, all_models, own, folder, "--steps", "600", "--batch-size", "5")
-    job = torchrun(options)
+    job = start(name, options, TORCHRUN)
     state = folder / "model_weights.resume.pth"
     wait_for(state, job)
     workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True)
@@ -287,8 +307,8 @@ def test_a_killed_worker_ends_the_job_which_resumes(
     load_checkpoint(state, "resume")
     assert main.main([*options, "--resume"]) == 2
     assert "world_size was 2, is 1" in capsys.readouterr().err
-    job = torchrun([*options, "--resume"])
-    assert job.wait(timeout=120) == 0, job.communicate()[1]
+    job = start(name, [*options, "--resume"], TORCHRUN)
+    assert job.wait(timeout=120) == 0, job.said.read_text()
     assert load_checkpoint(folder / name, "base")["made"]["command"].startswith("torchrun")
     assert not state.exists()
 
@@ -306,20 +326,28 @@ def test_the_app_reads_whole_models_while_they_are_overwritten(
             weights = {n: sign * w for n, w in checkpoint["weights"].items()}
             save_checkpoint(base_checkpoint, {**checkpoint, "weights": weights})
 
-    writer = threading.Thread(target=overwrite)
+    writer, seen = threading.Thread(target=overwrite), set()
     writer.start()
     try:
-        for _ in range(50):
+        while len(seen) < 2 and writer.is_alive():
             model, _, _ = app.loaded(load_language_model, "model_weights.pth")
-            signs = {
-                torch.equal(p, checkpoint["weights"][n])
-                or -torch.equal(p, -checkpoint["weights"][n])
-                for n, p in model.named_parameters()
-            }
-            assert len(signs) == 1 and 0 not in signs
+            seen.add(sign_of(model, checkpoint["weights"]))
+        for _ in range(30):
+            model, _, _ = app.loaded(load_language_model, "model_weights.pth")
+            seen.add(sign_of(model, checkpoint["weights"]))
+        assert writer.is_alive()
     finally:
         done.set()
         writer.join()
+    assert seen == {1, -1}
+
+
+def sign_of(model: GPTModel, weights: dict[str, torch.Tensor]) -> int:
+    """1 or -1 for a model of all these weights, or of all of them negated; else 0."""
+    for sign in (1, -1):
+        if all(torch.equal(p, sign * weights[n]) for n, p in model.named_parameters()):
+            return sign
+    return 0
 
 
 # ---- numbers

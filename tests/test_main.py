@@ -154,7 +154,7 @@ def test_two_processes_train_like_one(own_text: Path, tmp_path: Path):
         (["--vocab-size", "100"], "vocab_size 100 is too small"),
         (["--context-length", "100000"], "use a longer text or a smaller --context-length"),
         (["--split-probability", "1"], "split_probability must lie in [0, 1)"),
-        (["--steps", "0"], "steps must be at least 1"),
+        (["--steps", "0"], "steps must lie in [1, inf), not 0"),
         (["--resume"], "make it with `the same command without --resume`"),
     ],
 )

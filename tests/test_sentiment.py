@@ -224,6 +224,25 @@ def test_training_learns(reviews: Path, folder: Path):
     assert load_checkpoint(folder / FULL, "classifier")["metrics"]["test"]["accuracy"] >= 0.9
 
 
+def test_calibration_corrects_odds_and_keeps_their_order(tokenizer: BPETokenizer, runtime: Runtime):
+    model = GPTClassificationModel(
+        randomised(GPTModel(tiny_config(tokenizer.vocab_size))), 2
+    ).eval()
+    torch.nn.init.normal_(model.classifier_head.weight, generator=torch.Generator().manual_seed(0))
+    texts = [f"the {i} king" for i in range(300)]
+    before = class_probabilities(model, tokenizer, texts, runtime)[:, 1]
+    log_odds = np.log(before) - np.log(1 - before)
+    true = 1 / (1 + np.exp(-(0.5 * (log_odds - np.median(log_odds)))))  # half as sure, and shifted
+    labels = np.random.default_rng(0).random(300) < true
+    rows = [Review(text, int(label)) for text, label in zip(texts, labels)]
+    finetune_classifier.calibrate(model, tokenizer, rows, runtime)
+    after = class_probabilities(model, tokenizer, texts, runtime)[:, 1]
+    assert (np.argsort(before) == np.argsort(after)).all()
+    assert after.mean() == pytest.approx(labels.mean(), abs=0.01)
+    loss = [-np.log(np.where(labels, p, 1 - p)).mean() for p in (before, after, true)]
+    assert loss[1] < loss[0] and loss[1] == pytest.approx(loss[2], abs=0.03)
+
+
 def test_an_adapter_on_another_base_is_refused(reviews: Path, folder: Path):
     assert finetune_lora_classifier.main(arguments(reviews, folder)) == 0
     for name, message in (
@@ -260,7 +279,7 @@ def test_without_a_base_the_message_names_the_command(
         (["--data", "none.csv"], "no such file: none.csv"),
         (["--max-examples", "0"], "max-examples must be at least 1"),
         (["--max-examples", "3"], "has too few rows"),
-        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--epochs", "0"], "epochs must lie in [1, inf), not 0"),
         (["--dropout", "2"], "dropout must lie in [0, 1)"),
         (["--resume"], "to resume: leave --resume out"),
     ],

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -400,15 +401,15 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 0}, "steps must lie in [1, inf), not 0"),
         ({"optimizer": "sgd"}, "muon or adamw"),
-        ({"learning_rate": -1.0}, "learning_rate must be finite"),
-        ({"learning_rate": math.nan}, "learning_rate must be finite"),
+        ({"learning_rate": -1.0}, "learning_rate must lie in [0, inf), not"),
+        ({"learning_rate": math.nan}, "learning_rate must lie in [0, inf), not"),
         ({"decay_share": 2.0}, "decay_share"),
     ],
 )
 def test_impossible_configurations_are_refused(changes: dict, message: str):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         TrainConfig(**{"steps": 1, **changes})
 
 
