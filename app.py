@@ -7,6 +7,7 @@ variable GPT_MODELS_DIR names. User interface only: no training, no maths of its
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -39,6 +40,7 @@ from training import Runtime
 
 MODELS = Path(os.environ.get("GPT_MODELS_DIR") or Path(__file__).parent / "models")
 CPU = Runtime(torch.device("cpu"), torch.float32)
+load_instructions_model = functools.partial(load_instruction_model, runtime=CPU)
 MAX_CHARACTERS = 2_000
 MAX_ROWS, MAX_UPLOAD_MB = 10_000, 10
 SHOWN_TOKENS, ATTENTION_TOKENS = 15, 32
@@ -64,11 +66,6 @@ def loaded(load: Callable, name: str) -> Any:
     paths = [MODELS / file for file in (name, *SHARED_FILES)]
     changed = tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in paths)
     return _load(paths[0], changed, load)
-
-
-def load_instructions_model(path: Path) -> Any:
-    """As `load_instruction_model`, on the CPU."""
-    return load_instruction_model(path, CPU)
 
 
 @contextlib.contextmanager
@@ -463,7 +460,7 @@ def curves() -> None:
     if not logs:
         st.info("There are no logs yet: train with `python main.py`.")
         return
-    first = list(logs).index(min(logs, key=preferred))
+    first = list(logs).index("model_weights") if "model_weights" in logs else 0
     name = st.selectbox("Training", list(logs), index=first, key="training")
     frame = pd.DataFrame(read_log(logs[name]))
     if frame.empty:
@@ -492,11 +489,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and {"step", "seconds"} <= row.keys()]
-
-
-def preferred(name: str) -> tuple[bool, str]:
-    """Sorts the base's log before the others."""
-    return name != "model_weights", name
 
 
 def show_costs(rows: dict[str, list[dict[str, Any]]]) -> None:

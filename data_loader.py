@@ -48,7 +48,7 @@ class RemoteFile:
 
     Attributes:
         name: Its name in the data directory.
-        url: Its address.
+        url: Its address, or the package that it is in.
         sha256: Of its bytes.
         member: Where it lies in the zip archive at that address, if it is one.
     """
@@ -86,8 +86,11 @@ VADER_REQUIREMENT = (
     "--hash=sha256:5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"
 )
 VADER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
-SNIPPETS_NAME = "amazonReviewSnippets_GroundTruth.txt"
-SNIPPETS_SHA256 = "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2"
+SNIPPETS = RemoteFile(
+    "amazonReviewSnippets_GroundTruth.txt",
+    "package vaderSentiment",
+    "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+)
 NEUTRAL_RATING = 0.5  # ratings between this and its negative are left out
 POLARITY_REPOSITORY = "fancyzhx/amazon_polarity"
 DOLLY_REPOSITORY, DOLLY_ROWS = "databricks/databricks-dolly-15k", 15_011
@@ -234,29 +237,35 @@ def fetch_tiny_shakespeare(data_dir: Path) -> Path:
         say(f"{error}; trying the copy in the package dm-sonnet")
         first = error
     try:
-        text = _read_package(
-            SONNET_REQUIREMENT, "*.whl", lambda wheel: b"".join(map(wheel.read, SONNET_PARTS))
-        )
+        return fetch(TINY_SHAKESPEARE, data_dir, _read_sonnet)
     except SourceError as error:
         raise SourceError(f"{first}; package dm-sonnet: {error}") from None
-    path = data_dir / TINY_SHAKESPEARE.name
-    _check_sha256(hashlib.sha256(text).hexdigest(), TINY_SHAKESPEARE.sha256, "package dm-sonnet")
-    _write_whole(path, text)
-    return path
 
 
-def fetch(file: RemoteFile, data_dir: Path) -> Path:
-    """Path of a file in the data directory, downloaded if it is not there yet.
+def _read_sonnet() -> bytes:
+    return _read_package(
+        SONNET_REQUIREMENT, "*.whl", lambda wheel: b"".join(map(wheel.read, SONNET_PARTS))
+    )
+
+
+def fetch(file: RemoteFile, data_dir: Path, get: Callable[[], bytes] | None = None) -> Path:
+    """Path of a file in the data directory; if it is not there yet, it is downloaded, or got by
+    `get`.
 
     Raises:
-        SourceError: It could not be downloaded.
+        SourceError: It could not be had, or has another content.
         ValueError: The file in the data directory has another content.
     """
     path = data_dir / file.name
     if path.is_file():
-        _check_held(path, file.sha256)
-    else:
-        _write_whole(path, download(file.url, file.sha256, file.member))
+        if (found := file_sha256(path)) != file.sha256:
+            raise ValueError(f"{path} is damaged or another file (SHA-256 {found}): delete it")
+        return path
+    content = get() if get else download(file.url, file.member)
+    if (found := hashlib.sha256(content).hexdigest()) != file.sha256:
+        raise SourceError(f"{file.url} has other content than expected (SHA-256 {found})")
+    with written_whole(path) as part:
+        part.write(content)
     return path
 
 
@@ -271,12 +280,6 @@ def _digest_file(digest: Any, path: Path) -> None:
     with path.open("rb") as file:
         while piece := file.read(PIECE_BYTES):
             digest.update(piece)
-
-
-def _check_held(path: Path, sha256: str) -> None:
-    found = file_sha256(path)
-    if found != sha256:
-        raise ValueError(f"{path} is damaged or another file (SHA-256 {found}): delete it")
 
 
 # ---- reviews and instructions
@@ -370,7 +373,7 @@ def load_reviews(
             read_reviews,
         ),
         "amazon_cells": (lambda: fetch(AMAZON_CELLS, data_dir), read_reviews),
-        "amazon_snippets": (lambda: fetch_snippets(data_dir), read_snippets),
+        "amazon_snippets": (lambda: fetch(SNIPPETS, data_dir, _read_vader), read_snippets),
         "sample": (lambda: SAMPLES / "reviews.jsonl", read_reviews),
     }
     return _load_examples(dataset, data, max_examples, sources, read_reviews)
@@ -531,34 +534,19 @@ def _review_fields(record: dict[str, Any]) -> tuple[str, str]:
 def read_snippets(path: Path) -> list[Review]:
     """Reads the rated sentences: number, mean rating from -4 to 4 and text between tabs."""
     lines = path.read_text(encoding="utf-8").split("\n")
-    rows = [line.strip().split("\t") for line in lines if line.strip()]
-    clear = [
-        (text, float(rating)) for _, rating, text in rows if abs(float(rating)) > NEUTRAL_RATING
-    ]
-    return [Review(text, int(rating > 0)) for text, rating in clear]
+    rows = (line.strip().split("\t") for line in lines if line.strip())
+    rated = ((text, float(rating)) for _, rating, text in rows)
+    return [Review(text, int(r > 0)) for text, r in rated if abs(r) > NEUTRAL_RATING]
 
 
-def fetch_snippets(data_dir: Path) -> Path:
-    """Path of the rated sentences: in the data directory, else out of the package vaderSentiment.
-
-    Raises:
-        SourceError: The package index cannot be reached or has another file.
-        ValueError: The file in the data directory is another one.
-    """
-    path = data_dir / SNIPPETS_NAME
-    if path.is_file():
-        _check_held(path, SNIPPETS_SHA256)
-    else:
-        content = _read_package(VADER_REQUIREMENT, "*.zip", _read_vader_member)
-        _check_sha256(hashlib.sha256(content).hexdigest(), SNIPPETS_SHA256, "vaderSentiment")
-        _write_whole(path, content)
-    return path
+def _read_vader() -> bytes:
+    return _read_package(VADER_REQUIREMENT, "*.zip", _read_vader_member)
 
 
 def _read_vader_member(archive: zipfile.ZipFile) -> bytes:
     (inner,) = (name for name in archive.namelist() if name.endswith(VADER_ARCHIVE))
     with tarfile.open(fileobj=io.BytesIO(archive.read(inner))) as tar:
-        (member,) = (m for m in tar.getmembers() if m.name.endswith("/" + SNIPPETS_NAME))
+        (member,) = (m for m in tar.getmembers() if m.name.endswith("/" + SNIPPETS.name))
         return tar.extractfile(member).read()
 
 
@@ -650,7 +638,8 @@ def _fetch_rows(repository: str, name: str, limit: int, data_dir: Path) -> Path:
         say(f"{error}; using the {max(held):,} rows in {held[max(held)]} instead of {limit:,}")
         return held[max(held)]
     path = data_dir / f"{name}_{limit}.jsonl"
-    _write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    with written_whole(path) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     return path
 
 
@@ -696,13 +685,13 @@ class SourceError(ValueError):
     """A source could not be had; another one may do."""
 
 
-def download(url: str, sha256: str, member: str = "") -> bytes:
-    """Downloads a file of a known content; three tries with growing pauses.
+def download(url: str, member: str = "") -> bytes:
+    """Content of a file on the net; three tries with growing pauses.
 
     With `member`, the address is of a zip archive, and that file in it is meant.
 
     Raises:
-        SourceError: No answer, an error status, or other content, after at most two minutes.
+        SourceError: No answer, an error status, or no such archive, after at most two minutes.
     """
     started = time.monotonic()
     for pause in (*PAUSES, None):
@@ -724,7 +713,6 @@ def download(url: str, sha256: str, member: str = "") -> bytes:
             content = zipfile.ZipFile(io.BytesIO(content)).read(member)
         except (zipfile.BadZipFile, KeyError):
             raise SourceError(f"{url} is no zip archive that holds {member}") from None
-    _check_sha256(hashlib.sha256(content).hexdigest(), sha256, url)
     return content
 
 
@@ -741,11 +729,6 @@ def _get(url: str, deadline: float) -> bytes:
                 if time.monotonic() > deadline:
                     raise requests.Timeout(f"{url} took over {DOWNLOAD_TIMEOUT} s")
         return bytes(content)
-
-
-def _check_sha256(found: str, expected: str, source: str) -> None:
-    if found != expected:
-        raise SourceError(f"{source} has other content than expected (SHA-256 {found})")
 
 
 def _read_package(requirement: str, pattern: str, read: Callable[[zipfile.ZipFile], T]) -> T:
@@ -775,20 +758,8 @@ def _read_package(requirement: str, pattern: str, read: Callable[[zipfile.ZipFil
             (package,) = Path(folder).glob(pattern)
             with zipfile.ZipFile(package) as archive:
                 return read(archive)
-        except (
-            OSError,
-            subprocess.SubprocessError,
-            zipfile.BadZipFile,
-            tarfile.TarError,
-            ValueError,
-            KeyError,
-        ) as error:
+        except Exception as error:  # of pip, of the archive, of what `read` expects in it
             raise SourceError(f"pip cannot fetch it ({type(error).__name__})") from None
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    with written_whole(path) as file:
-        file.write(content)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Shapes: B batch, T time (tokens).
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_loader import (
+    PIECE_BYTES,
     ByteRange,
     Corpus,
     Example,
@@ -81,11 +82,6 @@ def _first_bytes(parts: list[ByteRange], limit: int) -> Iterator[str]:
 # ---- token files
 
 
-def token_dtype(vocab_size: int) -> type:
-    """Smallest unsigned type that holds every token id."""
-    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
 def prepare_token_ids(
     name: str, parts: list[ByteRange], corpus: Corpus, tokenizer: BPETokenizer, cache_dir: Path
 ) -> np.ndarray:
@@ -99,33 +95,25 @@ def prepare_token_ids(
         cache_dir: Where the file is kept.
     """
     stem = f"{name}-{corpus.sha256[:16]}-{tokenizer.sha256[:16]}"
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     path = _held(cache_dir, stem, ".bin")
     if path:
         say(f"{name} tokens: from {path}")
     else:
         unnamed = cache_dir / f"{stem}.bin"
         end = np.array([tokenizer.special_tokens[END_OF_TEXT]], dtype=dtype)
-        size = sum(r.stop - r.start for r in parts)
-        with (
-            written_whole(unnamed) as file,
-            tqdm(total=size, unit="B", unit_scale=True, desc=f"{name} tokens") as progress,
-        ):
+        with written_whole(unnamed) as file:
             for i, part in enumerate(parts):
                 if i:
                     file.write(end.data)
-                for ids in tokenizer.encode_stream(_watch(read_text(part), progress)):
+                pieces = -(-(part.stop - part.start) // PIECE_BYTES)
+                text = tqdm(read_text(part), f"{name} tokens", pieces, unit="MiB")
+                for ids in tokenizer.encode_stream(text):
                     file.write(np.array(ids, dtype=dtype).data)
         path = unnamed.replace(cache_dir / f"{stem}-{file_sha256(unnamed)[:16]}.bin")
     if not path.stat().st_size:
         return np.empty(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r")
-
-
-def _watch(pieces: Iterable[str], progress: tqdm) -> Iterator[str]:
-    for piece in pieces:
-        yield piece
-        progress.update(len(piece.encode()))
 
 
 # ---- batches
@@ -505,12 +493,9 @@ def encode_instruction(
     tokens, and only then the end of its response.
     """
     response = tokenizer.encode(row.response.strip())
-    whole = encode_prompt(row.instruction, row.context, tokenizer)
     bare = len(encode_prompt("", "", tokenizer))
     room = max(context_length - len(response), bare + MIN_PROMPT)
-    prompt = whole
-    if len(whole) > room:
-        prompt = encode_prompt(row.instruction, row.context, tokenizer, room)
+    prompt = encode_prompt(row.instruction, row.context, tokenizer, room)
     response = [*response, tokenizer.special_tokens[END_OF_TEXT]]
     return EncodedInstruction(prompt, response[: max(0, context_length + 1 - len(prompt))])
 

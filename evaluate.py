@@ -48,6 +48,7 @@ from data_loader import (
 )
 from data_utils import (
     EncodedInstruction,
+    Split,
     count_bytes,
     encode_instructions,
     encode_prompt,
@@ -76,7 +77,6 @@ from lora import (
 from model import GPTClassificationModel, GPTConfig, GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (
-    FORMAT_VERSION,
     HelpFormatter,
     Runtime,
     load_checkpoint,
@@ -218,7 +218,7 @@ def save_linear_baseline(linear: Pipeline, path: Path, facts: dict[str, Any]) ->
     words = sorted(features.vocabulary_, key=features.vocabulary_.get)
     arrays = {"idf": features.idf_, "coef": model.coef_, "intercept": model.intercept_}
     weights = {name: torch.tensor(a, dtype=torch.float32) for name, a in arrays.items()}
-    header = {"format": FORMAT_VERSION, "kind": "linear", "words": "\n".join(words)}
+    header = {"kind": "linear", "words": "\n".join(words)}
     save_checkpoint(path, {**header, **facts, "weights": weights})
 
 
@@ -335,13 +335,12 @@ def answer(
     tokenizer: BPETokenizer,
     instruction: str,
     context: str = "",
-    max_new_tokens: int = ANSWER_TOKENS,
     **sampling: Any,
 ) -> Iterator[int]:
     """Yields the token ids of an answer; see `continue_prompt`. A long context is cut."""
     room = model.config.context_length // 2
     prompt = encode_prompt(instruction, context, tokenizer, room)
-    return continue_prompt(model, tokenizer, prompt, max_new_tokens, **sampling)
+    return continue_prompt(model, tokenizer, prompt, ANSWER_TOKENS, **sampling)
 
 
 def share_that_stops(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction]) -> float:
@@ -472,8 +471,8 @@ def _language_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict[
         return _encode_parts(_whole(fetch(WIZARD_OF_OZ, data_dir)), tokenizer)
 
     def reviews(tokenizer: BPETokenizer, checkpoint: dict[str, Any]) -> np.ndarray:
-        test = _held_out(checkpoint, load_reviews, split_reviews, data_dir)
-        return reviews_as_text(test, tokenizer)
+        parts = _split_again(checkpoint, load_reviews, split_reviews, data_dir)
+        return reviews_as_text(parts.test, tokenizer)
 
     rows = (
         ("base", "model_weights.pth", "TinyShakespeare, validation part", shakespeare),
@@ -483,14 +482,15 @@ def _language_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict[
     return [_row(name, functools.partial(measure, *more)) for name, *more in rows]
 
 
-def _held_out(checkpoint: dict[str, Any], load: Callable, split: Callable, data_dir: Path) -> list:
-    """The test part that a checkpoint was not trained on."""
+def _split_again(
+    checkpoint: dict[str, Any], load: Callable, split: Callable, data_dir: Path
+) -> Split:
+    """The parts of the data set that a checkpoint was trained on."""
     name = checkpoint["dataset"]
-    sets = (*REVIEW_SETS, *INSTRUCTION_SETS)
-    if name in sets:
+    if name in (*REVIEW_SETS, *INSTRUCTION_SETS):
         examples = load(name, None, data_dir, checkpoint["rows"])
         if examples.sha256 == checkpoint["data_sha256"]:
-            return split(examples).test
+            return split(examples)
     raise ValueError(f"the data set {name} that it was trained on is not at hand")
 
 
@@ -499,7 +499,7 @@ def _sentiment_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict
 
     def measure(path: Path) -> dict[str, Any]:
         model, tokenizer, checkpoint = load_classifier(path)
-        test = _held_out(checkpoint, load_reviews, split_reviews, data_dir)
+        test = _split_again(checkpoint, load_reviews, split_reviews, data_dir).test
         texts, labels = [r.text for r in test], np.array([r.label for r in test])
         found = class_probabilities(model.to(runtime.device), tokenizer, texts, runtime)
         figures = classification_figures(found.argmax(1), labels)
@@ -508,11 +508,8 @@ def _sentiment_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict
 
     def measure_baseline(name: str) -> dict[str, Any]:
         linear, checkpoint = load_linear_baseline(models / LINEAR_BASELINE)
-        test = _held_out(checkpoint, load_reviews, split_reviews, data_dir)
-        examples = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
-        held = set(test)
-        train = [row for row in examples.rows if row not in held]
-        figures = baseline_figures(linear, train, test)[name]
+        parts = _split_again(checkpoint, load_reviews, split_reviews, data_dir)
+        figures = baseline_figures(linear, [*parts.train, *parts.validation], parts.test)[name]
         if name == BASELINES[0]:
             n = sum(t.numel() for t in checkpoint["weights"].values())
             figures |= _costs(models / LINEAR_BASELINE, checkpoint, n)
@@ -530,7 +527,7 @@ def _instruction_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[di
 
     def measure(path: Path) -> dict[str, Any]:
         model, tokenizer, checkpoint = load_instruction_model(path, runtime)
-        test = _held_out(checkpoint, load_instructions, split_examples, data_dir)
+        test = _split_again(checkpoint, load_instructions, split_examples, data_dir).test
         encoded = encode_instructions(test, tokenizer, model.config.context_length)
         figures = response_figures(model, tokenizer, encoded, runtime)
         figures |= {"stops": share_that_stops(model, tokenizer, test)}

@@ -16,7 +16,6 @@ from.
 import argparse
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
 from data_loader import REVIEW_SETS, Review, find_data_dir, load_reviews, say
 from data_utils import (
@@ -50,11 +48,10 @@ from evaluate import (
     sentiment_table,
 )
 from generation import copy_tokenizer, load_language_model, with_context
-from lora import count_parameters
+from lora import LoRAConfig, apply_lora, count_parameters, lora_state_dict
 from model import GPTClassificationModel, GPTModel
 from tokenizer import BPETokenizer
 from training import (
-    FORMAT_VERSION,
     HelpFormatter,
     Runtime,
     TrainConfig,
@@ -117,42 +114,13 @@ class ReviewConfig:
         check_range(self, 0, 1, "dropout", "split_probability", "hide_probability")
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way of fine-tuning.
-
-    Attributes:
-        name: Of its files.
-        kind: Of its checkpoint.
-        script: Its file.
-        defaults: Of its flags, where they differ from the dataclasses'.
-        prepare: Called with the new classifier to choose what is trained; returns facts for the
-            checkpoint.
-        weights: What of the trained classifier is saved.
-    """
-
-    name: str
-    kind: str
-    script: str
-    defaults: dict[str, Any]
-    prepare: Callable[[GPTClassificationModel], dict[str, Any]]
-    weights: Callable[[GPTClassificationModel], dict[str, Tensor]]
-
-
-FULL = Method(
-    name="finetuned_classifier_weights",
-    kind="classifier",
-    script="finetune_classifier.py",
-    defaults={
-        "steps": 450,
-        "learning_rate": 0.0004,
-        "muon_learning_rate": 0.007,
-        "warmup_steps": 30,
-        "decay_share": 0.9,
-    },
-    prepare=lambda model: {},
-    weights=lambda model: model.state_dict(),
-)
+DEFAULTS = {
+    "steps": 450,
+    "learning_rate": 0.0004,  # embeddings that move fast remember the reviews word by word
+    "muon_learning_rate": 0.007,
+    "warmup_steps": 30,
+    "decay_share": 0.9,
+}
 
 
 @dataclass(frozen=True)
@@ -166,8 +134,14 @@ class _Job:
     tokenizer: BPETokenizer
     base: GPTModel
     origin: dict[str, Any]  # path and hash of the base
+    lora: LoRAConfig | None  # None: every weight is trained
     path: Path
     runtime: Runtime
+
+    @property
+    def kind(self) -> str:
+        """Of the checkpoint."""
+        return "lora_classifier" if self.lora else "classifier"
 
     @property
     def language_path(self) -> Path:
@@ -178,37 +152,45 @@ class _Job:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Fine-tunes every weight; returns the exit code (130 or 143 when interrupted)."""
-    parser = make_parser(FULL, "Fine-tune every weight of the base for the sentiment of reviews.")
-    return run(FULL, parser.parse_args(argv), argv)
+    parser = make_parser("Fine-tune every weight of the base for sentiment.", DEFAULTS)
+    return run(parser.parse_args(argv), argv, DEFAULTS)
 
 
-def run(method: Method, args: argparse.Namespace, argv: list[str] | None) -> int:
+def run(
+    args: argparse.Namespace,
+    argv: list[str] | None,
+    defaults: dict[str, Any],
+    lora: LoRAConfig | None = None,
+) -> int:
     """Prepares, trains, saves, reloads and measures a classifier; returns the exit code."""
     with start_runtime() as runtime, training_in(args.out_dir, runtime):
-        command = command_line(method.script, argv, runtime)
+        script = "finetune_lora_classifier.py" if lora else "finetune_classifier.py"
+        command = command_line(script, argv, runtime)
         with first_process_first(runtime):
-            job = _prepare(method, args, runtime)
+            job = _prepare(args, defaults, lora, runtime)
             language_model = _held_language_model(job)
         language = result = None
         if language_model is None:
             language = _train_language_model(job, args.resume, command)
             language_model = job.base
         if not (language and language.interrupted):
-            model, facts = _new_classifier(method, language_model, job)
+            model, facts = _new_classifier(language_model, job)
             result = _train_classifier(model, facts, job, args.resume)
         stopped = (result or language).interrupted
         if runtime.rank == 0 and not stopped:
-            made = {"command": command, **measured(runtime, result, job.train_config)}
-            _finish(method, model, result, {**facts, "made": made}, job)
+            made = measured(command, runtime, result, job.train_config)
+            _finish(model, result, {**facts, "made": made}, job)
     if stopped:
         say(f"interrupted; continue with: {command}{'' if args.resume else ' --resume'}")
         return 128 + stopped
     return 0
 
 
-def _prepare(method: Method, args: argparse.Namespace, runtime: Runtime) -> _Job:
+def _prepare(
+    args: argparse.Namespace, defaults: dict[str, Any], lora: LoRAConfig | None, runtime: Runtime
+) -> _Job:
     """Reads everything, so that what is wrong with it is found before the training."""
-    options = {**method.defaults, **vars(args)}
+    options = {**defaults, **vars(args)}
     config = ReviewConfig(**chosen_fields(ReviewConfig, options))
     base, tokenizer, checkpoint = load_language_model(args.base)
     with_context(base, config.context_length, config.dropout)  # refused before the training
@@ -219,7 +201,8 @@ def _prepare(method: Method, args: argparse.Namespace, runtime: Runtime) -> _Job
     steps_per_epoch = max(1, len(split.train) // config.batch_size)
     steps = min(options["steps"], config.epochs * steps_per_epoch)
     options |= {"steps": steps, "eval_every": options.get("eval_every", steps_per_epoch)}
-    path = args.out_dir / f"{method.name}.pth"
+    name = "lora_classifier_weights.pth" if lora else "finetuned_classifier_weights.pth"
+    path = args.out_dir / name
     train_config = TrainConfig(**chosen_fields(TrainConfig, options))
     copy_tokenizer(tokenizer, args.out_dir)
     states = [
@@ -241,6 +224,7 @@ def _prepare(method: Method, args: argparse.Namespace, runtime: Runtime) -> _Job
             "base": relative_path(args.base, args.out_dir),
             "base_sha256": checkpoint["weights_sha256"],
         },
+        lora,
         path,
         runtime,
     )
@@ -316,12 +300,8 @@ def _train_language_model(job: _Job, resume: bool, command: str) -> TrainResult:
         weights = half_precision(model.state_dict())
         model.load_state_dict(weights)
         if runtime.rank == 0:
-            made = {"command": command, **measured(runtime, result, config)}
-            header = {
-                "format": FORMAT_VERSION,
-                "kind": "base",
-                "model_config": asdict(model.config),
-            }
+            made = measured(command, runtime, result, config)
+            header = {"kind": "base", "model_config": asdict(model.config)}
             more = {"weights": weights, "metrics": result.best, "made": made}
             save_checkpoint(job.language_path, {**header, **facts, **more})
     return result
@@ -331,7 +311,7 @@ def _train_language_model(job: _Job, resume: bool, command: str) -> TrainResult:
 
 
 def _new_classifier(
-    method: Method, language_model: GPTModel, job: _Job
+    language_model: GPTModel, job: _Job
 ) -> tuple[GPTClassificationModel, dict[str, Any]]:
     """A classifier on top of a language model, and what there is to know of it."""
     torch.manual_seed(job.train_config.seed)
@@ -344,10 +324,12 @@ def _new_classifier(
         **job.data,
         "model_config": asdict(backbone.config),
         "review_config": asdict(job.config),
-        **method.prepare(model),
     }
+    if job.lora:
+        apply_lora(model, job.lora)
+        facts["lora_config"] = asdict(job.lora)
     trained, total = count_parameters(model)
-    say(f"{method.kind}: trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
+    say(f"{job.kind}: trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
     return model, facts
 
 
@@ -420,7 +402,6 @@ def calibrate(
 
 
 def _finish(
-    method: Method,
     model: GPTClassificationModel,
     result: TrainResult,
     facts: dict[str, Any],
@@ -437,10 +418,10 @@ def _finish(
     found = class_probabilities(model, job.tokenizer, texts, job.runtime)
     labels = np.array([row.label for row in job.split.test])
     figures = classification_figures(found.argmax(1), labels)
-    header = {"format": FORMAT_VERSION, "kind": method.kind}
     metrics = {**result.best, "test": figures}
-    weights = half_precision(method.weights(model))
-    save_checkpoint(job.path, {**header, **facts, "weights": weights, "metrics": metrics})
+    weights = half_precision(lora_state_dict(model) if job.lora else model.state_dict())
+    content = {"kind": job.kind, **facts, "weights": weights, "metrics": metrics}
+    save_checkpoint(job.path, content)
     again = load_classifier(job.path)[0].to(job.runtime.device)
     if not np.array_equal(class_probabilities(again, job.tokenizer, texts, job.runtime), found):
         raise OSError(f"{job.path} does not give the predictions that were saved: try again")
@@ -462,13 +443,13 @@ def _finish(
     )
 
 
-def make_parser(method: Method, description: str) -> argparse.ArgumentParser:
+def make_parser(description: str, defaults: dict[str, Any]) -> argparse.ArgumentParser:
     """The flags that every way of fine-tuning a classifier has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add_run_flags(parser, REVIEW_SETS, "labelled reviews in JSONL, CSV or TSV", 20_000)
     for config_class in (ReviewConfig, TrainConfig):
-        defaults = {"eval_every": "a pass over the reviews", **method.defaults}
-        add_config_flags(parser, config_class, defaults)
+        shown = {"eval_every": "a pass over the reviews", **defaults}
+        add_config_flags(parser, config_class, shown)
     return parser
 
 

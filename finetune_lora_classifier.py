@@ -10,53 +10,38 @@ classification head.
 """
 
 import os
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from evaluate import load_classifier
-from finetune_classifier import Method, make_parser, run
-from lora import LoRAConfig, apply_lora, export_peft, lora_state_dict
-from model import GPTClassificationModel
+from finetune_classifier import make_parser, run
+from lora import LoRAConfig, export_peft
 from training import add_config_flags, chosen_fields, leave, one_line_errors
 
-LORA = Method(
-    name="lora_classifier_weights",
-    kind="lora_classifier",
-    script="finetune_lora_classifier.py",
-    defaults={
-        "steps": 800,
-        "epochs": 7,
-        "learning_rate": 0.004,
-        "muon_learning_rate": 0.012,
-        "warmup_steps": 30,
-        "decay_share": 0.9,
-        "dropout": 0.1,
-        "hide_probability": 0.0,
-    },
-    prepare=lambda model: {},
-    weights=lora_state_dict,
-)
+DEFAULTS = {
+    "steps": 800,
+    "epochs": 7,
+    "learning_rate": 0.004,
+    "muon_learning_rate": 0.012,
+    "warmup_steps": 30,
+    "decay_share": 0.9,
+    "dropout": 0.1,
+    "hide_probability": 0.0,
+}
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Trains an adapter; returns the exit code (130 or 143 when interrupted)."""
-    parser = make_parser(LORA, "Fine-tune low-rank adapters (LoRA) for the sentiment of reviews.")
+    parser = make_parser("Fine-tune low-rank adapters (LoRA) for sentiment.", DEFAULTS)
     parser.add_argument("--export-peft", type=Path, help="folder for a copy that peft can load")
     add_config_flags(parser, LoRAConfig, {})
     args = parser.parse_args(argv)
     config = LoRAConfig(**chosen_fields(LoRAConfig, vars(args)))
-
-    def prepare(model: GPTClassificationModel) -> dict[str, Any]:
-        apply_lora(model, config)
-        return {"lora_config": asdict(config)}
-
     if args.export_peft:
         args.export_peft.mkdir(parents=True, exist_ok=True)  # refused before the training
-    code = run(replace(LORA, prepare=prepare), args, argv)
+    code = run(args, argv, DEFAULTS, config)
     if args.export_peft and not code and os.environ.get("RANK", "0") == "0":
-        model, _, _ = load_classifier(args.out_dir / f"{LORA.name}.pth")
+        model, _, _ = load_classifier(args.out_dir / "lora_classifier_weights.pth")
         export_peft(model, config, args.export_peft)
     return code
 

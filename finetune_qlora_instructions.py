@@ -48,7 +48,6 @@ from lora import (
 from model import GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (
-    FORMAT_VERSION,
     HelpFormatter,
     Runtime,
     TrainConfig,
@@ -138,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         model = _prepare_model(job)
         result = _train(model, job, args.resume)
         if runtime.rank == 0 and not result.interrupted:
-            made = {"command": command, **measured(runtime, result, job.train_config)}
+            made = measured(command, runtime, result, job.train_config)
             _finish(model, result, before, made, job)
     if result.interrupted:
         say(f"interrupted; continue with: {command}{'' if args.resume else ' --resume'}")
@@ -261,7 +260,7 @@ def _finish(
         "trained_parameters": trained,
         "parameters": total,
     }
-    header = {"format": FORMAT_VERSION, "kind": f"{job.method}_instruction", "made": made}
+    header = {"kind": f"{job.method}_instruction", "made": made}
     save_checkpoint(job.path, {**header, **job.facts, "weights": weights, "metrics": metrics})
     again = load_instruction_model(job.path, job.runtime)[0]
     T, device = job.config.context_length, job.runtime.device
@@ -311,22 +310,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_run_flags(parser, INSTRUCTION_SETS, "JSONL file of instructions", max_examples=4_000)
     methods = parser.add_mutually_exclusive_group()
-    methods.add_argument(
-        "--no-quantize",
-        dest="method",
-        action="store_const",
-        const="lora",
-        default=argparse.SUPPRESS,
-        help="plain LoRA on the base in full precision",
-    )
-    methods.add_argument(
-        "--full",
-        dest="method",
-        action="store_const",
-        const="full",
-        default=argparse.SUPPRESS,
-        help="train every weight, without adapters",
-    )
+    for flag, method, text in (
+        ("--no-quantize", "lora", "plain LoRA on the base in full precision"),
+        ("--full", "full", "train every weight, without adapters"),
+    ):
+        kind = {"action": "store_const", "const": method, "default": argparse.SUPPRESS}
+        methods.add_argument(flag, dest="method", help=text, **kind)
     parser.set_defaults(method="qlora")
     for config_class in (InstructionConfig, LoRAConfig, TrainConfig):
         defaults = {"eval_every": "a pass over the examples", **DEFAULTS}

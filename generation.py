@@ -46,7 +46,12 @@ def sample_next_token(
     Raises:
         ValueError: An argument is out of range.
     """
-    _check_sampling(temperature, top_k, top_p)
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 or more, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top-k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top-p must lie in (0, 1], not {top_p}")
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = token_probabilities(logits, temperature, top_k, top_p)
@@ -70,15 +75,6 @@ def token_probabilities(
         )
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
     return probabilities
-
-
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 or more, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top-k must be at least 1, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top-p must lie in (0, 1], not {top_p}")
 
 
 def window_start(n_tokens: int, context_length: int) -> int:
@@ -194,8 +190,11 @@ def load_language_model(
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, or the model was trained with another tokenizer.
     """
-    model, checkpoint = _load_base_model(path, hint)
-    return model, load_tokenizer(path, checkpoint), checkpoint
+    checkpoint = load_checkpoint(path, "base", hint)
+    with misfits_named(path, hint):
+        model = GPTModel(GPTConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["weights"])
+    return model.eval(), load_tokenizer(path, checkpoint), checkpoint
 
 
 def load_tokenizer(path: Path, checkpoint: dict) -> BPETokenizer:
@@ -248,15 +247,6 @@ def copy_tokenizer(tokenizer: BPETokenizer, folder: Path) -> None:
         tokenizer.save(path)
 
 
-def _load_base_model(path: Path, hint: str) -> tuple[GPTModel, dict]:
-    """Builds the language model of a base checkpoint, in evaluation mode on the CPU."""
-    checkpoint = load_checkpoint(path, "base", hint)
-    with misfits_named(path, hint):
-        model = GPTModel(GPTConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["weights"])
-    return model.eval(), checkpoint
-
-
 @contextlib.contextmanager
 def misfits_named(path: Path, hint: str) -> Iterator[None]:
     """Turns the errors of building a model from a checkpoint into a ValueError that names both."""
@@ -275,7 +265,6 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     model, tokenizer, _ = load_language_model(args.checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _check_sampling(args.temperature, args.top_k, args.top_p)
     started = time.perf_counter()
     ids: list[int] = []
     stream = continue_prompt(

@@ -26,7 +26,6 @@ from generation import continue_prompt
 from model import GPTConfig, GPTModel
 from tokenizer import BPETokenizer
 from training import (
-    FORMAT_VERSION,
     HelpFormatter,
     Runtime,
     TrainConfig,
@@ -140,13 +139,10 @@ def main(argv: list[str] | None = None) -> int:
         path = args.out_dir / "model_weights.pth"
         result = _train(model, data, batches, train_config, runtime, path, facts, args.resume)
         if runtime.rank == 0 and not result.interrupted:
-            made = {
-                "command": command,
-                "dataset": data.corpus.name,
-                **measured(runtime, result, train_config),
-            }
+            made = measured(command, runtime, result, train_config)
+            made["dataset"] = data.corpus.name
             weights = half_precision(model.state_dict())
-            header = {"format": FORMAT_VERSION, "kind": "base", "metrics": result.best}
+            header = {"kind": "base", "metrics": result.best}
             save_checkpoint(path, {**header, **facts, "made": made, "weights": weights})
             data.tokenizer.save(path.with_name("tokenizer.json"))
             path.with_suffix(".resume.pth").unlink(missing_ok=True)

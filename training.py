@@ -15,10 +15,12 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -267,12 +269,13 @@ def half_precision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Writes a checkpoint whole or not at all: a temporary file, flushed to disk, then renamed.
 
-    The hash of its "weights" goes with it.
+    The format version and the hash of its "weights" go with it.
 
     Raises:
         OSError: The disk is full or the folder cannot be written; an older file stays as it was.
     """
-    checkpoint = {**checkpoint, "weights_sha256": weights_sha256(checkpoint["weights"])}
+    sha256 = weights_sha256(checkpoint["weights"])
+    checkpoint = {"format": FORMAT_VERSION, **checkpoint, "weights_sha256": sha256}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
@@ -429,40 +432,24 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     Raises:
         ValueError: No parameter requires gradients.
     """
-    matrices, others, vectors = [], [], []
-    hidden = {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.endswith("head")
-    }
-    adapters = ("lora_A", "lora_B")
-    hidden |= {id(p) for name, p in model.named_parameters() if name.endswith(adapters)}
-    for parameter in model.parameters():
+    modules = dict(model.named_modules())
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "others": [], "vectors": []}
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.ndim < 2:
-            vectors.append(parameter)
-        elif config.optimizer == "muon" and id(parameter) in hidden:
-            matrices.append(parameter)
-        else:
-            others.append(parameter)
+        owner, _, leaf = name.rpartition(".")
+        hidden = isinstance(modules[owner], nn.Linear) and not owner.endswith("head")
+        hidden = config.optimizer == "muon" and (hidden or leaf in ("lora_A", "lora_B"))
+        kind = "vectors" if parameter.ndim < 2 else "matrices" if hidden else "others"
+        groups[kind].append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
-    if groups := [g for g in (others, vectors) if g]:
-        decays = [0.0 if g is vectors else config.weight_decay for g in groups]
-        optimizers.append(
-            torch.optim.AdamW(
-                [{"params": g, "weight_decay": d} for g, d in zip(groups, decays)],
-                lr=config.learning_rate,
-                betas=(0.9, 0.95),
-                fused=True,
-            )
-        )
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay
-            )
-        )
+    decays = {"others": config.weight_decay, "vectors": 0.0}
+    if adamw := [{"params": groups[k], "weight_decay": d} for k, d in decays.items() if groups[k]]:
+        rate, betas = config.learning_rate, (0.9, 0.95)
+        optimizers.append(torch.optim.AdamW(adamw, lr=rate, betas=betas, fused=True))
+    if groups["matrices"]:
+        rate, decay = config.muon_learning_rate, config.weight_decay
+        optimizers.append(torch.optim.Muon(groups["matrices"], lr=rate, weight_decay=decay))
     if not optimizers:
         raise ValueError("no parameter requires gradients: nothing to train")
     for optimizer in optimizers:
@@ -503,20 +490,8 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return loss, (targets != -100).sum()
 
 
-def classification_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy in nats, and the number of texts.
-
-    Args:
-        model: Maps token ids (B, T) and lengths (B,) to class logits (B, classes).
-        batch: Token ids, lengths and labels (B,).
-    """
-    ids, lengths, labels = batch
-    loss = F.cross_entropy(model(ids, lengths).float(), labels, reduction="sum")
-    return loss, torch.tensor(len(labels), device=loss.device)
-
-
 def prefix_classification_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """As `classification_loss`, half of it asked of each token instead of the last one alone.
+    """Summed cross entropy in nats, half of it asked of each token, and the number of texts.
 
     A causal model has read a prefix of the text at each token: all of them are examples. The mean
     over the tokens is weighted by their place, since a beginning says less.
@@ -547,28 +522,11 @@ def _sum_over_processes(parameters: list[nn.Parameter], sums: Tensor) -> None:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([sums, *(parameter.grad.flatten() for parameter in parameters)])
+    held = [sums, *(parameter.grad for parameter in parameters)]
+    flat = torch.cat([tensor.flatten() for tensor in held])
     dist.all_reduce(flat)
-    sizes = [len(sums), *(parameter.numel() for parameter in parameters)]
-    total, *gradients = flat.split(sizes)
-    sums.copy_(total)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad.copy_(gradient.view_as(parameter))
-
-
-def _scale_gradients(
-    parameters: list[nn.Parameter], weight: float, max_norm: float, loss: float, step: int
-) -> None:
-    """Turns gradients of the sum into gradients of the mean and clips their norm.
-
-    Raises:
-        FloatingPointError: The loss or the norm is not finite.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients).item() / weight
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise FloatingPointError(_diverged(f"loss {loss} and gradient norm {norm}", step))
-    torch._foreach_mul_(gradients, min(1.0, max_norm / (norm + 1e-6)) / weight)
+    for tensor, total in zip(held, flat.split([tensor.numel() for tensor in held])):
+        tensor.copy_(total.view_as(tensor))
 
 
 def _diverged(what: str, step: int) -> str:
@@ -640,14 +598,12 @@ class _Run:
                 group["lr"] = group["peak_lr"] * factor
         loss, weight, stop = self._accumulate_gradients(batches, loss_fn, stop)
         if weight:
-            max_norm = self.config.max_grad_norm
-            _scale_gradients(self.parameters, weight, max_norm, loss, self.step)
+            self._scale_gradients(weight, loss)
             for optimizer in self.optimizers:
                 optimizer.step()
+            self.recent_losses = [*self.recent_losses, loss][-LOG_EVERY:]
         self.step += 1
         self.tokens += weight
-        if weight:
-            self.recent_losses = [*self.recent_losses, loss][-LOG_EVERY:]
         self.seconds += time.perf_counter() - started
         return stop
 
@@ -676,6 +632,15 @@ class _Run:
             _sum_over_processes(self.parameters, sums)
         loss, weight, stops = sums.tolist()
         return (loss / weight if weight else math.nan), weight, stops > 0
+
+    def _scale_gradients(self, weight: float, loss: float) -> None:
+        """Turns gradients of the sum into gradients of the mean, and clips their norm."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item() / weight
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise FloatingPointError(_diverged(f"loss {loss} and gradient norm {norm}", self.step))
+        scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6)) / weight
+        torch._foreach_mul_(gradients, scale)
 
     def validate(self, validate: Callable[[], dict[str, float]]) -> None:
         """Takes the figures of the model as it is; keeps the weights if they are the best."""
@@ -728,8 +693,6 @@ class _Run:
         }
         self.validation = {}
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        held = self.log_path.read_bytes()[: self.log_bytes] if self.log_path.is_file() else b""
-        self.log_bytes = held.rfind(b"\n") + 1  # a log that was cut off goes on at a whole line
         with self.log_path.open("r+b" if self.log_bytes else "wb") as file:
             file.truncate(self.log_bytes)
             file.seek(self.log_bytes)
@@ -737,7 +700,6 @@ class _Run:
 
     def _save(self) -> None:
         state = {
-            "format": FORMAT_VERSION,
             "kind": "resume",
             "facts": self.facts,
             "weights": {n: p.detach() for n, p in self.named.items()},
@@ -766,7 +728,9 @@ class _Run:
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         self.best, self.best_weights = state["best"], state["best_weights"]
-        self.step, self.seconds, self.tokens, self.log_bytes = state["place"]
+        self.step, self.seconds, self.tokens, log_bytes = state["place"]
+        held = self.log_path.read_bytes()[:log_bytes] if self.log_path.is_file() else b""
+        self.log_bytes = held.rfind(b"\n") + 1  # a log that was cut off goes on at a whole line
         self.recent_losses = state["recent_losses"]
 
     def put(self, weights: dict[str, Tensor]) -> None:
@@ -815,10 +779,13 @@ def relative_path(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
 
 
-def measured(runtime: Runtime, result: TrainResult, config: TrainConfig) -> dict[str, Any]:
-    """What a training took and ran on, for its checkpoint."""
+def measured(
+    command: str, runtime: Runtime, result: TrainResult, config: TrainConfig
+) -> dict[str, Any]:
+    """How a checkpoint was made, for the checkpoint."""
     packages = ("torch", "numpy", "bitsandbytes")
     return {
+        "command": command,
         "train_config": asdict(config),
         "runtime": runtime.describe(),
         "seconds": result.seconds,
@@ -890,17 +857,8 @@ def chosen_fields(config_class: type, options: dict[str, Any]) -> dict[str, Any]
 
 def _attribute_help(config_class: type, name: str) -> str:
     """The text of an attribute in a Google-style docstring, for `--help`."""
-    _, _, after = (config_class.__doc__ or "").partition(f"        {name}: ")
-    lines = after.split("\n")
-    more = (line.strip() for line in _take_indented(lines[1:]))
-    return " ".join([lines[0].strip(), *more]).replace("%", "%%").rstrip(".")
-
-
-def _take_indented(lines: list[str]) -> Iterator[str]:
-    for line in lines:
-        if not line.startswith(" " * 12):
-            return
-        yield line
+    found = re.search(rf"^ {{4}}{name}: (.*(?:\n {{8}}.*)*)", inspect.getdoc(config_class), re.M)
+    return " ".join(found[1].split()).replace("%", "%%").rstrip(".")
 
 
 def one_line_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:

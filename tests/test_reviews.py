@@ -1,6 +1,7 @@
 """Labelled reviews: file formats, sources, splits, padding, batches."""
 
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -215,7 +216,7 @@ def test_snippets_come_out_of_a_package_that_is_only_read(
     content = b"1_1\t-0.9\tbroken\r\n1_2\t0.5\tneutral\r\n1_3\t2.25\tlovely\r\n"
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as tar:
-        info = tarfile.TarInfo(f"hutto/{data_loader.SNIPPETS_NAME}")
+        info = tarfile.TarInfo(f"hutto/{data_loader.SNIPPETS.name}")
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
 
@@ -228,7 +229,8 @@ def test_snippets_come_out_of_a_package_that_is_only_read(
     with pytest.raises(SourceError, match="other content than expected"):
         load_reviews("amazon_snippets", None, tmp_path, 100)
     digest = data_loader.hashlib.sha256(content).hexdigest()
-    monkeypatch.setattr(data_loader, "SNIPPETS_SHA256", digest)
+    known = dataclasses.replace(data_loader.SNIPPETS, sha256=digest)
+    monkeypatch.setattr(data_loader, "SNIPPETS", known)
     found = load_reviews("amazon_snippets", None, tmp_path, 100)
     assert found.rows == [Review("broken", 0), Review("lovely", 1)]
 
