@@ -81,6 +81,7 @@ from training import (
     Runtime,
     load_checkpoint,
     mean_loss,
+    new_parser,
     next_token_loss,
     one_line_errors,
     save_checkpoint,
@@ -282,23 +283,28 @@ def load_classifier(path: Path) -> tuple[GPTClassificationModel, BPETokenizer, d
 
 
 def _load_review_model(path: Path, adapter: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Weights of the language model that an adapter was trained on.
+    """Weights of the language model beside an adapter, which was trained on it."""
+    hint = COMMANDS["lora_classifier_weights.pth"]
+    found = _base_of(path, adapter, path.with_name(REVIEW_MODEL), hint)
+    origin = path.parent / found["base"]
+    if origin.is_file():
+        _base_of(path, found, origin, hint)
+    return found["weights"]
+
+
+def _base_of(path: Path, adapter: dict[str, Any], base_path: Path, hint: str) -> dict[str, Any]:
+    """The checkpoint that an adapter was trained on.
 
     Raises:
-        ValueError: The model beside the adapter is another one, or not of the base beside it.
+        ValueError: The one at `base_path` is another one.
     """
-    base_path, hint = path.with_name(REVIEW_MODEL), COMMANDS["lora_classifier_weights.pth"]
-    found = load_checkpoint(base_path, "base", hint)
-    if found["weights_sha256"] != adapter["base_sha256"]:
-        raise ValueError(f"{path} is not an adapter of {base_path}: train it again with `{hint}`")
-    origin = path.parent / found.get("base", "model_weights.pth")
-    if origin.is_file():
-        base_sha256 = load_checkpoint(origin, "base")["weights_sha256"]
-        if base_sha256 != found["base_sha256"]:
-            raise ValueError(
-                f"{path} was trained from another base than {origin}: train it again with `{hint}`"
-            )
-    return found["weights"]
+    base = load_checkpoint(base_path, "base", hint)
+    if base["weights_sha256"] != adapter["base_sha256"]:
+        raise ValueError(
+            f"{path} was trained on another base than {base_path}: put the right one back, or "
+            f"train again with `{hint}`"
+        )
+    return base
 
 
 # ---- instructions
@@ -376,13 +382,7 @@ def load_instruction_model(
         if checkpoint["kind"] == "full_instruction":
             model.load_state_dict(checkpoint["weights"])
             return model.to(runtime.device).eval(), tokenizer, checkpoint
-        base_path = path.parent / checkpoint.get("base", "model_weights.pth")
-        base = load_checkpoint(base_path, "base")
-        if base["weights_sha256"] != checkpoint["base_sha256"]:
-            raise ValueError(
-                f"{path} was trained on another base than {base_path}: put the right one back, or "
-                f"train again with `{hint}`"
-            )
+        base = _base_of(path, checkpoint, path.parent / checkpoint["base"], hint)
         model.load_state_dict(base["weights"])
         model.to(runtime.device)
         if checkpoint["kind"] == "qlora_instruction":
@@ -404,14 +404,6 @@ def measure_instructions(checkpoint: Path, data: Path, runtime: Runtime) -> dict
     model.to(runtime.device)
     encoded = encode_instructions(rows, tokenizer, model.config.context_length)
     return response_figures(model, tokenizer, encoded, runtime)
-
-
-def _whole(path: Path) -> list[ByteRange]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty")
-    return [ByteRange(path, 0, path.stat().st_size)]
 
 
 # ---- the comparison of everything
@@ -468,7 +460,8 @@ def _language_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict[
         return _encode_parts(validation, tokenizer)
 
     def wizard(tokenizer: BPETokenizer, _: dict[str, Any]) -> np.ndarray:
-        return _encode_parts(_whole(fetch(WIZARD_OF_OZ, data_dir)), tokenizer)
+        whole = load_corpus("auto", fetch(WIZARD_OF_OZ, data_dir), data_dir).split(1.0)[0]
+        return _encode_parts(whole, tokenizer)
 
     def reviews(tokenizer: BPETokenizer, checkpoint: dict[str, Any]) -> np.ndarray:
         parts = _split_again(checkpoint, load_reviews, split_reviews, data_dir)
@@ -630,7 +623,8 @@ def main(argv: list[str] | None = None) -> int:
                     file.write(json.dumps(rows, indent=1).encode() + b"\n")
             print(report_tables(rows))
         elif args.task == "perplexity":
-            _show(measure_file(args.checkpoint, _whole(args.data), runtime), args.json)
+            whole = load_corpus("auto", args.data, args.data).split(1.0)[0]
+            _show(measure_file(args.checkpoint, whole, runtime), args.json)
         elif args.task == "sentiment":
             figures = measure_reviews(args.checkpoint, args.data, runtime)
             _show(figures, args.json, sentiment_table({args.checkpoint.name: figures}))
@@ -645,9 +639,7 @@ def _show(figures: dict[str, Any], as_json: bool, table: str = "") -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Measure the checkpoints in models/.", formatter_class=HelpFormatter
-    )
+    parser = new_parser("Measure the checkpoints in models/.")
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of checkpoints")
     parser.add_argument(
         "--data-dir", type=Path, help="folder of data sets; else $GPT_DATA_DIR, else data"

@@ -52,7 +52,6 @@ from lora import LoRAConfig, apply_lora, count_parameters, lora_state_dict
 from model import GPTClassificationModel, GPTModel
 from tokenizer import BPETokenizer
 from training import (
-    HelpFormatter,
     Runtime,
     TrainConfig,
     TrainResult,
@@ -66,6 +65,7 @@ from training import (
     leave,
     load_checkpoint,
     measured,
+    new_parser,
     next_token_loss,
     one_line_errors,
     peak_memory_bytes,
@@ -445,7 +445,7 @@ def _finish(
 
 def make_parser(description: str, defaults: dict[str, Any]) -> argparse.ArgumentParser:
     """The flags that every way of fine-tuning a classifier has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = new_parser(description)
     add_run_flags(parser, REVIEW_SETS, "labelled reviews in JSONL, CSV or TSV", 20_000)
     for config_class in (ReviewConfig, TrainConfig):
         shown = {"eval_every": "a pass over the reviews", **defaults}

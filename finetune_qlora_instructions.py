@@ -48,7 +48,6 @@ from lora import (
 from model import GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (
-    HelpFormatter,
     Runtime,
     TrainConfig,
     TrainResult,
@@ -62,6 +61,7 @@ from training import (
     leave,
     mean_loss,
     measured,
+    new_parser,
     next_token_loss,
     one_line_errors,
     relative_path,
@@ -304,10 +304,7 @@ def _report(
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Fine-tune the base to follow instructions, with QLoRA.",
-        formatter_class=HelpFormatter,
-    )
+    parser = new_parser("Fine-tune the base to follow instructions, with QLoRA.")
     add_run_flags(parser, INSTRUCTION_SETS, "JSONL file of instructions", max_examples=4_000)
     methods = parser.add_mutually_exclusive_group()
     for flag, method, text in (

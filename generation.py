@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model import GPTConfig, GPTModel, KVCache
 from tokenizer import END_OF_TEXT, BPETokenizer
-from training import HelpFormatter, load_checkpoint, one_line_errors
+from training import load_checkpoint, new_parser, one_line_errors
 
 
 def sample_next_token(
@@ -300,10 +300,7 @@ def _noting(stream: Iterator[int], ids: list[int]) -> Iterator[int]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Continue a prompt with the trained language model.",
-        formatter_class=HelpFormatter,
-    )
+    parser = new_parser("Continue a prompt with the trained language model.")
     parser.add_argument("--prompt", default="", help="text to continue; empty starts a new text")
     parser.add_argument(
         "--checkpoint", type=Path, default=Path("models/model_weights.pth"), help="base model"

@@ -26,11 +26,11 @@ from generation import continue_prompt
 from model import GPTConfig, GPTModel
 from tokenizer import BPETokenizer
 from training import (
-    HelpFormatter,
     Runtime,
     TrainConfig,
     TrainResult,
     add_config_flags,
+    add_run_flags,
     check_range,
     chosen_fields,
     command_line,
@@ -38,6 +38,7 @@ from training import (
     half_precision,
     leave,
     measured,
+    new_parser,
     next_token_loss,
     one_line_errors,
     peak_memory_bytes,
@@ -50,6 +51,7 @@ from training import (
 MAX_VALIDATION_TOKENS = 100_000  # of a large corpus; TinyShakespeare's validation part is smaller
 SAMPLE_PROMPT = "ROMEO:"
 SAMPLE_TOKENS = 250
+COMPILERS = ("g++", "clang++", "cl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     options = {**PRESETS[args.preset], **vars(args)}
     data_config = DataConfig(**chosen_fields(DataConfig, options))
     train_config = TrainConfig(**chosen_fields(TrainConfig, options))
+    if args.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)):
+        raise ValueError("--compile needs a C++ compiler such as g++: install one or leave it out")
     with start_runtime() as runtime, training_in(args.out_dir, runtime):
         command = command_line("main.py", argv, runtime)
         data = _prepare_data(args, data_config, runtime)
@@ -129,7 +133,10 @@ def main(argv: list[str] | None = None) -> int:
             data_config.split_probability,
             train_config.steps,
         )
-        model = _new_model(model_config, train_config.seed, runtime, args.compile)
+        torch.manual_seed(train_config.seed)
+        model = GPTModel(model_config).to(runtime.device)
+        if args.compile:
+            model.compile()
         facts = {
             "data_sha256": data.corpus.sha256,
             "tokenizer_sha256": data.tokenizer.sha256,
@@ -169,17 +176,6 @@ def _prepare_data(args: argparse.Namespace, config: DataConfig, runtime: Runtime
     if len(validation_ids) > MAX_VALIDATION_TOKENS:
         say(f"validation: the first {MAX_VALIDATION_TOKENS:,} of {len(validation_ids):,} tokens")
     return _Data(corpus, tokenizer, train_ids, validation_ids[:MAX_VALIDATION_TOKENS])
-
-
-def _new_model(config: GPTConfig, seed: int, runtime: Runtime, compiled: bool) -> GPTModel:
-    compilers = ("g++", "clang++", "cl")
-    if compiled and runtime.device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise ValueError("--compile needs a C++ compiler such as g++: install one or leave it out")
-    torch.manual_seed(seed)
-    model = GPTModel(config).to(runtime.device)
-    if compiled:
-        model.compile()
-    return model
 
 
 def _train(
@@ -232,28 +228,18 @@ def _report(
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train the tokenizer and the base model, and show a sample.",
-        formatter_class=HelpFormatter,
-        epilog="Presets change defaults: "
-        + "; ".join(
-            f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in preset.items())
-            for name, preset in PRESETS.items()
-        ),
+    presets = (
+        f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in preset.items())
+        for name, preset in PRESETS.items()
+    )
+    parser = new_parser(
+        "Train the tokenizer and the base model, and show a sample.",
+        "Presets change defaults: " + "; ".join(presets),
     )
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="cpu", help="recipe to start from")
-    add(
-        "--dataset",
-        choices=("auto", "tinyshakespeare", "sample"),
-        default="auto",
-        help="auto: TinyShakespeare, else the bundled sample",
-    )
-    add("--data", type=Path, help="a UTF-8 text file or a folder of .txt files, instead")
-    add("--data-dir", type=Path, help="folder of downloads; else $GPT_DATA_DIR, else data")
-    add("--out-dir", type=Path, default=Path("models"), help="where to write")
-    add("--resume", action="store_true", help="go on from an interrupted run with the same options")
     add("--compile", action="store_true", help="torch.compile: faster steps after a slow start")
+    add_run_flags(parser, ("tinyshakespeare", "sample"), "a UTF-8 text file or a folder of them")
     for config_class in (DataConfig, GPTConfig, TrainConfig):
         skip = "vocab_size" if config_class is GPTConfig else ""
         add_config_flags(parser, config_class, PRESETS["cpu"], skip)

@@ -804,23 +804,28 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def add_run_flags(
-    parser: argparse.ArgumentParser, data_sets: Sequence[str], data_help: str, max_examples: int
-) -> None:
-    """Adds the flags that every fine-tuning has: its data, its base, its folder, resuming."""
-    add = parser.add_argument
-    add(
-        "--dataset",
-        choices=("auto", *data_sets),
-        default="auto",
-        help="auto: the first of the others that can be had",
+def new_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser whose help shows defaults."""
+    return argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=HelpFormatter
     )
-    add("--data", type=Path, help=f"a file of your own instead: {data_help}")
-    add("--max-examples", type=int, default=max_examples, help="most examples to use")
+
+
+def add_run_flags(
+    parser: argparse.ArgumentParser, data_sets: Sequence[str], data_help: str, max_examples: int = 0
+) -> None:
+    """Adds the flags that every training has: its data, its folder, resuming; a fine-tuning, which
+    has `max_examples`, also the flag of its base."""
+    add = parser.add_argument
+    text = "auto: the first of the others that can be had"
+    add("--dataset", choices=("auto", *data_sets), default="auto", help=text)
+    add("--data", type=Path, help=f"of your own instead: {data_help}")
     add("--data-dir", type=Path, help="folder of downloads; else $GPT_DATA_DIR, else data")
-    add("--base", type=Path, default=Path("models/model_weights.pth"), help="base model")
     add("--out-dir", type=Path, default=Path("models"), help="where to write")
     add("--resume", action="store_true", help="go on from an interrupted run with the same options")
+    if max_examples:
+        add("--max-examples", type=int, default=max_examples, help="most examples to use")
+        add("--base", type=Path, default=Path("models/model_weights.pth"), help="base model")
 
 
 def add_config_flags(

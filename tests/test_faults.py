@@ -177,6 +177,25 @@ def test_killed_trainings_end_with_the_same_weights(
     assert not list(folder.glob("*.resume.pth"))
 
 
+@pytest.mark.parametrize(
+    ("name", "sent"), zip(TRAININGS, [signal.SIGINT, signal.SIGTERM] * 2, strict=True)
+)
+def test_a_signal_leaves_a_state_and_the_command_that_goes_on(
+    name: str, sent: signal.Signals, all_models: Path, own: Path, tmp_path: Path, start: Start
+):
+    endless = ["--steps", "1000000", *(["--epochs", "1000000"] if "model_w" not in name else [])]
+    process = start(name, options_of(name, all_models, own, tmp_path / "out", *endless))
+    state = (tmp_path / "out" / name).with_suffix(".resume.pth")
+    wait_for(state, process)
+    process.send_signal(sent)
+    assert process.wait(timeout=60) == 128 + sent
+    said = process.said.read_text()
+    last = said.strip().split("\n")[-1]
+    assert last.startswith(f"interrupted; continue with: python {TRAININGS[name][0].__name__}.py ")
+    assert last.endswith(" --resume") and "Traceback" not in said
+    load_checkpoint(state, "resume")
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_at_the_very_end_is_not_lost(
     sent: signal.Signals,

@@ -2,10 +2,7 @@
 
 import copy
 import json
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -435,30 +432,6 @@ def test_a_base_in_another_folder(run: Callable[..., int], tmp_path: Path, runti
         tmp_path / "new" / "qlora_instruction_weights.pth", runtime
     )
     assert any(map(is_quantized, model.modules()))
-
-
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_an_interrupted_process_resumes_to_the_same_adapter(
-    sent: int, code: int, run: Callable[..., int], base_checkpoint: Path, tmp_path: Path
-):
-    long = ["--steps", "60", "--epochs", "100", "--eval-every", "20"]
-    options = ["--data", str(tmp_path / "tasks.jsonl"), "--base", str(base_checkpoint)]
-    options += [*TINY_INSTRUCTIONS, *long, "--out-dir", str(tmp_path / "cut")]
-    state = tmp_path / "cut" / "qlora_instruction_weights.resume.pth"
-    command = [sys.executable, "finetune_qlora_instructions.py", *options]
-    process = subprocess.Popen(command, cwd=script.__file__.rsplit("/", 1)[0])
-    while not state.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(sent)
-    assert process.wait(timeout=60) == code
-    assert state.exists() and script.main([*options, "--resume"]) == 0
-    assert run(*long) == 0
-    name = "qlora_instruction_weights.pth"
-    one, two = (
-        load_checkpoint(d / name, "qlora_instruction")
-        for d in (tmp_path / "cut", base_checkpoint.parent)
-    )
-    assert one["weights_sha256"] == two["weights_sha256"]
 
 
 def test_another_base_is_refused(run: Callable[..., int], base_checkpoint: Path, runtime: Runtime):

@@ -4,10 +4,8 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -105,34 +103,6 @@ def test_a_second_run_reuses_tokenizer_and_ids(
     said = capsys.readouterr().err
     assert said.count("tokenizer: from") == said.count("train tokens: from") == 1
     assert all(torch.equal(first[name], tensor) for name, tensor in weights(trained).items())
-
-
-def test_a_killed_run_resumes_to_the_same_weights(trained: Path, own_text: Path, tmp_path: Path):
-    arguments = options(own_text, tmp_path / "killed", "--steps", "400")
-    state = tmp_path / "killed" / "model_weights.resume.pth"
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL)
-    while not state.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert main.main([*arguments, "--resume"]) == 0
-    assert not state.exists()
-    assert main.main(options(own_text, trained, "--steps", "400")) == 0
-    assert_same_weights(tmp_path / "killed", trained)
-
-
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_says_how_to_go_on(own_text: Path, tmp_path: Path, sent: int, code: int):
-    arguments = options(own_text, tmp_path / "out", "--steps", "100000")
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "out" / "model_weights.resume.pth").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(sent)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert said.strip().split("\n")[-1].startswith("interrupted; continue with: python main.py")
-    assert said.strip().endswith("--resume") and "Traceback" not in said
-    assert (tmp_path / "out" / "model_weights.resume.pth").exists()
 
 
 def test_two_processes_train_like_one(own_text: Path, tmp_path: Path):

@@ -2,13 +2,19 @@
 
 import ast
 import importlib
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("*.py"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+sys.path.append(str(ROOT / "tests" / "benchmarks"))
+import run  # noqa: E402
+
 SCRIPTS = [
     "main",
     "generation",
@@ -76,11 +82,34 @@ def test_help_shows_every_default(name: str, capsys: pytest.CaptureFixture[str])
         importlib.import_module(name).main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and "default" in text and "None" not in text
+    assert not re.search(r"[A-Z] \(default", text), "an option without a word on it"
+
+
+def test_every_option_in_the_readme_is_one_of_its_command(capsys: pytest.CaptureFixture[str]):
+    commands = re.findall(r"(?:python|nproc_per_node=\d) ([a-z_]+)\.py((?: [^`\n]*)?)", README)
+    assert len(commands) > 20
+    for name, rest in commands:
+        tasks = [w for w in rest.split() if w in ("perplexity", "sentiment", "instructions")]
+        with pytest.raises(SystemExit):
+            importlib.import_module(name).main([*tasks, "--help"])
+        shown = capsys.readouterr().out
+        for flag in re.findall(r"--[a-z-]+", rest):
+            assert re.search(rf"{flag}\b", shown), f"{name}.py {rest}: no {flag}"
+
+
+def test_every_test_that_the_readme_names_is_there():
+    defined = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", README))
+    assert len(named) > 15 and not [name for name in named if f"def {name}(" not in defined]
+
+
+def test_the_readme_quotes_the_benchmarks():
+    results = json.loads((ROOT / "tests" / "benchmarks" / "results.json").read_text())
+    assert run.summary(results["rows"]) in README
 
 
 def test_the_readme_lists_the_files_that_are_there():
-    readme = (ROOT / "README.md").read_text()
-    listed = set(re.findall(r"^([a-z_]+\.py) ", readme, re.MULTILINE))
+    listed = set(re.findall(r"^([a-z_]+\.py) ", README, re.MULTILINE))
     assert listed == {path.name for path in FILES}
 
 

@@ -1,10 +1,6 @@
 """The two sentiment scripts from reviews to checkpoint, their metrics, and what is refused."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -241,14 +237,11 @@ def test_calibration_corrects_odds_and_keeps_their_order(tokenizer: BPETokenizer
 
 def test_an_adapter_on_another_base_is_refused(reviews: Path, folder: Path):
     assert finetune_lora_classifier.main(arguments(reviews, folder)) == 0
-    for name, message in (
-        ("model_weights.pth", "trained from another base than"),
-        ("review_model_weights.pth", "is not an adapter of"),
-    ):
+    for name in ("model_weights.pth", "review_model_weights.pth"):
         checkpoint = load_checkpoint(folder / name, "base")
         weights = {n: w + 1 if n == "head.weight" else w for n, w in checkpoint["weights"].items()}
         save_checkpoint(folder / name, {**checkpoint, "weights": weights})
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"trained on another base than .*{name}"):
             load_classifier(folder / LORA)
 
 
@@ -293,45 +286,6 @@ def test_mistakes_are_one_line(
     assert not (folder / FULL).exists()
 
 
-def interrupt(name: str, options: list[str], state: Path, sent: int, wait: float = 0) -> int:
-    """Runs a script in a process of its own and sends it a signal once `state` exists."""
-    script = f"{SCRIPTS[name].__name__}.py"
-    process = subprocess.Popen([sys.executable, script, *options], cwd=ROOT, stderr=subprocess.PIPE)
-    while not state.exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(wait)
-    process.send_signal(sent)
-    _, said = process.communicate(timeout=60)
-    print(said.decode())
-    return process.returncode
-
-
-@pytest.mark.parametrize(
-    ("name", "phase", "sent", "code"),
-    [
-        (FULL, "review_model_weights", signal.SIGKILL, -9),
-        (FULL, "finetuned_classifier_weights", signal.SIGINT, 130),
-        (LORA, "lora_classifier_weights", signal.SIGTERM, 143),
-    ],
-)
-def test_an_interrupted_run_resumes_to_the_same_weights(
-    name: str, phase: str, sent: int, code: int, reviews: Path, folder: Path, tmp_path: Path
-):
-    long = "--steps 120 --epochs 1000 --language-steps 40 --eval-every 60 --out-dir".split()  # noqa: SIM905
-    cut, whole = (
-        arguments(reviews, folder, *long, str(tmp_path / out)) for out in ("cut", "whole")
-    )
-    state = tmp_path / "cut" / f"{phase}.resume.pth"
-    assert interrupt(name, cut, state, sent) == code
-    assert state.exists()
-    assert SCRIPTS[name].main([*cut, "--resume"]) == 0
-    assert SCRIPTS[name].main(whole) == 0
-    kind = ("classifier", "lora_classifier")
-    one, two = (load_checkpoint(tmp_path / d / name, kind) for d in ("cut", "whole"))
-    assert one["weights_sha256"] == two["weights_sha256"]
-    assert not list((tmp_path / "cut").glob("*.resume.pth"))
-
-
 def test_one_flipped_bit_in_a_weight_is_noticed(reviews: Path, folder: Path):
     assert finetune_classifier.main(arguments(reviews, folder)) == 0
     path = folder / FULL
@@ -371,7 +325,7 @@ def test_base_and_results_may_lie_in_two_folders(reviews: Path, folder: Path, tm
     checkpoint = load_checkpoint(folder / "model_weights.pth", "base")
     weights = {n: w + 1 for n, w in checkpoint["weights"].items()}
     save_checkpoint(folder / "model_weights.pth", {**checkpoint, "weights": weights})
-    with pytest.raises(ValueError, match="trained from another base than"):
+    with pytest.raises(ValueError, match="trained on another base than"):
         load_classifier(path)
 
 

@@ -96,6 +96,18 @@ def format_row(row: dict) -> str:
     )
 
 
+def summary(rows: list[dict]) -> str:
+    """A Markdown table with a line for each contest; README quotes it."""
+    lines = ["| what | ours | others, and the ratio |", "|---|---|---|"]
+    for what in dict.fromkeys(row["what"] + row["unit"] for row in rows):
+        ours, *others = (row for row in rows if row["what"] + row["unit"] == what)
+        against = "; ".join(
+            f"{o['by']} {o['median']:.4g} {o['unit']}: **{o['ratio']:.2f}**" for o in others
+        )
+        lines.append(f"| {ours['what']} | {ours['median']:.4g} {ours['unit']} | {against} |")
+    return "\n".join(lines)
+
+
 # ---- tokenizer
 
 
@@ -328,8 +340,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure speed side by side with peers.")
     parser.add_argument("--quick", action="store_true", help="one repeat instead of five")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS)
+    parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    table = Table(1 if args.quick else 5)
+    table = Table(1 if args.quick else args.repeats)
     print("| what | by | median | spread | ours against it |\n|---|---|---|---|---|")
     compression = []
     if "tokenizer" in args.only:
@@ -350,6 +363,7 @@ def main() -> None:
     if not args.quick and args.only == BENCHMARKS:
         results = {"machine": machine, "rows": table.rows, "bytes per token": compression}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(summary(table.rows))
     print(json.dumps(machine))
 
 
