@@ -18,11 +18,13 @@ the same ids:
 import codecs
 import hashlib
 import heapq
+import itertools
 import json
 import os
+import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -37,12 +39,21 @@ _PRE_TOKEN = regex.compile(
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+"
     r"|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+"
 )
+# The same for ASCII alone, where Python's own `re` is almost twice as fast.
+_ASCII_PRE_TOKEN = re.compile(
+    r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\t-\r A-Za-z0-9]+"
+    r"|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
+)
 # The last place where a pre-token surely ends: before white space that follows something else.
 _LAST_WORD_END = regex.compile(r"(?r)(?<=\P{White_Space})(?=\p{White_Space})")
 _CACHE_SIZE = (
     1 << 17
 )  # pre-tokens; natural text repeats few words often, so a full cache stays useful
 _CACHED_LENGTH = 64  # characters; longer pre-tokens hardly ever come twice
+
+
+def _pre_tokens(text: str) -> list[str]:
+    return (_ASCII_PRE_TOKEN if text.isascii() else _PRE_TOKEN).findall(text)
 
 
 def _byte_alphabet() -> list[str]:
@@ -59,6 +70,20 @@ _BYTES_IN_ID_ORDER = [_CHAR_TO_BYTE[char] for char in sorted(_BYTE_TO_CHAR)]  # 
 
 def _to_chars(token: bytes) -> str:
     return "".join(_BYTE_TO_CHAR[byte] for byte in token)
+
+
+class _WordCache(dict[str, list[int]]):
+    """Token ids of pre-tokens, worked out when they are first asked for."""
+
+    def __init__(self, encode: Callable[[str], list[int]]):
+        super().__init__()
+        self.encode = encode
+
+    def __missing__(self, word: str) -> list[int]:
+        ids = self.encode(word)
+        if len(word) <= _CACHED_LENGTH and len(self) < _CACHE_SIZE:
+            self[word] = ids
+        return ids
 
 
 class BPETokenizer:
@@ -85,7 +110,7 @@ class BPETokenizer:
         for token_id, token in enumerate(self.vocab):
             if len(token) == 1 and token_id not in special_ids:
                 self._byte_ids[token[0]] = token_id
-        self._cache: dict[str, list[int]] = {}
+        self._cache = _WordCache(self._encode_word)
 
     @property
     def vocab_size(self) -> int:
@@ -188,35 +213,25 @@ class BPETokenizer:
         Raises:
             ValueError: An id lies outside the vocabulary.
         """
-        return b"".join(self._token(i) for i in ids).decode("utf-8", errors="replace")
+        ids = list(ids)
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(f"a token id lies outside the vocabulary of {self.vocab_size}")
+        return b"".join(map(self.vocab.__getitem__, ids)).decode("utf-8", errors="replace")
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yields text as token ids come in, holding back the bytes of an unfinished character."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token_id in ids:
-            if piece := decoder.decode(self._token(token_id)):
+            if piece := decoder.decode(self.vocab[token_id]):
                 yield piece
         if rest := decoder.decode(b"", final=True):
             yield rest
 
-    def _token(self, token_id: int) -> bytes:
-        if not 0 <= token_id < len(self.vocab):
-            raise ValueError(
-                f"token id {token_id} lies outside the vocabulary of {self.vocab_size}"
-            )
-        return self.vocab[token_id]
-
     def _encode_ordinary(self, text: str) -> list[int]:
-        cache = self._cache
-        ids: list[int] = []
-        for word in _PRE_TOKEN.findall(text):
-            word_ids = cache.get(word)
-            if word_ids is None:
-                word_ids = self._merge([self._byte_ids[byte] for byte in word.encode()])
-                if len(word) <= _CACHED_LENGTH and len(cache) < _CACHE_SIZE:
-                    cache[word] = word_ids
-            ids += word_ids
-        return ids
+        return list(itertools.chain.from_iterable(map(self._cache.__getitem__, _pre_tokens(text))))
+
+    def _encode_word(self, word: str) -> list[int]:
+        return self._merge([self._byte_ids[byte] for byte in word.encode()])
 
     def _merge(self, symbols: list[int]) -> list[int]:
         """Applies the merges to one pre-token: lowest rank first, leftmost among equals.
@@ -250,9 +265,7 @@ class BPETokenizer:
         Yields:
             The rank of each merge (None at first) and the token ids after it.
         """
-        symbols = [
-            self._byte_ids[byte] for word in _PRE_TOKEN.findall(text)[:1] for byte in word.encode()
-        ]
+        symbols = [self._byte_ids[byte] for word in _pre_tokens(text)[:1] for byte in word.encode()]
         yield None, symbols
         while ranks := [self._ranks[p] for p in zip(symbols, symbols[1:]) if p in self._ranks]:
             left, right, merged = self.merges[min(ranks)]
@@ -407,7 +420,7 @@ def _count_pre_tokens(texts: Iterable[str], weights: Iterable[int] | None) -> Co
     pairs = ((text, 1) for text in texts) if weights is None else zip(texts, weights, strict=True)
     for text, weight in pairs:
         _check_encodable(text)
-        for word, count in Counter(_PRE_TOKEN.findall(text)).items():
+        for word, count in Counter(_pre_tokens(text)).items():
             counts[word.encode()] += weight * count
     return +counts  # without those of weight 0
 

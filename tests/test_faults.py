@@ -178,7 +178,7 @@ def test_killed_trainings_end_with_the_same_weights(
 
 
 @pytest.mark.parametrize(
-    ("name", "sent"), zip(TRAININGS, [signal.SIGINT, signal.SIGTERM] * 2, strict=True)
+    ("name", "sent"), list(zip(TRAININGS, [signal.SIGINT, signal.SIGTERM] * 2, strict=True))
 )
 def test_a_signal_leaves_a_state_and_the_command_that_goes_on(
     name: str, sent: signal.Signals, all_models: Path, own: Path, tmp_path: Path, start: Start

@@ -30,11 +30,6 @@ def weights(out_dir: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(out_dir / "model_weights.pth", "base")["weights"]
 
 
-def assert_same_weights(one: Path, two: Path) -> None:
-    a, b = weights(one), weights(two)
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def command(*arguments: str, processes: int = 1) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [sys.executable, *(launcher if processes > 1 else []), "main.py", *arguments]
@@ -152,8 +147,18 @@ def test_resuming_with_other_options_names_the_difference(
     arguments = options(own_text, tmp_path / "out")
     monkeypatch.setattr(main, "save_checkpoint", full_disk)  # leaves the state to resume
     assert main.main(arguments) == 2
-    assert main.main([*arguments, "--steps", "41", "--resume"]) == 2
-    assert "steps was 40, is 41" in capsys.readouterr().err
+    other_text = tmp_path / "other.txt"
+    other_text.write_text(own_text.read_text() + "Exeunt.")
+    for more, differences in (
+        (["--steps", "41"], ["train_config.steps was 40, is 41"]),
+        (["--n-layer", "3"], ["model_config.n_layer was 1, is 3"]),
+        (["--vocab-size", "310"], ["tokenizer_sha256 was ", "data_config.vocab_size was 300"]),
+        (["--data", str(other_text)], ["data_sha256 was "]),
+    ):
+        capsys.readouterr()
+        assert main.main([*arguments, *more, "--resume"]) == 2
+        said = capsys.readouterr().err
+        assert all(difference in said for difference in differences), said
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(
