@@ -268,7 +268,9 @@ def test_cut_off_files_are_refused(tokenizer: BPETokenizer, tmp_path: Path, shar
 @pytest.mark.parametrize("text", [" summer", "king", "the", "a b", "", "caf\u00e9"])
 def test_merges_in_slow_motion_end_where_encoding_does(tokenizer: BPETokenizer, text: str):
     steps = list(tokenizer.merge_steps(text))
-    assert steps[0][0] is None and b"".join(tokenizer.vocab[i] for i in steps[0][1]) in text.encode()
+    assert (
+        steps[0][0] is None and b"".join(tokenizer.vocab[i] for i in steps[0][1]) in text.encode()
+    )
     first = tokenizer.encode(text[:1] if text == "a b" else text)
     assert steps[-1][1] == first
     assert all(len(a[1]) > len(b[1]) for a, b in zip(steps, steps[1:]))

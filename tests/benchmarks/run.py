@@ -336,35 +336,35 @@ BENCHMARKS = ("tokenizer", "generation", "steps")
 
 
 def main() -> None:
-    """Prints the table and writes it."""
+    """Prints the tables and writes them; with --only, the other parts stay as they were."""
     parser = argparse.ArgumentParser(description="Measure speed side by side with peers.")
-    parser.add_argument("--quick", action="store_true", help="one repeat instead of five")
+    parser.add_argument("--quick", action="store_true", help="one repeat; writes nothing")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    table = Table(1 if args.quick else args.repeats)
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    text = fetch_tiny_shakespeare(find_data_dir()).read_text(encoding="utf-8")
     print("| what | by | median | spread | ours against it |\n|---|---|---|---|---|")
-    compression = []
-    if "tokenizer" in args.only:
-        text = fetch_tiny_shakespeare(find_data_dir()).read_text(encoding="utf-8")
-        benchmark_tokenizer(table, text)
-        compression = benchmark_compression(text)
-    if "generation" in args.only:
-        benchmark_generation(table)
-    if "steps" in args.only:
-        benchmark_steps(table)
+    for name in args.only:
+        table = Table(1 if args.quick else args.repeats)
+        if name == "tokenizer":
+            benchmark_tokenizer(table, text)
+            results["bytes per token"] = benchmark_compression(text)
+        elif name == "generation":
+            benchmark_generation(table)
+        else:
+            benchmark_steps(table)
+        results[name] = table.rows
     packages = ("torch", "tokenizers", "tiktoken", "transformers", "peft", "bitsandbytes")
-    machine = {
+    results["machine"] = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }
-    if not args.quick and args.only == BENCHMARKS:
-        results = {"machine": machine, "rows": table.rows, "bytes per token": compression}
+    if not args.quick:
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        print(summary(table.rows))
-    print(json.dumps(machine))
+        print("\n\n".join(summary(results[name]) for name in BENCHMARKS if name in results))
 
 
 def processor() -> str:

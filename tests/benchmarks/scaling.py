@@ -46,13 +46,15 @@ def measure(width: int, text: str, validation: Path, steps: int, folder: Path) -
     python("main.py", "--data", str(out / "text.txt"), *shape, *run)
     path = out / "model_weights.pth"
     checkpoint = load_checkpoint(path, "base")
+    log = [json.loads(x) for x in path.with_suffix(".log.jsonl").read_text().splitlines()]
+    first, last = log[0], log[-2]  # the last line's time has the validation in it
     options = ["perplexity", "--checkpoint", str(path), "--data", str(validation), "--json"]
     found = json.loads(python("evaluate.py", *options))
     return {
         "parameters": sum(t.numel() for t in checkpoint["weights"].values()),
         "corpus bytes": len(text.encode()),
         "bits per byte": found["bits_per_byte"],
-        "seconds a step": checkpoint["made"]["seconds"] / steps,
+        "seconds a step": (last["seconds"] - first["seconds"]) / (last["step"] - first["step"]),
         "peak memory (GiB)": checkpoint["made"]["peak_memory_bytes"] / 2**30,
     }
 

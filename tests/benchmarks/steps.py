@@ -12,6 +12,7 @@ peers, for `run.py`: `peft` on the same modules, and GPT-2 in `transformers`, fr
 import argparse
 import copy
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -46,6 +47,12 @@ Task = tuple[nn.Module, tuple[Tensor, ...], LossFn]
 def resident_bytes() -> int:
     """Memory that this process holds now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held; `ru_maxrss` would count its parent's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def gpt2_task(peer: bool) -> Task:
@@ -136,7 +143,7 @@ def measure(name: str, steps: int, optimizer: str) -> dict[str, float]:
                 optimizer.step()
                 optimizer.zero_grad()
             times.append(time.perf_counter() - started)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_bytes()
         if runtime.device.type == "cuda":
             before, peak = 0, torch.cuda.max_memory_allocated()
     return {
