@@ -26,7 +26,7 @@ from training import Runtime, bfloat16_is_faster
 MODELS = Path(__file__).parents[1] / "models"
 LANGUAGE = ["model_weights", "review_model_weights"]
 CLASSIFIERS = ["finetuned_classifier_weights", "lora_classifier_weights"]
-INSTRUCTIONS = ["qlora_instruction_weights"]
+INSTRUCTIONS = [f"{method}_instruction_weights" for method in ("qlora", "lora", "full")]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -385,6 +386,21 @@ def test_other_files_are_not_taken_for_a_checkpoint(tmp_path: Path):
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):
             load_checkpoint(path, "base")
+
+
+def test_a_file_saved_on_a_gpu_loads_without_one(tmp_path: Path):
+    weights = {"weight": torch.arange(6.0)}
+    save_checkpoint(tmp_path / "cpu.pth", {"kind": "base", "weights": weights})
+    with (
+        zipfile.ZipFile(tmp_path / "cpu.pth") as here,
+        zipfile.ZipFile(tmp_path / "gpu.pth", "w") as there,
+    ):
+        for name in here.namelist():  # as if the tensors had lain on the first GPU
+            content = here.read(name).replace(b"X\3\0\0\0cpu", b"X\6\0\0\0cuda:0")
+            there.writestr(name, content)
+    assert (tmp_path / "gpu.pth").read_bytes().count(b"cuda:0") == 1
+    found = load_checkpoint(tmp_path / "gpu.pth", "base")["weights"]
+    assert torch.equal(found["weight"], weights["weight"])
 
 
 def test_a_pickle_that_would_run_code_does_not(tmp_path: Path):
