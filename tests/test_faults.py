@@ -1,5 +1,6 @@
 """What life does to trainings: killed processes, full disks, two at once, senseless numbers."""
 
+import contextlib
 import json
 import os
 import random
@@ -224,20 +225,22 @@ def test_an_interruption_at_the_very_end_is_not_lost(
 # ---- disk
 
 
-@pytest.fixture
-def limited() -> Iterator[callable]:
-    """Sets the largest file that this process may write; undone at the end."""
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Lets this process write files of so many bytes only; not pytest, which may write to one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_token_ids_that_do_not_fit_on_the_disk_are_not_kept(
-    own: Path, tokenizer: BPETokenizer, tmp_path: Path, limited: callable
+    own: Path, tokenizer: BPETokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     corpus = Corpus("own", (own,))
-    limited(3_000)
-    with pytest.raises(OSError, match=r"cannot write .*train-"):
+    with largest_file(3_000), pytest.raises(OSError, match=r"cannot write .*train-"):
         prepare_token_ids("train", corpus.split()[0], corpus, tokenizer, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
@@ -250,7 +253,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(
     all_models: Path,
     own: Path,
     tmp_path: Path,
-    limited: callable,
     capsys: pytest.CaptureFixture[str],
 ):
     script, kind, _ = TRAININGS[name]
@@ -259,10 +261,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(
     older = (folder / name).read_bytes()
     steps = ["--steps", "6", "--language-steps", "3"][: 2 if script is main else None]
     options = options_of(name, all_models, own, folder, *steps[: 4 if "class" in name else 2])
-    soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    limited(size)
-    code = script.main(options)
-    limited(soft)
+    with largest_file(size):
+        code = script.main(options)
     errors = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1
     assert (folder / name).read_bytes() == older
