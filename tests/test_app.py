@@ -7,6 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 import app
@@ -203,6 +205,17 @@ def test_any_text_gets_an_answer_on_every_page(odd: str, models: Path):
         for box in at.text_input:
             box.set_value(odd[:40])
         assert_quiet(at.run())
+
+
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
+def test_arbitrary_text_is_shown_and_judged(text: str, models: Path):
+    for name in ("tokenizer", "sentiment"):
+        at = page(name)
+        at.text_area[0].set_value(text).run()
+        assert_quiet(at)
 
 
 def test_curves_and_table_come_from_the_files(models: Path):
