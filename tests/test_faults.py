@@ -291,6 +291,44 @@ def test_a_place_that_cannot_be_written_is_one_line(
     assert len(errors) == 1 and "Traceback" not in said
 
 
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
+    """Makes a folder read-only, for root, too, whom permissions do not stop."""
+    mounted: list[Path] = []
+
+    def protect(folder: Path) -> None:
+        folder.chmod(0o555)
+        if os.geteuid() == 0:
+            for options in (["--bind", folder, folder], ["-o", "remount,ro,bind", folder]):
+                done = subprocess.run(["mount", *options], capture_output=True)
+                if done.returncode:
+                    pytest.skip("root may not mount here: run as another user")
+                mounted.append(folder)
+
+    yield protect
+    for folder in mounted[:1]:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_read_only_folder_is_one_line_and_keeps_its_checkpoint(
+    name: str,
+    all_models: Path,
+    own: Path,
+    tmp_path: Path,
+    read_only: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / name).write_bytes(b"older")
+    read_only(folder)
+    assert TRAININGS[name][0].main(options_of(name, all_models, own, folder)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and str(folder) in said and said.count("\n") == 1
+    assert (folder / name).read_bytes() == b"older"
+
+
 # ---- several processes
 
 
