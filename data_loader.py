@@ -1,8 +1,9 @@
 """Where texts, reviews and instructions come from: the data directory, the network, the package
 index, or bundled samples.
 
-Everything downloaded is verified by SHA-256 and written whole or not at all. A source asked for by
-name is strict; "auto" tries one source after the other and says on stderr which it took and why.
+Every file downloaded is verified by SHA-256 (rows of the Hugging Face hub come one by one and are
+not); all are written whole or not at all. A source asked for by name is strict; "auto" tries one
+source after the other and says on stderr which it took and why.
 """
 
 import codecs
@@ -18,8 +19,9 @@ import tarfile
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
@@ -34,12 +36,44 @@ SAMPLES = Path(__file__).parent / "assets" / "samples"
 PIECE_BYTES = 1 << 20
 # Seconds. Without a network the three tries and pip together take under half a minute.
 CONNECT_TIMEOUT, READ_TIMEOUT, DOWNLOAD_TIMEOUT = 2.0, 3.0, 120.0
-PAUSES = (0.5, 1.5)  # between the tries, none of which starts after
-LAST_TRY = 10.0
+PAUSES = (0.5, 1.5)  # between the tries
+LAST_TRY = 10.0  # after the first try; none starts later
 PIP_TIMEOUT = 12.0  # for a wheel; a source package takes longer, since pip asks it for its name
 PIP_SOURCE_TIMEOUT = 90.0
 PIP_OPTIONS = ["--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
 SHOWN_PROBLEMS = 5
+
+
+class SourceError(ValueError):
+    """A source could not be had; another one may do."""
+
+
+def say(message: str) -> None:
+    """Prints a line for the person at the terminal, on stderr, where it disturbs no output."""
+    if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process speaks
+        print(message, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which gets its name once it is whole; nothing is left of a part of it.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may fetch the same
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 @dataclass(frozen=True)
@@ -196,7 +230,7 @@ def load_corpus(dataset: str, data: Path | None, data_dir: Path) -> Corpus:
         ValueError: The text is empty, or a source asked for by name failed.
     """
     if data is not None:
-        return _own_text(data)
+        return own_text(data)
     sample = Corpus("sample", (SAMPLES / "play.txt",))
     if dataset == "sample":
         return sample
@@ -209,7 +243,13 @@ def load_corpus(dataset: str, data: Path | None, data_dir: Path) -> Corpus:
         return sample
 
 
-def _own_text(data: Path) -> Corpus:
+def own_text(data: Path) -> Corpus:
+    """A text file, or the `.txt` files of a folder.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder, or no text in it.
+        ValueError: It is empty.
+    """
     if data.is_dir():
         paths = tuple(sorted(path for path in data.rglob("*.txt") if path.is_file()))
         if not paths:
@@ -237,7 +277,8 @@ def fetch_tiny_shakespeare(data_dir: Path) -> Path:
         say(f"{error}; trying the copy in the package dm-sonnet")
         first = error
     try:
-        return fetch(TINY_SHAKESPEARE, data_dir, _read_sonnet)
+        in_package = replace(TINY_SHAKESPEARE, url="the copy in dm-sonnet")
+        return fetch(in_package, data_dir, _read_sonnet)
     except SourceError as error:
         raise SourceError(f"{first}; package dm-sonnet: {error}") from None
 
@@ -350,64 +391,6 @@ class Examples(Generic[Example]):
     def facts(self) -> dict[str, Any]:
         """What a checkpoint records of the data it was made with."""
         return {"dataset": self.name, "rows": len(self.rows), "data_sha256": self.sha256}
-
-
-def load_reviews(
-    dataset: str, data: Path | None, data_dir: Path, max_examples: int
-) -> Examples[Review]:
-    """Finds labelled reviews.
-
-    Args:
-        dataset: One of `REVIEW_SETS`, or "auto": the first of them to be had.
-        data: A file of one's own instead, see `read_reviews`.
-        data_dir: Where downloads are kept.
-        max_examples: Only the first so many rows are used.
-
-    Raises:
-        FileNotFoundError: `data` does not exist.
-        ValueError: No row is usable, or a source asked for by name failed.
-    """
-    sources = {
-        "amazon_polarity": (
-            lambda: _fetch_rows(POLARITY_REPOSITORY, "amazon_polarity", max_examples, data_dir),
-            read_reviews,
-        ),
-        "amazon_cells": (lambda: fetch(AMAZON_CELLS, data_dir), read_reviews),
-        "amazon_snippets": (lambda: fetch(SNIPPETS, data_dir, _read_vader), read_snippets),
-        "sample": (lambda: SAMPLES / "reviews.jsonl", read_reviews),
-    }
-    return _load_examples(dataset, data, max_examples, sources, read_reviews)
-
-
-REVIEW_SETS = ("amazon_polarity", "amazon_cells", "amazon_snippets", "sample")
-
-
-def _load_examples(
-    dataset: str,
-    data: Path | None,
-    max_examples: int,
-    sources: dict[str, tuple[Callable[[], Path], Callable[[Path], list[Example]]]],
-    read_own: Callable[[Path], list[Example]],
-) -> Examples[Example]:
-    """A file of one's own, or the source asked for, or, for "auto", the first to be had."""
-    if max_examples < 1:
-        raise ValueError(f"max-examples must be at least 1, not {max_examples}")
-    if data is not None:
-        return Examples(data.name, read_own(data)[:max_examples])
-    for name, (find, read) in sources.items():
-        if dataset not in ("auto", name):
-            continue
-        try:
-            path = find()
-        except SourceError as error:
-            if dataset != "auto":
-                raise
-            say(f"no {name}: {error}")
-            continue
-        if dataset == "auto":
-            say(f"data set: {name}, from {path}")
-        return Examples(name, read(path)[:max_examples], has_test_part=name == "amazon_polarity")
-    raise SourceError("no data set can be had: give a file with --data")
 
 
 def read_reviews(path: Path) -> list[Review]:
@@ -550,35 +533,6 @@ def _read_vader_member(archive: zipfile.ZipFile) -> bytes:
         return tar.extractfile(member).read()
 
 
-def load_instructions(
-    dataset: str, data: Path | None, data_dir: Path, max_examples: int
-) -> Examples[Instruction]:
-    """Finds tasks with answers.
-
-    Args:
-        dataset: One of `INSTRUCTION_SETS`, or "auto": the first of them to be had.
-        data: A file of one's own instead, see `read_instructions`.
-        data_dir: Where downloads are kept.
-        max_examples: Only the first so many rows are used.
-
-    Raises:
-        FileNotFoundError: `data` does not exist.
-        ValueError: No row is usable, or a source asked for by name failed.
-    """
-    limit = min(max_examples, DOLLY_ROWS)
-    sources = {
-        "dolly": (
-            lambda: _fetch_rows(DOLLY_REPOSITORY, "dolly", limit, data_dir),
-            read_instructions,
-        ),
-        "sample": (lambda: SAMPLES / "instructions.jsonl", read_instructions),
-    }
-    return _load_examples(dataset, data, max_examples, sources, read_instructions)
-
-
-INSTRUCTION_SETS = ("dolly", "sample")
-
-
 def read_instructions(path: Path) -> list[Instruction]:
     """Reads JSON Lines with the fields instruction and response, perhaps context and category.
 
@@ -678,11 +632,87 @@ def sample_texts() -> dict[str, str]:
     }
 
 
+# ---- choosing a data set
+
+
+# Where a data set comes from (a function of the number of rows and the data directory), and how it
+# is read.
+Source = tuple[Callable[[int, Path], Path], Callable[[Path], list[Example]]]
+REVIEW_SOURCES: dict[str, Source[Review]] = {
+    "amazon_polarity": (
+        lambda n, folder: _fetch_rows(POLARITY_REPOSITORY, "amazon_polarity", n, folder),
+        read_reviews,
+    ),
+    "amazon_cells": (lambda _, folder: fetch(AMAZON_CELLS, folder), read_reviews),
+    "amazon_snippets": (lambda _, folder: fetch(SNIPPETS, folder, _read_vader), read_snippets),
+    "sample": (lambda *_: SAMPLES / "reviews.jsonl", read_reviews),
+}
+INSTRUCTION_SOURCES: dict[str, Source[Instruction]] = {
+    "dolly": (
+        lambda n, folder: _fetch_rows(DOLLY_REPOSITORY, "dolly", min(n, DOLLY_ROWS), folder),
+        read_instructions,
+    ),
+    "sample": (lambda *_: SAMPLES / "instructions.jsonl", read_instructions),
+}
+
+
+def load_reviews(
+    dataset: str, data: Path | None, data_dir: Path, max_examples: int
+) -> Examples[Review]:
+    """Finds labelled reviews; see `_load_examples`."""
+    return _load_examples(REVIEW_SOURCES, read_reviews, dataset, data, data_dir, max_examples)
+
+
+def load_instructions(
+    dataset: str, data: Path | None, data_dir: Path, max_examples: int
+) -> Examples[Instruction]:
+    """Finds tasks with answers; see `_load_examples`."""
+    sources, read = INSTRUCTION_SOURCES, read_instructions
+    return _load_examples(sources, read, dataset, data, data_dir, max_examples)
+
+
+def _load_examples(
+    sources: dict[str, Source[Example]],
+    read_own: Callable[[Path], list[Example]],
+    dataset: str,
+    data: Path | None,
+    data_dir: Path,
+    max_examples: int,
+) -> Examples[Example]:
+    """Finds and reads a data set.
+
+    Args:
+        sources: Those that come with the program.
+        read_own: How a file of one's own is read.
+        dataset: The name of a source, or "auto": the first that can be had.
+        data: A file of one's own instead.
+        data_dir: Where downloads are kept.
+        max_examples: Only the first so many rows are used.
+
+    Raises:
+        FileNotFoundError: `data` does not exist.
+        ValueError: No row is usable, or a source asked for by name failed.
+    """
+    if max_examples < 1:
+        raise ValueError(f"max-examples must be at least 1, not {max_examples}")
+    if data is not None:
+        return Examples(data.name, read_own(data)[:max_examples])
+    for name in sources if dataset == "auto" else [dataset]:
+        find, read = sources[name]
+        try:
+            path = find(max_examples, data_dir)
+        except SourceError as error:
+            if dataset != "auto":
+                raise
+            say(f"no {name}: {error}")
+            continue
+        if dataset == "auto":
+            say(f"data set: {name}, from {path}")
+        return Examples(name, read(path)[:max_examples], has_test_part=name == "amazon_polarity")
+    raise AssertionError("the bundled sample can always be had")
+
+
 # ---- the network
-
-
-class SourceError(ValueError):
-    """A source could not be had; another one may do."""
 
 
 def download(url: str, member: str = "") -> bytes:
@@ -711,7 +741,7 @@ def download(url: str, member: str = "") -> bytes:
     if member:
         try:
             content = zipfile.ZipFile(io.BytesIO(content)).read(member)
-        except (zipfile.BadZipFile, KeyError):
+        except (zipfile.BadZipFile, KeyError, zlib.error):
             raise SourceError(f"{url} is no zip archive that holds {member}") from None
     return content
 
@@ -760,31 +790,3 @@ def _read_package(requirement: str, pattern: str, read: Callable[[zipfile.ZipFil
                 return read(archive)
         except Exception as error:  # of pip, of the archive, of what `read` expects in it
             raise SourceError(f"pip cannot fetch it ({type(error).__name__})") from None
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which gets its name once it is whole; nothing is left of a part of it.
-
-    Raises:
-        OSError: The disk is full or the folder cannot be written.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may fetch the same
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def say(message: str) -> None:
-    """Prints a line for the person at the terminal, on stderr, where it disturbs no output."""
-    if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process speaks
-        print(message, file=sys.stderr)

@@ -53,9 +53,9 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETo
     size = sum(r.stop - r.start for r in train_part)
     if size > TOKENIZER_TEXT_BYTES:
         say(f"tokenizer: learning from the first {TOKENIZER_TEXT_BYTES >> 20} MiB of the text")
-    weights = itertools.chain([SAMPLE_WEIGHT] * len(samples), itertools.repeat(1))
-    texts = list(itertools.chain(samples.values(), _first_bytes(train_part, TOKENIZER_TEXT_BYTES)))
-    tokenizer = BPETokenizer.train(texts, vocab_size, itertools.islice(weights, len(texts)))
+    texts = [*samples.values(), *_first_bytes(train_part, TOKENIZER_TEXT_BYTES)]
+    weights = [SAMPLE_WEIGHT] * len(samples) + [1] * (len(texts) - len(samples))
+    tokenizer = BPETokenizer.train(texts, vocab_size, weights)
     cache_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(cache_dir / f"tokenizer-{key}-{tokenizer.sha256[:16]}.json")
     return tokenizer
@@ -122,8 +122,9 @@ def prepare_token_ids(
 class TokenBatches:
     """Random windows of a token file for language modelling, with subword regularisation.
 
-    Each epoch goes once over the windows that tile the text from a random offset, in random order;
-    a window that splitting makes longer loses its tail. Batches follow from seed and step alone.
+    Each epoch goes once over the windows that tile the text from a random offset, in random order,
+    less a last batch that is not full; a window that splitting makes longer loses its tail. Batches
+    follow from seed and step alone.
 
     Subword regularisation (https://arxiv.org/abs/1910.13267) shows the model other spellings of the
     same text: each token made by a merge is split, with a probability, into the two it was made of,
@@ -145,7 +146,7 @@ class TokenBatches:
         if len(ids) <= context_length:
             raise ValueError(
                 f"the training text has {len(ids)} tokens, too few for a context of "
-                f"{context_length}: use a longer text or a smaller --context-length"
+                f"{context_length}: use a longer text, or a base with a smaller --context-length"
             )
         self.ids, self.context_length, self.seed = ids, context_length, seed
         self.split_probability, self.steps = split_probability, steps
@@ -257,7 +258,7 @@ class Split(Generic[Example]):
     test: list[Example]
 
 
-def split_examples(examples: Examples[Example], seed: int = 0) -> Split[Example]:
+def split_examples(examples: Examples[Example]) -> Split[Example]:
     """Cuts a fifth off for testing and a tenth of the rest for validation.
 
     The parts have equal shares of each group of rows, by a seeded draw; rows with the same key stay
@@ -267,7 +268,7 @@ def split_examples(examples: Examples[Example], seed: int = 0) -> Split[Example]
     Raises:
         ValueError: A part would be empty.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     if examples.has_test_part:
         cut = round((1 - TEST_SHARE) * len(examples.rows))
         rest, known = examples.rows[:cut], {row.key for row in examples.rows[:cut]}
@@ -332,7 +333,7 @@ def head_and_tail(ids: np.ndarray, length: int) -> np.ndarray:
 def pad(rows: Sequence[np.ndarray], pad_id: int, most: int) -> tuple[Tensor, Tensor]:
     """Token ids (B, T), filled up on the right, and lengths (B,).
 
-    T is the longest row, rounded up to a multiple of 32 but not above `most`: with few different
+    T is the longest row, rounded up to a multiple of 32 where that is not above `most`: with few
     shapes the kernels and the memory for them are used again, which on a CPU saves gigabytes.
     """
     lengths = torch.tensor([len(row) for row in rows])
@@ -344,7 +345,8 @@ def pad(rows: Sequence[np.ndarray], pad_id: int, most: int) -> tuple[Tensor, Ten
 
 
 class ExampleBatches:
-    """Batches of examples: each epoch goes once over them, in random order.
+    """Batches of examples: each epoch goes once over them, in random order, less a last batch that
+    is not full.
 
     Examples of similar length go together, so that little is padding. Batches follow from seed and
     step alone.
@@ -359,11 +361,13 @@ class ExampleBatches:
         batch_size: int,
         seed: int,
     ):
-        """Args:
-        lengths: Of the examples, in tokens.
-        collate: Makes tensors whose first dimension is B of the examples with given numbers.
-        batch_size: Examples a step (B).
-        seed: Of the order and of what `collate` draws.
+        """Groups the examples anew for each epoch.
+
+        Args:
+            lengths: Of the examples, in tokens.
+            collate: Makes tensors whose first dimension is B of the examples with given numbers.
+            batch_size: Examples a step (B).
+            seed: Of the order and of what `collate` draws.
         """
         self.lengths, self.collate, self.seed = np.array(lengths), collate, seed
         self.batch_size = min(batch_size, len(lengths))
@@ -395,6 +399,7 @@ class ExampleBatches:
 
 def review_training_batches(
     reviews: list[Review],
+    targets: np.ndarray,
     tokenizer: BPETokenizer,
     context_length: int,
     batch_size: int,
@@ -402,14 +407,15 @@ def review_training_batches(
     split_probability: float = 0.0,
     hide_probability: float = 0.0,
 ) -> ExampleBatches:
-    """Batches of token ids (B, T), lengths (B,) and labels (B,), each epoch in other versions.
+    """Batches of token ids (B, T), lengths (B,) and class probabilities to learn (B, classes).
 
+    Each epoch has other versions of the texts, whose `targets` (N, classes) stay the same.
     Tokens are split at random as in `TokenBatches`, and some are hidden behind `<|endoftext|>`
     (word dropout, Iyyer et al. 2015, https://aclanthology.org/P15-1162), so that no single word is
     relied on.
     """
     rows, halves = encode_reviews(reviews, tokenizer), merge_halves(tokenizer)
-    labels = torch.tensor([review.label for review in reviews])
+    learned = torch.tensor(targets, dtype=torch.float32)
     end, pad_id = (tokenizer.special_tokens[name] for name in (END_OF_TEXT, PAD))
 
     def version(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -419,7 +425,7 @@ def review_training_batches(
 
     def collate(chosen: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, ...]:
         ids, lengths = pad([version(rows[i], rng) for i in chosen], pad_id, context_length)
-        return ids, lengths, labels[chosen]
+        return ids, lengths, learned[chosen]
 
     return ExampleBatches([len(ids) for ids in rows], collate, batch_size, seed)
 

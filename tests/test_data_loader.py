@@ -252,12 +252,6 @@ def test_text_that_is_not_utf8_is_refused_with_the_place(
         whole(tmp_path / "a.txt")
 
 
-def test_binary_files_are_refused(tmp_path: Path):
-    (tmp_path / "a.txt").write_bytes(b"ELF\0\0\1")
-    with pytest.raises(ValueError, match="binary"):
-        whole(tmp_path / "a.txt")
-
-
 def test_the_split_is_by_position_and_keeps_characters_whole(tmp_path: Path):
     texts = ["é" * 501, "ab", "\U0001f9c2" * 77]
     for i, text in enumerate(texts):
