@@ -7,7 +7,6 @@ variable GPT_MODELS_DIR names. User interface only: no training, no maths of its
 """
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -23,6 +22,7 @@ import torch
 
 from data_utils import EncodedInstruction, collate_instructions, encode_prompt
 from evaluate import (
+    BASELINES,
     CLASSES,
     LINEAR_BASELINE,
     REVIEW_MODEL,
@@ -33,14 +33,18 @@ from evaluate import (
     load_linear_baseline,
     report_cells,
 )
-from generation import continue_prompt, load_language_model, token_probabilities
+from generation import (
+    TEMPERATURE,
+    TOP_P,
+    continue_prompt,
+    load_language_model,
+    token_probabilities,
+)
 from model import GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
-from training import Runtime
+from training import CPU
 
 MODELS = Path(os.environ.get("GPT_MODELS_DIR") or Path(__file__).parent / "models")
-CPU = Runtime(torch.device("cpu"), torch.float32)
-load_instructions_model = functools.partial(load_instruction_model, runtime=CPU)
 MAX_CHARACTERS = 2_000
 MAX_ROWS, MAX_UPLOAD_MB = 10_000, 10
 SHOWN_TOKENS, ATTENTION_TOKENS = 15, 32
@@ -56,7 +60,8 @@ SHARED_FILES = ("tokenizer.json", "model_weights.pth", REVIEW_MODEL)  # what mod
 
 
 @st.cache_resource(max_entries=8, show_spinner="Loading the model")
-def _load(path: Path, changed: tuple[int, ...], _load: Callable) -> Any:
+def _cached(path: Path, changed: tuple[int, ...], _load: Callable) -> Any:
+    """`changed` is part of the cache's key; `_load`, with its underscore, is not."""
     return _load(path)
 
 
@@ -65,7 +70,7 @@ def loaded(load: Callable, name: str) -> Any:
     changes, loaded anew when its file, or one that it is built on, changes."""
     paths = [MODELS / file for file in (name, *SHARED_FILES)]
     changed = tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in paths)
-    return _load(paths[0], changed, load)
+    return _cached(paths[0], changed, load)
 
 
 @contextlib.contextmanager
@@ -149,10 +154,12 @@ def generate_page() -> None:
         model, tokenizer, _ = loaded(load_language_model, "model_weights.pth")
         prompt = st.text_area("Prompt", "ROMEO:", max_chars=MAX_CHARACTERS)
         left, middle, right = st.columns(3)
-        temperature = left.slider("Temperature", 0.0, 2.0, 0.8, 0.05, help="0 takes the likeliest")
+        temperature = left.slider(
+            "Temperature", 0.0, 2.0, TEMPERATURE, 0.05, help="0 takes the likeliest"
+        )
         length = left.slider("Tokens", 10, 500, 200, 10)
         top_p = middle.slider(
-            "Top-p", 0.05, 1.0, 0.95, 0.05, help="Share of probability drawn from"
+            "Top-p", 0.05, 1.0, TOP_P, 0.05, help="Share of probability drawn from"
         )
         top_k = middle.slider("Top-k", 0, 200, 0, help="Likeliest tokens drawn from; 0 is all")
         seed = right.number_input("Seed", 0, 2**31, 0, help="The same seed gives the same text")
@@ -220,7 +227,7 @@ def show_attention(model: GPTModel, tokenizer: BPETokenizer, prompt: str) -> Non
 CLASSIFIERS = {
     "Full fine-tuning": "finetuned_classifier_weights.pth",
     "LoRA": "lora_classifier_weights.pth",
-    "TF-IDF + logistic regression": LINEAR_BASELINE,
+    BASELINES[0]: LINEAR_BASELINE,
 }
 
 
@@ -323,7 +330,7 @@ def review_texts(frame: pd.DataFrame) -> list[str]:
     if not names:
         raise ValueError("the file needs a column text, or title and content")
     columns = [frame[name].fillna("").astype(str) for name in names]
-    texts = ["\n".join(part for part in row if part.strip()) for row in zip(*columns)]
+    texts = ["\n".join(part.strip() for part in row if part.strip()) for row in zip(*columns)]
     if empty := [i for i, text in enumerate(texts, 1) if not text.strip()]:
         raise ValueError(f"{len(empty):,} rows have no text, the first is row {empty[0]}")
     return [text[: 10 * MAX_CHARACTERS] for text in texts]
@@ -344,7 +351,7 @@ def instructions_page() -> None:
     run.button("Answer", type="primary", on_click=request, args=keys)
     stop.button("Stop")
     files = ("model_weights.pth", "qlora_instruction_weights.pth")
-    loaders = (load_language_model, load_instructions_model)
+    loaders = (load_language_model, load_instruction_model)
     parts = zip(st.columns(2), ("Base", "QLoRA"), keys, files, loaders, go)
     for column, title, key, name, load, asked in parts:
         with column, errors_as_messages():
@@ -359,14 +366,18 @@ def instructions_page() -> None:
 
 def show_template(task: str, context: str) -> None:
     """The prompt as the model reads it, and which of its targets carry loss."""
-    model, tokenizer, _ = loaded(load_instructions_model, "qlora_instruction_weights.pth")
+    model, tokenizer, _ = loaded(load_instruction_model, "qlora_instruction_weights.pth")
     prompt = encode_prompt(task, context, tokenizer, model.config.context_length // 2)
     st.code(tokenizer.decode(prompt), language=None)
     response = st.text_input(
         "A response to learn from", "A towel, a book, and a hat.", max_chars=200
     )
     ids = [*tokenizer.encode(response), tokenizer.special_tokens[END_OF_TEXT]]
-    inputs, targets = collate_instructions([EncodedInstruction(prompt, ids)], tokenizer, 0)
+    inputs, targets = collate_instructions(
+        [EncodedInstruction(prompt, ids)],
+        tokenizer,
+        context_length=0,  # no room to round up to: no padding is shown
+    )
     rows = [
         {
             "input": printable(tokenizer.vocab[i]),

@@ -21,6 +21,8 @@ from model import GPTConfig, GPTModel, KVCache
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import load_checkpoint, new_parser, one_line_errors
 
+TEMPERATURE, TOP_P = 0.8, 0.95  # of a sample, unless asked for others
+
 
 def sample_next_token(
     logits: Tensor,
@@ -105,11 +107,8 @@ def generate(
         model: In evaluation mode.
         prompt: Token ids (B, T) of at least one token; may be longer than the context.
         max_new_tokens: Most steps.
-        temperature: See `sample_next_token`, also for `top_k`, `top_p` and `generator`.
-        top_k: See there.
-        top_p: See there.
+        temperature, top_k, top_p, generator: See `sample_next_token`.
         stop_token: Ends the text, without being yielded, when all rows draw it in the same step.
-        generator: See there.
 
     Raises:
         ValueError: With the first token: the prompt is empty or an argument is out of range.
@@ -141,9 +140,9 @@ def continue_prompt(
     prompt: str | list[int],
     max_new_tokens: int,
     *,
-    temperature: float = 0.8,
+    temperature: float = TEMPERATURE,
     top_k: int | None = None,
-    top_p: float | None = 0.95,
+    top_p: float | None = TOP_P,
     seed: int = 0,
 ) -> Iterator[int]:
     """Yields the token ids that follow a prompt, up to `<|endoftext|>`.
@@ -155,9 +154,7 @@ def continue_prompt(
         tokenizer: The model's own.
         prompt: Text or token ids; an empty one starts a text of the model's own.
         max_new_tokens: Most tokens.
-        temperature: As in `generate`, also `top_k` and `top_p`.
-        top_k: See there.
-        top_p: See there.
+        temperature, top_k, top_p: See `sample_next_token`.
         seed: The same seed gives the same tokens.
     """
     device = model.token_embedding.weight.device
@@ -194,7 +191,8 @@ def load_language_model(
     with misfits_named(path, hint):
         model = GPTModel(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["weights"])
-    return model.eval(), load_tokenizer(path, checkpoint), checkpoint
+        tokenizer = load_tokenizer(path, checkpoint)
+    return model.eval(), tokenizer, checkpoint
 
 
 def load_tokenizer(path: Path, checkpoint: dict) -> BPETokenizer:
@@ -211,8 +209,8 @@ def load_tokenizer(path: Path, checkpoint: dict) -> BPETokenizer:
             f"{path} was trained with another tokenizer than {tokenizer_path}: put the "
             "right one back, or train again with `python main.py`"
         )
-    if tokenizer.vocab_size > checkpoint["model_config"]["vocab_size"]:
-        raise ValueError(f"{path} knows fewer tokens than {tokenizer_path}: `python main.py`")
+    if tokenizer.vocab_size != checkpoint["model_config"]["vocab_size"]:
+        raise ValueError(f"{path} knows other tokens than {tokenizer_path}: `python main.py`")
     return tokenizer
 
 
@@ -306,9 +304,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--checkpoint", type=Path, default=Path("models/model_weights.pth"), help="base model"
     )
     parser.add_argument("--max-new-tokens", type=int, default=300, help="most tokens to generate")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="0 is greedy")
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
-    parser.add_argument("--top-p", type=float, default=0.95, help="draw from this share only")
+    parser.add_argument("--top-p", type=float, default=TOP_P, help="draw from this share only")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     return parser.parse_args(argv)

@@ -161,7 +161,8 @@ class CausalSelfAttention(nn.Module):
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> list[Tensor]:
         """Queries, keys and values, each (B, H, T, D), of x (B, T, C)."""
         B, T, _ = x.shape
-        qk, v = self.qkv(x).view(B, T, 3 * self.n_head, -1).split([2 * self.n_head, self.n_head], 2)
+        heads = self.qkv(x).view(B, T, 3 * self.n_head, -1)  # (B, T, 3 H, D)
+        qk, v = heads.split([2 * self.n_head, self.n_head], dim=2)
         if self.qk_norm:
             qk = F.layer_norm(qk, qk.shape[-1:])
         if rotary is not None:
@@ -198,7 +199,7 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=cache is None)
         else:
             y = self.weights(q, k, mask) @ v
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))  # from (B, H, T, D)
 
 
 class FeedForward(nn.Module):
@@ -334,6 +335,8 @@ class GPTClassificationModel(nn.Module):
     def __init__(self, backbone: GPTModel, n_classes: int):
         super().__init__()
         self.backbone = backbone
+        if not backbone.config.tie_weights:
+            backbone.head.requires_grad_(False)  # a classifier does not read it
         self.classifier_head = nn.Linear(backbone.config.n_embd, n_classes)
         nn.init.zeros_(self.classifier_head.weight)
         nn.init.zeros_(self.classifier_head.bias)

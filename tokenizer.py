@@ -46,9 +46,8 @@ _ASCII_PRE_TOKEN = re.compile(
 )
 # The last place where a pre-token surely ends: before white space that follows something else.
 _LAST_WORD_END = regex.compile(r"(?r)(?<=\P{White_Space})(?=\p{White_Space})")
-_CACHE_SIZE = (
-    1 << 17
-)  # pre-tokens; natural text repeats few words often, so a full cache stays useful
+# Pre-tokens; natural text repeats few words often, so that a full cache stays useful.
+_CACHE_SIZE = 1 << 17
 _CACHED_LENGTH = 64  # characters; longer pre-tokens hardly ever come twice
 
 
@@ -309,7 +308,7 @@ class BPETokenizer:
             raise FileNotFoundError(
                 f"no tokenizer at {path}: make it with `python main.py`"
             ) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not a byte-level BPE tokenizer.json ({error}): make it with "
                 "`python main.py`"
@@ -331,7 +330,7 @@ class BPETokenizer:
             made = {left + right for left, right in merges} | set(_CHAR_TO_BYTE)
             special = {token: i for token, i in vocab.items() if token not in made}
             return cls._from_strings(vocab, merges, special)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{vocab_path} and {merges_path} are no GPT-2 files: {error}"
             ) from None
