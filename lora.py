@@ -71,7 +71,8 @@ class LoRALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         low_rank = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A)
-        return self.base_layer(x) + F.linear(low_rank, self.lora_B) * self.scale
+        change = F.linear(low_rank, self.lora_B)
+        return torch.add(self.base_layer(x), change, alpha=self.scale)
 
     def weight_change(self) -> Tensor:
         """What the adapter adds to the weight: (out, in)."""

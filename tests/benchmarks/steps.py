@@ -12,7 +12,6 @@ peers, for `run.py`: `peft` on the same modules, and GPT-2 in `transformers`, fr
 import argparse
 import copy
 import json
-import re
 import resource
 import statistics
 import subprocess
@@ -34,6 +33,7 @@ from training import (  # noqa: E402
     TrainConfig,
     make_optimizers,
     next_token_loss,
+    peak_memory_bytes,
     prefix_classification_loss,
     start_runtime,
 )
@@ -47,12 +47,6 @@ Task = tuple[nn.Module, tuple[Tensor, ...], LossFn]
 def resident_bytes() -> int:
     """Memory that this process holds now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def peak_bytes() -> int:
-    """Most memory that this process has held; `ru_maxrss` would count its parent's."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def gpt2_task(peer: bool) -> Task:
@@ -143,12 +137,11 @@ def measure(name: str, steps: int, optimizer: str) -> dict[str, float]:
                 optimizer.step()
                 optimizer.zero_grad()
             times.append(time.perf_counter() - started)
-        peak = peak_bytes()
         if runtime.device.type == "cuda":
-            before, peak = 0, torch.cuda.max_memory_allocated()
+            before = 0
     return {
         "seconds": statistics.median(times[WARM_UP:]),
-        "bytes": peak - before,
+        "bytes": peak_memory_bytes(runtime.device) - before,
         "loss": (loss / weight).item(),
         "flop": gpt2_flop(*batch[0].shape),
         "peak_flops": peak_flops(runtime.dtype),
