@@ -26,12 +26,13 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, f1_score
+from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from tqdm import tqdm
 
 from data_loader import (
-    INSTRUCTION_SETS,
-    REVIEW_SETS,
+    INSTRUCTION_SOURCES,
+    REVIEW_SOURCES,
     WIZARD_OF_OZ,
     ByteRange,
     Instruction,
@@ -41,6 +42,7 @@ from data_loader import (
     load_corpus,
     load_instructions,
     load_reviews,
+    own_text,
     read_instructions,
     read_reviews,
     read_text,
@@ -77,6 +79,7 @@ from lora import (
 from model import GPTClassificationModel, GPTConfig, GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (
+    CPU,
     HelpFormatter,
     Runtime,
     load_checkpoint,
@@ -97,6 +100,12 @@ COMMANDS = {  # what makes each file
 }
 INSTRUCTION_CONTEXT = 256  # tokens of prompt and response
 INSTRUCTION_KINDS = ("base", "qlora_instruction", "lora_instruction", "full_instruction")
+CLASSES = ("negative", "positive")
+BASELINES = ("TF-IDF + logistic regression", "majority class")
+LINEAR_BASELINE = "linear_baseline.pth"
+REVIEW_MODEL = "review_model_weights.pth"  # language model that the classifiers start from
+ANSWER_TOKENS = 200  # most that an answer may have
+JUDGED_ANSWERS = 100
 
 
 def perplexity(
@@ -147,12 +156,6 @@ def _encode_parts(parts: list[ByteRange], tokenizer: BPETokenizer) -> np.ndarray
 # ---- sentiment
 
 
-CLASSES = ("negative", "positive")
-BASELINES = ("TF-IDF + logistic regression", "majority class")
-LINEAR_BASELINE = "linear_baseline.pth"
-REVIEW_MODEL = "review_model_weights.pth"  # language model that the classifiers start from
-
-
 def classification_figures(predicted: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """How well predicted classes (N,) match labels (N,).
 
@@ -195,9 +198,27 @@ def class_probabilities(
 
 def linear_baseline(train: list[Review]) -> Pipeline:
     """The classifier to beat: logistic regression on TF-IDF weights of words and word pairs."""
+    return _linear_model().fit([r.text for r in train], [r.label for r in train])
+
+
+def _linear_model() -> Pipeline:
     features = TfidfVectorizer(ngram_range=(1, 2))
-    model = make_pipeline(features, LogisticRegression(C=10, max_iter=1000))
-    return model.fit([r.text for r in train], [r.label for r in train])
+    return make_pipeline(features, LogisticRegression(C=10, max_iter=1000))
+
+
+def out_of_fold_probabilities(rows: list[Review], folds: int = 5) -> np.ndarray:
+    """Class probabilities (N, classes) of labelled texts, by linear models that did not see them.
+
+    The rows are cut into `folds` parts, or into as many as the smaller class has rows; each part is
+    judged by a `linear_baseline` of the others.
+
+    Raises:
+        ValueError: A class has fewer than two rows.
+    """
+    labels = np.array([row.label for row in rows])
+    folds = min(folds, int(np.bincount(labels, minlength=len(CLASSES)).min()))
+    texts = [row.text for row in rows]
+    return cross_val_predict(_linear_model(), texts, labels, cv=folds, method="predict_proba")
 
 
 def baseline_figures(
@@ -231,15 +252,16 @@ def load_linear_baseline(path: Path) -> tuple[Pipeline, dict[str, Any]]:
         ValueError: It is damaged or of another kind.
     """
     checkpoint = load_checkpoint(path, "linear", FINETUNE_HINT)
-    weights = {name: tensor.double().numpy() for name, tensor in checkpoint["weights"].items()}
-    words = checkpoint["words"].split("\n")
-    if not len(words) == weights["idf"].size == weights["coef"].size:
-        raise ValueError(f"{path} is damaged: make it again with `{FINETUNE_HINT}`")
-    features = TfidfVectorizer(ngram_range=(1, 2), vocabulary=words)
-    features.idf_ = weights["idf"]
-    model = LogisticRegression()
-    model.coef_, model.intercept_ = weights["coef"], weights["intercept"]
-    model.classes_ = np.arange(len(CLASSES))
+    with misfits_named(path, FINETUNE_HINT):
+        weights = {name: tensor.double().numpy() for name, tensor in checkpoint["weights"].items()}
+        words = checkpoint["words"].split("\n")
+        if not len(words) == weights["idf"].size == weights["coef"].size:
+            raise RuntimeError("not a weight for each word")
+        features = TfidfVectorizer(ngram_range=(1, 2), vocabulary=words)
+        features.idf_ = weights["idf"]
+        model = LogisticRegression()
+        model.coef_, model.intercept_ = weights["coef"], weights["intercept"]
+        model.classes_ = np.arange(len(CLASSES))
     return make_pipeline(features, model), checkpoint
 
 
@@ -270,9 +292,11 @@ def load_classifier(path: Path) -> tuple[GPTClassificationModel, BPETokenizer, d
     """
     hint = COMMANDS.get(path.name, FINETUNE_HINT)
     checkpoint = load_checkpoint(path, ("classifier", "lora_classifier"), hint)
-    tokenizer = load_tokenizer(path, checkpoint)
     with misfits_named(path, hint):
-        model = GPTClassificationModel(GPTModel(GPTConfig(**checkpoint["model_config"])), 2)
+        tokenizer = load_tokenizer(path, checkpoint)
+        model = GPTClassificationModel(
+            GPTModel(GPTConfig(**checkpoint["model_config"])), len(CLASSES)
+        )
         if checkpoint["kind"] == "classifier":
             model.load_state_dict(checkpoint["weights"])
         else:
@@ -307,11 +331,16 @@ def _base_of(path: Path, adapter: dict[str, Any], base_path: Path, hint: str) ->
     return base
 
 
+def measure_reviews(checkpoint: Path, data: Path, runtime: Runtime) -> dict[str, Any]:
+    """Figures of a sentiment classifier on a file of labelled texts; see `read_reviews`."""
+    reviews = read_reviews(data)
+    model, tokenizer, _ = load_classifier(checkpoint)
+    texts = [review.text for review in reviews]
+    found = class_probabilities(model.to(runtime.device), tokenizer, texts, runtime)
+    return classification_figures(found.argmax(1), np.array([review.label for review in reviews]))
+
+
 # ---- instructions
-
-
-ANSWER_TOKENS = 200
-JUDGED_ANSWERS = 100
 
 
 def response_figures(
@@ -364,7 +393,7 @@ def share_that_stops(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instru
 
 
 def load_instruction_model(
-    path: Path, runtime: Runtime
+    path: Path, runtime: Runtime = CPU
 ) -> tuple[GPTModel, BPETokenizer, dict[str, Any]]:
     """A model that follows instructions, in evaluation mode: all of it, or an adapter on its base.
 
@@ -376,8 +405,8 @@ def load_instruction_model(
     """
     hint = COMMANDS.get(path.name, INSTRUCTION_HINT)
     checkpoint = load_checkpoint(path, INSTRUCTION_KINDS[1:], hint)
-    tokenizer = load_tokenizer(path, checkpoint)
     with misfits_named(path, hint):
+        tokenizer = load_tokenizer(path, checkpoint)
         model = GPTModel(GPTConfig(**checkpoint["model_config"]))
         if checkpoint["kind"] == "full_instruction":
             model.load_state_dict(checkpoint["weights"])
@@ -413,8 +442,8 @@ def report(models: Path, data_dir: Path, runtime: Runtime) -> dict[str, list[dic
     """Measures every checkpoint in a folder on its held-out data.
 
     Returns:
-        Rows for "language", "sentiment" and "instructions". Each has "model" and "measured_on",
-        and either figures or "problem": what is missing, and the command that mends it.
+        Rows for "language", "sentiment" and "instructions". Each has "model", and either
+        "measured_on" and figures, or "problem": what is missing, and the command that mends it.
     """
     return {
         "language": _language_rows(models, data_dir, runtime),
@@ -430,17 +459,14 @@ def _row(model: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"model": model, "problem": str(error)}
 
 
-def _costs(path: Path, checkpoint: dict[str, Any], parameters: int) -> dict[str, Any]:
-    """What it took to make a checkpoint."""
+def _costs(path: Path, checkpoint: dict[str, Any], parameters: tuple[int, int]) -> dict[str, Any]:
+    """What it took to make a checkpoint; `parameters` are those trained, and all of them."""
+    made = checkpoint.get("made", {})
     return {
-        "trained_parameters": sum(t.numel() for t in checkpoint["weights"].values()),
-        "parameters": parameters,
+        "trained_parameters": parameters[0],
+        "parameters": parameters[1],
         "file_bytes": path.stat().st_size,
-        **{
-            k: v
-            for k, v in checkpoint.get("made", {}).items()
-            if k in ("seconds", "peak_memory_bytes")
-        },
+        **{name: made[name] for name in ("seconds", "peak_memory_bytes") if name in made},
     }
 
 
@@ -452,7 +478,7 @@ def _language_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict[
         model, tokenizer, checkpoint = load_language_model(models / name, hint)
         ids = find(tokenizer, checkpoint)
         figures = perplexity(model.to(runtime.device), tokenizer, ids, runtime)
-        costs = _costs(models / name, checkpoint, count_parameters(model)[1])
+        costs = _costs(models / name, checkpoint, count_parameters(model))
         return {"measured_on": place, **figures, **costs}
 
     def shakespeare(tokenizer: BPETokenizer, _: dict[str, Any]) -> np.ndarray:
@@ -460,7 +486,7 @@ def _language_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict[
         return _encode_parts(validation, tokenizer)
 
     def wizard(tokenizer: BPETokenizer, _: dict[str, Any]) -> np.ndarray:
-        whole = load_corpus("auto", fetch(WIZARD_OF_OZ, data_dir), data_dir).split(1.0)[0]
+        whole = own_text(fetch(WIZARD_OF_OZ, data_dir)).split(1.0)[0]
         return _encode_parts(whole, tokenizer)
 
     def reviews(tokenizer: BPETokenizer, checkpoint: dict[str, Any]) -> np.ndarray:
@@ -480,7 +506,7 @@ def _split_again(
 ) -> Split:
     """The parts of the data set that a checkpoint was trained on."""
     name = checkpoint["dataset"]
-    if name in (*REVIEW_SETS, *INSTRUCTION_SETS):
+    if name in (REVIEW_SOURCES | INSTRUCTION_SOURCES):
         examples = load(name, None, data_dir, checkpoint["rows"])
         if examples.sha256 == checkpoint["data_sha256"]:
             return split(examples)
@@ -496,17 +522,18 @@ def _sentiment_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict
         texts, labels = [r.text for r in test], np.array([r.label for r in test])
         found = class_probabilities(model.to(runtime.device), tokenizer, texts, runtime)
         figures = classification_figures(found.argmax(1), labels)
-        costs = _costs(path, checkpoint, count_parameters(model)[1])
+        costs = _costs(path, checkpoint, count_parameters(model))
         return {"measured_on": checkpoint["dataset"], **figures, **costs}
 
     def measure_baseline(name: str) -> dict[str, Any]:
         linear, checkpoint = load_linear_baseline(models / LINEAR_BASELINE)
         parts = _split_again(checkpoint, load_reviews, split_reviews, data_dir)
         figures = baseline_figures(linear, [*parts.train, *parts.validation], parts.test)[name]
-        if name == BASELINES[0]:
-            n = sum(t.numel() for t in checkpoint["weights"].values())
-            figures |= _costs(models / LINEAR_BASELINE, checkpoint, n)
-        return {"measured_on": checkpoint["dataset"], **figures}
+        n = sum(t.numel() for t in checkpoint["weights"].values())
+        costs = _costs(models / LINEAR_BASELINE, checkpoint, (n, n))
+        if name != BASELINES[0]:
+            costs = dict.fromkeys(costs, 0)  # a guess takes nothing
+        return {"measured_on": checkpoint["dataset"], **figures, **costs}
 
     return [
         _row("full fine-tuning", lambda: measure(models / "finetuned_classifier_weights.pth")),
@@ -518,18 +545,26 @@ def _sentiment_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict
 def _instruction_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict[str, Any]]:
     """The untouched base, and what the three ways of fine-tuning made of it."""
 
+    def figures(model: GPTModel, tokenizer: BPETokenizer, tuned: dict[str, Any]) -> dict[str, Any]:
+        """On the test part of a fine-tuned checkpoint's data set."""
+        test = _split_again(tuned, load_instructions, split_examples, data_dir).test
+        encoded = encode_instructions(test, tokenizer, model.config.context_length)
+        found = response_figures(model, tokenizer, encoded, runtime)
+        stops = share_that_stops(model, tokenizer, test)
+        return {"measured_on": tuned["dataset"], **found, "stops": stops}
+
     def measure(path: Path) -> dict[str, Any]:
         model, tokenizer, checkpoint = load_instruction_model(path, runtime)
-        test = _split_again(checkpoint, load_instructions, split_examples, data_dir).test
-        encoded = encode_instructions(test, tokenizer, model.config.context_length)
-        figures = response_figures(model, tokenizer, encoded, runtime)
-        figures |= {"stops": share_that_stops(model, tokenizer, test)}
-        costs = _costs(path, checkpoint, count_parameters(model)[1])
-        return {"measured_on": checkpoint["dataset"], **figures, **costs}
+        costs = _costs(path, checkpoint, count_parameters(model))
+        return {**figures(model, tokenizer, checkpoint), **costs}
 
-    def measure_base(path: Path) -> dict[str, Any]:
-        checkpoint = load_checkpoint(path, INSTRUCTION_KINDS[1:], INSTRUCTION_HINT)
-        return {"measured_on": checkpoint["dataset"], **checkpoint["metrics"]["base"]}
+    def measure_base(adapter: Path) -> dict[str, Any]:
+        tuned = load_checkpoint(adapter, INSTRUCTION_KINDS[1:], INSTRUCTION_HINT)
+        path = adapter.parent / tuned["base"]
+        model, tokenizer, checkpoint = load_language_model(path)
+        model = with_context(model, tuned["model_config"]["context_length"], 0.0)
+        costs = _costs(path, checkpoint, count_parameters(model))
+        return {**figures(model.to(runtime.device), tokenizer, tuned), **costs}
 
     paths = {name: models / f"{name}_instruction_weights.pth" for name in ("full", "lora", "qlora")}
     names = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA, 4-bit base"}
@@ -592,20 +627,12 @@ def report_cells(task: str, rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _cell(form: str, row: dict[str, Any]) -> str:
-    row = {**row, "file_kb": row.get("file_bytes", 0) / 1e3}
-    row["peak_gib"] = row.get("peak_memory_bytes", 0) / 2**30
-    name = form.strip("{").split("}")[0].split(":")[0].split("[")[0]
-    source = {"file_kb": "file_bytes", "peak_gib": "peak_memory_bytes"}.get(name, name)
-    return form.format(**row) if source in row else ""
-
-
-def measure_reviews(checkpoint: Path, data: Path, runtime: Runtime) -> dict[str, Any]:
-    """Figures of a sentiment classifier on a file of labelled texts; see `read_reviews`."""
-    reviews = read_reviews(data)
-    model, tokenizer, _ = load_classifier(checkpoint)
-    texts = [review.text for review in reviews]
-    found = class_probabilities(model.to(runtime.device), tokenizer, texts, runtime)
-    return classification_figures(found.argmax(1), np.array([review.label for review in reviews]))
+    units = {"file_kb": ("file_bytes", 1e3), "peak_gib": ("peak_memory_bytes", 2**30)}
+    more = {name: row[key] / unit for name, (key, unit) in units.items() if key in row}
+    try:
+        return form.format(**row, **more)
+    except KeyError:  # not known of this model
+        return ""
 
 
 # ---- command line
@@ -623,7 +650,7 @@ def main(argv: list[str] | None = None) -> int:
                     file.write(json.dumps(rows, indent=1).encode() + b"\n")
             print(report_tables(rows))
         elif args.task == "perplexity":
-            whole = load_corpus("auto", args.data, args.data).split(1.0)[0]
+            whole = own_text(args.data).split(1.0)[0]
             _show(measure_file(args.checkpoint, whole, runtime), args.json)
         elif args.task == "sentiment":
             figures = measure_reviews(args.checkpoint, args.data, runtime)
@@ -634,8 +661,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _show(figures: dict[str, Any], as_json: bool, table: str = "") -> None:
-    lines = [f"{k}: {v:,.4f}".removesuffix(".0000") for k, v in figures.items() if not table]
-    print(json.dumps(figures) if as_json else table or "\n".join(lines))
+    if as_json:
+        print(json.dumps(figures))
+    elif table:
+        print(table)
+    else:
+        print(*(f"{k}: {v:,.4f}".removesuffix(".0000") for k, v in figures.items()), sep="\n")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
