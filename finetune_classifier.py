@@ -8,7 +8,8 @@ Needs `models/model_weights.pth` and `models/tokenizer.json` (`python main.py`).
 on as a language model on the training reviews, whose English is not Shakespeare's (as in ULMFiT,
 Howard and Ruder 2018, https://arxiv.org/abs/1801.06146); the result, `review_model_weights.pth`, is
 kept, and `finetune_lora_classifier.py` starts from it, too. Then a classification head reads the
-last token's hidden state, and all weights learn from the labels. Writes
+last token's hidden state, and all weights learn from the labels, which a linear model has softened
+(distillation; Hinton et al. 2015, https://arxiv.org/abs/1503.02531). Writes
 `models/finetuned_classifier_weights.pth` and its log. Ctrl-C keeps a state that `--resume` goes on
 from.
 """
@@ -24,8 +25,10 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import Pipeline
 
-from data_loader import REVIEW_SETS, Review, find_data_dir, load_reviews, say
+import training
+from data_loader import REVIEW_SOURCES, Review, find_data_dir, load_reviews, say
 from data_utils import (
     Split,
     TokenBatches,
@@ -43,40 +46,15 @@ from evaluate import (
     classification_figures,
     linear_baseline,
     load_classifier,
-    perplexity,
+    out_of_fold_probabilities,
     save_linear_baseline,
     sentiment_table,
 )
 from generation import copy_tokenizer, load_language_model, with_context
 from lora import LoRAConfig, apply_lora, count_parameters, lora_state_dict
+from main import train_language_model
 from model import GPTClassificationModel, GPTModel
 from tokenizer import BPETokenizer
-from training import (
-    Runtime,
-    TrainConfig,
-    TrainResult,
-    add_config_flags,
-    add_run_flags,
-    check_range,
-    chosen_fields,
-    command_line,
-    first_process_first,
-    half_precision,
-    leave,
-    load_checkpoint,
-    measured,
-    new_parser,
-    next_token_loss,
-    one_line_errors,
-    peak_memory_bytes,
-    prefix_classification_loss,
-    relative_path,
-    save_checkpoint,
-    start_runtime,
-    train,
-    training_in,
-    weights_sha256,
-)
 
 LANGUAGE_BATCH = 32  # windows a step
 LANGUAGE_SEED = 0  # not --seed: classifiers of all seeds start from one language model
@@ -93,6 +71,8 @@ class ReviewConfig:
         dropout: Share of embeddings and block outputs zeroed in training.
         split_probability: Chance that a token is split into the two it was merged from.
         hide_probability: Chance that a token is hidden: `<|endoftext|>` stands in its place.
+        teacher_share: Weight, beside the label, of the opinion of a linear model that was fitted to
+            other reviews.
         epochs: Most passes over the reviews; `steps` may end the training sooner.
         language_steps: Most steps of the language model on the training reviews.
 
@@ -105,13 +85,16 @@ class ReviewConfig:
     dropout: float = 0.15
     split_probability: float = 0.1
     hide_probability: float = 0.15
+    teacher_share: float = 0.5
     epochs: int = 4
     language_steps: int = 600
 
     def __post_init__(self) -> None:
         sizes = ("batch_size", "context_length", "epochs", "language_steps")
-        check_range(self, 1, math.inf, *sizes)
-        check_range(self, 0, 1, "dropout", "split_probability", "hide_probability")
+        training.check_range(self, 1, math.inf, *sizes)
+        training.check_range(self, 0, 1, "dropout", "split_probability", "hide_probability")
+        if not 0 <= self.teacher_share <= 1:
+            raise ValueError(f"teacher_share must lie in [0, 1], not {self.teacher_share}")
 
 
 DEFAULTS = {
@@ -128,7 +111,7 @@ class _Job:
     """A run's data, and where it starts from."""
 
     config: ReviewConfig
-    train_config: TrainConfig
+    train_config: training.TrainConfig
     data: dict[str, Any]  # name, number of rows and hash of the reviews
     split: Split[Review]
     tokenizer: BPETokenizer
@@ -136,7 +119,9 @@ class _Job:
     origin: dict[str, Any]  # path and hash of the base
     lora: LoRAConfig | None  # None: every weight is trained
     path: Path
-    runtime: Runtime
+    resume: bool
+    command: str
+    runtime: training.Runtime
 
     @property
     def kind(self) -> str:
@@ -149,85 +134,77 @@ class _Job:
         return self.path.with_name(REVIEW_MODEL)
 
 
-@one_line_errors
+@training.one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Fine-tunes every weight; returns the exit code (130 or 143 when interrupted)."""
     parser = make_parser("Fine-tune every weight of the base for sentiment.", DEFAULTS)
-    return run(parser.parse_args(argv), argv, DEFAULTS)
-
-
-def run(
-    args: argparse.Namespace,
-    argv: list[str] | None,
-    defaults: dict[str, Any],
-    lora: LoRAConfig | None = None,
-) -> int:
-    """Prepares, trains, saves, reloads and measures a classifier; returns the exit code."""
-    with start_runtime() as runtime, training_in(args.out_dir, runtime):
-        script = "finetune_lora_classifier.py" if lora else "finetune_classifier.py"
-        command = command_line(script, argv, runtime)
-        with first_process_first(runtime):
-            job = _prepare(args, defaults, lora, runtime)
-            language_model = _held_language_model(job)
-        language = result = None
-        if language_model is None:
-            language = _train_language_model(job, args.resume, command)
-            language_model = job.base
-        if not (language and language.interrupted):
-            model, facts = _new_classifier(language_model, job)
-            result = _train_classifier(model, facts, job, args.resume)
-        stopped = (result or language).interrupted
-        if runtime.rank == 0 and not stopped:
-            made = measured(command, runtime, result, job.train_config)
-            _finish(model, result, {**facts, "made": made}, job)
-    if stopped:
-        say(f"interrupted; continue with: {command}{'' if args.resume else ' --resume'}")
-        return 128 + stopped
+    run(parser.parse_args(argv, argparse.Namespace(**DEFAULTS)), argv)
     return 0
 
 
+def run(args: argparse.Namespace, argv: list[str] | None, lora: LoRAConfig | None = None) -> None:
+    """Prepares, trains, saves, reloads and measures a classifier."""
+    with training.start_runtime() as runtime, training.training_in(args.out_dir, runtime):
+        script = "finetune_lora_classifier.py" if lora else "finetune_classifier.py"
+        with training.first_process_first(runtime):
+            job = _prepare(args, training.command_line(script, argv), lora, runtime)
+            baseline = _fit_baseline(job) if runtime.rank == 0 else None
+            language_model = _held_language_model(job)
+        model, facts = _new_classifier(language_model or _train_language_model(job), job)
+        result = _train_classifier(model, facts, job)
+        if runtime.rank == 0:
+            made = training.provenance(job.command, runtime, result, job.train_config)
+            _finish(model, result, {**facts, "made": made}, baseline, job)
+
+
 def _prepare(
-    args: argparse.Namespace, defaults: dict[str, Any], lora: LoRAConfig | None, runtime: Runtime
+    args: argparse.Namespace, command: str, lora: LoRAConfig | None, runtime: training.Runtime
 ) -> _Job:
     """Reads everything, so that what is wrong with it is found before the training."""
-    options = {**defaults, **vars(args)}
-    config = ReviewConfig(**chosen_fields(ReviewConfig, options))
+    config = training.from_options(ReviewConfig, vars(args))
     base, tokenizer, checkpoint = load_language_model(args.base)
     with_context(base, config.context_length, config.dropout)  # refused before the training
     reviews = load_reviews(args.dataset, args.data, find_data_dir(args.data_dir), args.max_examples)
     split = split_reviews(reviews)
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in vars(split).items())
     say(f"reviews: {reviews.name}, {sizes}; runtime: {runtime.describe()}")
-    steps_per_epoch = max(1, len(split.train) // config.batch_size)
-    steps = min(options["steps"], config.epochs * steps_per_epoch)
-    options |= {"steps": steps, "eval_every": options.get("eval_every", steps_per_epoch)}
     name = "lora_classifier_weights.pth" if lora else "finetuned_classifier_weights.pth"
     path = args.out_dir / name
-    train_config = TrainConfig(**chosen_fields(TrainConfig, options))
     copy_tokenizer(tokenizer, args.out_dir)
-    states = [
-        path.with_suffix(".resume.pth"),
-        path.with_name(REVIEW_MODEL).with_suffix(".resume.pth"),
-    ]
+    states = [training.state_path(p) for p in (path, path.with_name(REVIEW_MODEL))]
     if not args.resume and runtime.rank == 0:
         states[0].unlink(missing_ok=True)  # of a run that was given up
     elif args.resume and not any(state.is_file() for state in states):
         raise FileNotFoundError(f"there is no {states[0]} to resume: leave --resume out")
+    n = len(split.train)
     return _Job(
-        config,
-        train_config,
-        reviews.facts,
-        split,
-        tokenizer,
-        base,
-        {
-            "base": relative_path(args.base, args.out_dir),
+        config=config,
+        train_config=training.fine_tuning_config(vars(args), config.epochs, config.batch_size, n),
+        data=reviews.facts,
+        split=split,
+        tokenizer=tokenizer,
+        base=base,
+        origin={
+            "base": training.relative_path(args.base, args.out_dir),
             "base_sha256": checkpoint["weights_sha256"],
         },
-        lora,
-        path,
-        runtime,
+        lora=lora,
+        path=path,
+        resume=args.resume,
+        command=command,
+        runtime=runtime,
     )
+
+
+def _fit_baseline(job: _Job) -> tuple[Pipeline, dict[str, Any]]:
+    """The linear baseline, and what it cost; fitted first, since memory is counted by its peak."""
+    started = time.perf_counter()
+    linear = linear_baseline([*job.split.train, *job.split.validation])
+    return linear, {
+        "command": job.command,
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": training.peak_memory_bytes(torch.device("cpu")),
+    }
 
 
 # ---- the language model of the reviews
@@ -236,7 +213,6 @@ def _prepare(
 def _language_facts(job: _Job) -> dict[str, Any]:
     return {
         **job.origin,
-        "tokenizer_sha256": job.tokenizer.sha256,
         **job.data,
         "language_steps": job.config.language_steps,
         "split_probability": job.config.split_probability,
@@ -248,7 +224,7 @@ def _held_language_model(job: _Job) -> GPTModel | None:
     if not job.language_path.is_file():
         return None
     try:
-        checkpoint = load_checkpoint(job.language_path, "base")
+        checkpoint = training.load_checkpoint(job.language_path, "base")
     except ValueError as error:
         say(f"making it anew: {error}")
         return None
@@ -259,52 +235,36 @@ def _held_language_model(job: _Job) -> GPTModel | None:
     return load_language_model(job.language_path)[0]
 
 
-def _train_language_model(job: _Job, resume: bool, command: str) -> TrainResult:
-    """Trains the base, in place, on the texts of the training reviews, and saves it."""
-    model, runtime = job.base.to(job.runtime.device), job.runtime
+def _train_language_model(job: _Job) -> GPTModel:
+    """The base, trained in place on the texts of the training reviews, and saved."""
+    model = job.base.to(job.runtime.device)
     texts = [
         reviews_as_text(rows, job.tokenizer) for rows in (job.split.train, job.split.validation)
     ]
     batches = TokenBatches(
         texts[0],
         job.tokenizer,
-        model.config.context_length,
-        LANGUAGE_BATCH,
-        LANGUAGE_SEED,
-        job.config.split_probability,
-        job.config.language_steps,
+        context_length=model.config.context_length,
+        batch_size=LANGUAGE_BATCH,
+        seed=LANGUAGE_SEED,
+        split_probability=job.config.split_probability,
     )
     steps = min(job.config.language_steps, LANGUAGE_EPOCHS * batches.steps_per_epoch)
-    batches.steps = steps
-    config = TrainConfig(steps=steps, seed=LANGUAGE_SEED)
+    batches.steps = steps  # known only now: it follows from the length of the text
     say(f"language model of the reviews: {steps} steps on {len(texts[0]):,} tokens")
-
-    def validate() -> dict[str, float]:
-        figures = perplexity(model, job.tokenizer, texts[1], runtime)
-        named = {f"val_{name}": value for name, value in figures.items()}
-        return {"val_loss": figures["nats_per_byte"], **named}
-
-    facts = _language_facts(job)
-    result = train(
+    train_language_model(
         model,
+        job.tokenizer,
         batches,
-        next_token_loss,
-        config,
-        runtime=runtime,
-        validate=validate,
-        run_path=job.language_path.with_suffix(""),
-        facts=facts,
-        resume=resume and job.language_path.with_suffix(".resume.pth").is_file(),
+        texts[1],
+        training.TrainConfig(steps=steps, seed=LANGUAGE_SEED),
+        runtime=job.runtime,
+        path=job.language_path,
+        facts=_language_facts(job),
+        command=job.command,
+        resume=job.resume and training.state_path(job.language_path).is_file(),
     )
-    if not result.interrupted:
-        weights = half_precision(model.state_dict())
-        model.load_state_dict(weights)
-        if runtime.rank == 0:
-            made = measured(command, runtime, result, config)
-            header = {"kind": "base", "model_config": asdict(model.config)}
-            more = {"weights": weights, "metrics": result.best, "made": made}
-            save_checkpoint(job.language_path, {**header, **facts, **more})
-    return result
+    return model
 
 
 # ---- the classifier
@@ -316,7 +276,7 @@ def _new_classifier(
     """A classifier on top of a language model, and what there is to know of it."""
     torch.manual_seed(job.train_config.seed)
     backbone = with_context(language_model, job.config.context_length, job.config.dropout)
-    base_sha256 = weights_sha256(half_precision(backbone.state_dict()))
+    base_sha256 = training.weights_sha256(training.half_precision(backbone.state_dict()))
     model = GPTClassificationModel(backbone, len(CLASSES)).to(job.runtime.device)
     facts = {
         "base_sha256": base_sha256,
@@ -334,15 +294,15 @@ def _new_classifier(
 
 
 def _train_classifier(
-    model: GPTClassificationModel, facts: dict[str, Any], job: _Job, resume: bool
-) -> TrainResult:
+    model: GPTClassificationModel, facts: dict[str, Any], job: _Job
+) -> training.TrainResult:
     """Trains on the labels; keeps the weights that rank the validation texts best.
 
     The share of pairs of a positive and a negative text in the wrong order (1 - area under the ROC
     curve) is less noisy on few texts than the error, and, other than the loss, does not mind the
     overconfidence that grows with training.
     """
-    split, config, run_path = job.split, job.config, job.path.with_suffix("")
+    split, config = job.split, job.config
     texts, labels = [row.text for row in split.validation], [row.label for row in split.validation]
 
     def validate() -> dict[str, float]:
@@ -359,29 +319,46 @@ def _train_classifier(
 
     batches = review_training_batches(
         split.train,
+        softened_labels(split.train, config.teacher_share),
         job.tokenizer,
-        config.context_length,
-        config.batch_size,
-        job.train_config.seed,
-        config.split_probability,
-        config.hide_probability,
+        context_length=config.context_length,
+        batch_size=config.batch_size,
+        seed=job.train_config.seed,
+        split_probability=config.split_probability,
+        hide_probability=config.hide_probability,
     )
-    return train(
+    return training.train(
         model,
         batches,
-        prefix_classification_loss,
+        training.prefix_classification_loss,
         job.train_config,
         runtime=job.runtime,
         validate=validate,
         criterion="val_disorder",
-        run_path=run_path,
+        path=job.path,
         facts=facts,
-        resume=resume and run_path.with_suffix(".resume.pth").is_file(),
+        resume=job.resume and training.state_path(job.path).is_file(),
     )
 
 
+def softened_labels(rows: list[Review], teacher_share: float) -> np.ndarray:
+    """Class probabilities (N, classes) to learn: the label, mixed with the linear model's opinion.
+
+    The teacher knows words that the small model has seen too rarely, and its doubts say which
+    labels to doubt. It has not seen the label of the text it judges, or it would repeat it.
+    """
+    labels = np.array([row.label for row in rows])
+    hard = np.eye(len(CLASSES))[labels]
+    if not teacher_share or np.bincount(labels, minlength=len(CLASSES)).min() < 2:
+        return hard
+    return (1 - teacher_share) * hard + teacher_share * out_of_fold_probabilities(rows)
+
+
 def calibrate(
-    model: GPTClassificationModel, tokenizer: BPETokenizer, rows: list[Review], runtime: Runtime
+    model: GPTClassificationModel,
+    tokenizer: BPETokenizer,
+    rows: list[Review],
+    runtime: training.Runtime,
 ) -> None:
     """Makes probabilities mean what they say, by scaling and shifting the head's logits.
 
@@ -403,8 +380,9 @@ def calibrate(
 
 def _finish(
     model: GPTClassificationModel,
-    result: TrainResult,
+    result: training.TrainResult,
     facts: dict[str, Any],
+    baseline: tuple[Pipeline, dict[str, Any]],
     job: _Job,
 ) -> None:
     """Measures the best weights on the test part, saves them, and checks the file.
@@ -413,45 +391,42 @@ def _finish(
         OSError: What was saved does not give the same predictions.
     """
     calibrate(model, job.tokenizer, job.split.validation, job.runtime)
-    model.load_state_dict(half_precision(model.state_dict()))
+    model.load_state_dict(training.half_precision(model.state_dict()))
     texts = [row.text for row in job.split.test]
     found = class_probabilities(model, job.tokenizer, texts, job.runtime)
     labels = np.array([row.label for row in job.split.test])
     figures = classification_figures(found.argmax(1), labels)
     metrics = {**result.best, "test": figures}
-    weights = half_precision(lora_state_dict(model) if job.lora else model.state_dict())
+    weights = training.half_precision(lora_state_dict(model) if job.lora else model.state_dict())
     content = {"kind": job.kind, **facts, "weights": weights, "metrics": metrics}
-    save_checkpoint(job.path, content)
+    training.save_checkpoint(job.path, content)
     again = load_classifier(job.path)[0].to(job.runtime.device)
     if not np.array_equal(class_probabilities(again, job.tokenizer, texts, job.runtime), found):
         raise OSError(f"{job.path} does not give the predictions that were saved: try again")
     for path in (job.path, job.language_path):
-        path.with_suffix(".resume.pth").unlink(missing_ok=True)
-    rows = [*job.split.train, *job.split.validation]
-    started = time.perf_counter()
-    linear = linear_baseline(rows)
-    linear_made = {"command": facts["made"]["command"], "seconds": time.perf_counter() - started}
-    baselines = baseline_figures(linear, rows, job.split.test)
+        training.state_path(path).unlink(missing_ok=True)
+    linear, linear_made = baseline
+    baselines = baseline_figures(linear, [*job.split.train, *job.split.validation], job.split.test)
     linear_facts = {**job.data, "metrics": {"test": baselines[BASELINES[0]]}, "made": linear_made}
     save_linear_baseline(linear, job.path.with_name(LINEAR_BASELINE), linear_facts)
     print(
         sentiment_table({job.path.name: figures, **baselines}),
         f"best at step {result.best['step']} of {job.train_config.steps}; wrote {job.path}: "
         f"{job.path.stat().st_size:,} bytes, {math.ceil(result.seconds)} s of training, "
-        f"{peak_memory_bytes(job.runtime.device) / 2**30:.2f} GiB at most",
+        f"{training.peak_memory_bytes(job.runtime.device) / 2**30:.2f} GiB at most",
         sep="\n",
     )
 
 
 def make_parser(description: str, defaults: dict[str, Any]) -> argparse.ArgumentParser:
     """The flags that every way of fine-tuning a classifier has."""
-    parser = new_parser(description)
-    add_run_flags(parser, REVIEW_SETS, "labelled reviews in JSONL, CSV or TSV", 20_000)
-    for config_class in (ReviewConfig, TrainConfig):
+    parser = training.new_parser(description)
+    training.add_run_flags(parser, REVIEW_SOURCES, "labelled reviews in JSONL, CSV or TSV", 20_000)
+    for config_class in (ReviewConfig, training.TrainConfig):
         shown = {"eval_every": "a pass over the reviews", **defaults}
-        add_config_flags(parser, config_class, shown)
+        training.add_config_flags(parser, config_class, shown)
     return parser
 
 
 if __name__ == "__main__":
-    leave(main())
+    training.leave(main())

@@ -9,13 +9,14 @@ model stays as it is, and `models/lora_classifier_weights.pth` holds low-rank ch
 classification head.
 """
 
+import argparse
 import os
 from pathlib import Path
 
 from evaluate import load_classifier
 from finetune_classifier import make_parser, run
 from lora import LoRAConfig, export_peft
-from training import add_config_flags, chosen_fields, leave, one_line_errors
+from training import add_config_flags, from_options, leave, one_line_errors
 
 DEFAULTS = {
     "steps": 800,
@@ -35,15 +36,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser("Fine-tune low-rank adapters (LoRA) for sentiment.", DEFAULTS)
     parser.add_argument("--export-peft", type=Path, help="folder for a copy that peft can load")
     add_config_flags(parser, LoRAConfig, {})
-    args = parser.parse_args(argv)
-    config = LoRAConfig(**chosen_fields(LoRAConfig, vars(args)))
+    args = parser.parse_args(argv, argparse.Namespace(**DEFAULTS))
+    config = from_options(LoRAConfig, vars(args))
     if args.export_peft:
         args.export_peft.mkdir(parents=True, exist_ok=True)  # refused before the training
-    code = run(args, argv, DEFAULTS, config)
-    if args.export_peft and not code and os.environ.get("RANK", "0") == "0":
+    run(args, argv, config)
+    if args.export_peft and os.environ.get("RANK", "0") == "0":
         model, _, _ = load_classifier(args.out_dir / "lora_classifier_weights.pth")
         export_peft(model, config, args.export_peft)
-    return code
+    return 0
 
 
 if __name__ == "__main__":

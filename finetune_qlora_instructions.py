@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from data_loader import INSTRUCTION_SETS, Instruction, find_data_dir, load_instructions, say
+import training
+from data_loader import INSTRUCTION_SOURCES, Instruction, find_data_dir, load_instructions, say
 from data_utils import (
     EncodedInstruction,
     Split,
@@ -47,29 +48,6 @@ from lora import (
 )
 from model import GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
-from training import (
-    Runtime,
-    TrainConfig,
-    TrainResult,
-    add_config_flags,
-    add_run_flags,
-    check_range,
-    chosen_fields,
-    command_line,
-    first_process_first,
-    half_precision,
-    leave,
-    mean_loss,
-    measured,
-    new_parser,
-    next_token_loss,
-    one_line_errors,
-    relative_path,
-    save_checkpoint,
-    start_runtime,
-    train,
-    training_in,
-)
 
 DEFAULTS = {
     "steps": 450,
@@ -104,8 +82,8 @@ class InstructionConfig:
     epochs: int = 5
 
     def __post_init__(self) -> None:
-        check_range(self, 1, math.inf, "batch_size", "context_length", "epochs")
-        check_range(self, 0, 1, "dropout")
+        training.check_range(self, 1, math.inf, "batch_size", "context_length", "epochs")
+        training.check_range(self, 0, 1, "dropout")
 
 
 @dataclass(frozen=True)
@@ -114,7 +92,7 @@ class _Job:
 
     method: str
     config: InstructionConfig
-    train_config: TrainConfig
+    train_config: training.TrainConfig
     lora_config: LoRAConfig
     rows: Split[Instruction]
     encoded: Split[EncodedInstruction]
@@ -122,60 +100,44 @@ class _Job:
     base: GPTModel
     facts: dict[str, Any]
     path: Path
-    runtime: Runtime
+    resume: bool
+    runtime: training.Runtime
 
 
-@one_line_errors
+@training.one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Trains, saves, reloads and measures; returns the exit code (130 or 143 when interrupted)."""
     args = _parse(argv)
-    with start_runtime() as runtime, training_in(args.out_dir, runtime):
-        command = command_line("finetune_qlora_instructions.py", argv, runtime)
-        with first_process_first(runtime):
+    with training.start_runtime() as runtime, training.training_in(args.out_dir, runtime):
+        with training.first_process_first(runtime):
             job = _prepare(args, runtime)
         before = response_figures(job.base, job.tokenizer, job.encoded.test, runtime)
         model = _prepare_model(job)
-        result = _train(model, job, args.resume)
-        if runtime.rank == 0 and not result.interrupted:
-            made = measured(command, runtime, result, job.train_config)
+        result = _train(model, job)
+        if runtime.rank == 0:
+            command = training.command_line("finetune_qlora_instructions.py", argv)
+            made = training.provenance(command, runtime, result, job.train_config)
             _finish(model, result, before, made, job)
-    if result.interrupted:
-        say(f"interrupted; continue with: {command}{'' if args.resume else ' --resume'}")
-        return 128 + result.interrupted
     return 0
 
 
-def _prepare(args: argparse.Namespace, runtime: Runtime) -> _Job:
+def _prepare(args: argparse.Namespace, runtime: training.Runtime) -> _Job:
     """Reads everything, so that what is wrong with it is found before the training."""
-    options = {**DEFAULTS, **vars(args)}
-    config = InstructionConfig(**chosen_fields(InstructionConfig, options))
-    lora_config = LoRAConfig(**chosen_fields(LoRAConfig, options))
+    options = vars(args)
+    config = training.from_options(InstructionConfig, options)
+    lora_config = training.from_options(LoRAConfig, options)
     language_model, tokenizer, checkpoint = load_language_model(args.base)
     base = with_context(language_model, config.context_length, config.dropout)
     found = load_instructions(
         args.dataset, args.data, find_data_dir(args.data_dir), args.max_examples
     )
     rows = split_examples(found)
-    encoded = Split(
-        *(
-            encode_instructions(part, tokenizer, config.context_length)
-            for part in vars(rows).values()
-        )
-    )
-    whole = [e for e in encoded.train if e.response[-1] == tokenizer.special_tokens[END_OF_TEXT]]
-    if len(whole) < len(encoded.train):
-        say(
-            f"{len(encoded.train) - len(whole):,} training responses left out: too long to be whole"
-        )
-        encoded = replace(encoded, train=whole or encoded.train)
+    encoded = _encode(rows, tokenizer, config.context_length)
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in vars(encoded).items())
     say(f"instructions: {found.name}, {sizes}; runtime: {runtime.describe()}")
-    steps_per_epoch = max(1, len(encoded.train) // config.batch_size)
-    steps = min(options["steps"], config.epochs * steps_per_epoch)
-    options |= {"steps": steps, "eval_every": options.get("eval_every", steps_per_epoch)}
     copy_tokenizer(tokenizer, args.out_dir)
     facts = {
-        "base": relative_path(args.base, args.out_dir),
+        "base": training.relative_path(args.base, args.out_dir),
         "base_sha256": checkpoint["weights_sha256"],
         "tokenizer_sha256": tokenizer.sha256,
         **found.facts,
@@ -184,19 +146,34 @@ def _prepare(args: argparse.Namespace, runtime: Runtime) -> _Job:
         "lora_config": None if args.method == "full" else asdict(lora_config),
         "compute_dtype": str(runtime.dtype),
     }
+    n = len(encoded.train)
     return _Job(
-        args.method,
-        config,
-        TrainConfig(**chosen_fields(TrainConfig, options)),
-        lora_config,
-        rows,
-        encoded,
-        tokenizer,
-        base.to(runtime.device).eval(),
-        facts,
-        args.out_dir / f"{args.method}_instruction_weights.pth",
-        runtime,
+        method=args.method,
+        config=config,
+        train_config=training.fine_tuning_config(options, config.epochs, config.batch_size, n),
+        lora_config=lora_config,
+        rows=rows,
+        encoded=encoded,
+        tokenizer=tokenizer,
+        base=base.to(runtime.device).eval(),
+        facts=facts,
+        path=args.out_dir / f"{args.method}_instruction_weights.pth",
+        resume=args.resume,
+        runtime=runtime,
     )
+
+
+def _encode(
+    rows: Split[Instruction], tokenizer: BPETokenizer, context_length: int
+) -> Split[EncodedInstruction]:
+    """Token ids of all parts; what is trained on ends with `<|endoftext|>`, if anything does."""
+    train, *others = (
+        encode_instructions(part, tokenizer, context_length) for part in vars(rows).values()
+    )
+    whole = [e for e in train if e.response[-1] == tokenizer.special_tokens[END_OF_TEXT]]
+    if cut := len(train) - len(whole):
+        say(f"{cut:,} training responses left out: too long to be whole")
+    return Split(whole or train, *others)
 
 
 def _prepare_model(job: _Job) -> GPTModel:
@@ -216,30 +193,32 @@ def _prepare_model(job: _Job) -> GPTModel:
     return model
 
 
-def _train(model: GPTModel, job: _Job, resume: bool) -> TrainResult:
+def _train(model: GPTModel, job: _Job) -> training.TrainResult:
     T = job.config.context_length
     validation = instruction_batches(job.encoded.validation, job.tokenizer, T)
 
     def validate() -> dict[str, float]:
-        return {"val_loss": mean_loss(model, validation, next_token_loss, job.runtime)}
+        return {
+            "val_loss": training.mean_loss(model, validation, training.next_token_loss, job.runtime)
+        }
 
-    return train(
+    return training.train(
         model,
         instruction_training_batches(
             job.encoded.train, job.tokenizer, T, job.config.batch_size, job.train_config.seed
         ),
-        next_token_loss,
+        training.next_token_loss,
         job.train_config,
         runtime=job.runtime,
         validate=validate,
-        run_path=job.path.with_suffix(""),
+        path=job.path,
         facts=job.facts,
-        resume=resume,
+        resume=job.resume,
     )
 
 
 def _finish(
-    model: GPTModel, result: TrainResult, before: dict, made: dict[str, Any], job: _Job
+    model: GPTModel, result: training.TrainResult, before: dict, made: dict[str, Any], job: _Job
 ) -> None:
     """Saves the best weights, checks the file, and measures it on the test part.
 
@@ -248,48 +227,36 @@ def _finish(
     """
     job = replace(job, runtime=replace(job.runtime, rank=0, world_size=1))  # the others have left
     full = job.method == "full"
-    weights = half_precision(model.state_dict() if full else lora_state_dict(model))
+    weights = training.half_precision(model.state_dict() if full else lora_state_dict(model))
     model.load_state_dict(weights, strict=full)
     figures = response_figures(model, job.tokenizer, job.encoded.test, job.runtime)
     stops = share_that_stops(model, job.tokenizer, job.rows.test)
-    trained, total = count_parameters(model)
-    metrics = {
-        **result.best,
-        "base": before,
-        "test": {**figures, "stops": stops},
-        "trained_parameters": trained,
-        "parameters": total,
-    }
+    metrics = {**result.best, "base": before, "test": {**figures, "stops": stops}}
     header = {"kind": f"{job.method}_instruction", "made": made}
-    save_checkpoint(job.path, {**header, **job.facts, "weights": weights, "metrics": metrics})
+    training.save_checkpoint(
+        job.path, {**header, **job.facts, "weights": weights, "metrics": metrics}
+    )
     again = load_instruction_model(job.path, job.runtime)[0]
     T, device = job.config.context_length, job.runtime.device
     inputs = instruction_batches(job.encoded.test[:16], job.tokenizer, T)[0][0].to(device)
     with torch.inference_mode(), job.runtime.autocast():
         if not torch.equal(model(inputs), again(inputs)):
             raise OSError(f"{job.path} does not give the logits that were saved: try again")
-    job.path.with_suffix(".resume.pth").unlink(missing_ok=True)
-    _report(model, figures, before, stops, result, made, job)
+    training.state_path(job.path).unlink(missing_ok=True)
+    _report(model, metrics, made, job)
 
 
-def _report(
-    model: GPTModel,
-    figures: dict[str, float],
-    before: dict[str, float],
-    stops: float,
-    result: TrainResult,
-    made: dict[str, Any],
-    job: _Job,
-) -> None:
+def _report(model: GPTModel, metrics: dict[str, Any], made: dict[str, Any], job: _Job) -> None:
+    figures, before = metrics["test"], metrics["base"]
     change = figures["response_bits_per_byte"] / before["response_bits_per_byte"] - 1
     print(
         f"| on {figures['n']:,} test responses | bits per byte | perplexity |\n|---|---|---|\n"
         f"| base | {before['response_bits_per_byte']:.4f} | {before['response_perplexity']:.2f} |\n"
         f"| {job.method} | {figures['response_bits_per_byte']:.4f} ({change:+.1%}) | "
         f"{figures['response_perplexity']:.2f} |\n"
-        f"{stops:.0%} of answers stop by themselves\n"
-        f"best at step {result.best['step']} of {job.train_config.steps}; wrote {job.path}: "
-        f"{job.path.stat().st_size:,} bytes, {math.ceil(result.seconds)} s of training, "
+        f"{figures['stops']:.0%} of answers stop by themselves\n"
+        f"best at step {metrics['step']} of {job.train_config.steps}; wrote {job.path}: "
+        f"{job.path.stat().st_size:,} bytes, {math.ceil(made['seconds'])} s of training, "
         f"{made['peak_memory_bytes'] / 2**30:.2f} GiB at most"
     )
     if job.method != "full":
@@ -304,8 +271,10 @@ def _report(
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = new_parser("Fine-tune the base to follow instructions, with QLoRA.")
-    add_run_flags(parser, INSTRUCTION_SETS, "JSONL file of instructions", max_examples=4_000)
+    parser = training.new_parser("Fine-tune the base to follow instructions, with QLoRA.")
+    training.add_run_flags(
+        parser, INSTRUCTION_SOURCES, "JSONL file of instructions", max_examples=4_000
+    )
     methods = parser.add_mutually_exclusive_group()
     for flag, method, text in (
         ("--no-quantize", "lora", "plain LoRA on the base in full precision"),
@@ -314,11 +283,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         kind = {"action": "store_const", "const": method, "default": argparse.SUPPRESS}
         methods.add_argument(flag, dest="method", help=text, **kind)
     parser.set_defaults(method="qlora")
-    for config_class in (InstructionConfig, LoRAConfig, TrainConfig):
+    for config_class in (InstructionConfig, LoRAConfig, training.TrainConfig):
         defaults = {"eval_every": "a pass over the examples", **DEFAULTS}
-        add_config_flags(parser, config_class, defaults)
-    return parser.parse_args(argv)
+        training.add_config_flags(parser, config_class, defaults)
+    return parser.parse_args(argv, argparse.Namespace(**DEFAULTS))
 
 
 if __name__ == "__main__":
-    leave(main())
+    training.leave(main())

@@ -12,41 +12,20 @@ Ctrl-C keeps a state that `--resume` goes on from.
 import argparse
 import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+import training
 from data_loader import Corpus, find_data_dir, load_corpus, say
 from data_utils import TokenBatches, prepare_token_ids, prepare_tokenizer
 from evaluate import perplexity
 from generation import continue_prompt
 from model import GPTConfig, GPTModel
 from tokenizer import BPETokenizer
-from training import (
-    Runtime,
-    TrainConfig,
-    TrainResult,
-    add_config_flags,
-    add_run_flags,
-    check_range,
-    chosen_fields,
-    command_line,
-    first_process_first,
-    half_precision,
-    leave,
-    measured,
-    new_parser,
-    next_token_loss,
-    one_line_errors,
-    peak_memory_bytes,
-    save_checkpoint,
-    start_runtime,
-    train,
-    training_in,
-)
 
 MAX_VALIDATION_TOKENS = 100_000  # of a large corpus; TinyShakespeare's validation part is smaller
 SAMPLE_PROMPT = "ROMEO:"
@@ -73,8 +52,8 @@ class DataConfig:
     split_probability: float = 0.2
 
     def __post_init__(self) -> None:
-        check_range(self, 1, math.inf, "batch_size")
-        check_range(self, 0, 1, "split_probability")
+        training.check_range(self, 1, math.inf, "batch_size")
+        training.check_range(self, 0, 1, "split_probability")
 
 
 # What each preset changes; the dataclasses' own defaults are the recipe for two CPU cores.
@@ -110,60 +89,69 @@ class _Data:
     validation_ids: np.ndarray
 
 
-@one_line_errors
+@training.one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Trains and shows a sample; returns the exit code (130 or 143 when interrupted)."""
     args = _parse(argv)
-    options = {**PRESETS[args.preset], **vars(args)}
-    data_config = DataConfig(**chosen_fields(DataConfig, options))
-    train_config = TrainConfig(**chosen_fields(TrainConfig, options))
+    options = {"vocab_size": DataConfig.vocab_size, **PRESETS[args.preset], **vars(args)}
+    data_config = training.from_options(DataConfig, options)
+    model_config = training.from_options(GPTConfig, options)
+    train_config = training.from_options(training.TrainConfig, options)
     if args.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)):
         raise ValueError("--compile needs a C++ compiler such as g++: install one or leave it out")
-    with start_runtime() as runtime, training_in(args.out_dir, runtime):
-        command = command_line("main.py", argv, runtime)
+    with training.start_runtime() as runtime, training.training_in(args.out_dir, runtime):
         data = _prepare_data(args, data_config, runtime)
-        shape = {**chosen_fields(GPTConfig, options), "vocab_size": data.tokenizer.vocab_size}
-        model_config = GPTConfig(**shape)
+        model_config = replace(model_config, vocab_size=data.tokenizer.vocab_size)
         batches = TokenBatches(
             data.train_ids,
             data.tokenizer,
-            model_config.context_length,
-            data_config.batch_size,
-            train_config.seed,
-            data_config.split_probability,
-            train_config.steps,
+            context_length=model_config.context_length,
+            batch_size=data_config.batch_size,
+            seed=train_config.seed,
+            split_probability=data_config.split_probability,
+            steps=train_config.steps,
         )
-        torch.manual_seed(train_config.seed)
-        model = GPTModel(model_config).to(runtime.device)
+        model = _new_model(model_config, train_config.seed, runtime)
         if args.compile:
             model.compile()
+        epochs = train_config.steps / batches.steps_per_epoch
+        say(f"{len(data.train_ids):,} tokens, {train_config.steps} steps, {epochs:.1f} epochs")
         facts = {
+            "dataset": data.corpus.name,
             "data_sha256": data.corpus.sha256,
-            "tokenizer_sha256": data.tokenizer.sha256,
-            "model_config": asdict(model_config),
             "data_config": asdict(data_config),
         }
         path = args.out_dir / "model_weights.pth"
-        result = _train(model, data, batches, train_config, runtime, path, facts, args.resume)
-        if runtime.rank == 0 and not result.interrupted:
-            made = measured(command, runtime, result, train_config)
-            made["dataset"] = data.corpus.name
-            weights = half_precision(model.state_dict())
-            header = {"kind": "base", "metrics": result.best}
-            save_checkpoint(path, {**header, **facts, "made": made, "weights": weights})
+        result = train_language_model(
+            model,
+            data.tokenizer,
+            batches,
+            data.validation_ids,
+            train_config,
+            runtime=runtime,
+            path=path,
+            facts=facts,
+            command=training.command_line("main.py", argv),
+            resume=args.resume,
+        )
+        if runtime.rank == 0:
             data.tokenizer.save(path.with_name("tokenizer.json"))
-            path.with_suffix(".resume.pth").unlink(missing_ok=True)
-            model.load_state_dict(weights)
+            training.state_path(path).unlink(missing_ok=True)
             _report(path, model, data.tokenizer, result, runtime)
-    if result.interrupted:
-        say(f"interrupted; continue with: {command}{'' if args.resume else ' --resume'}")
-        return 128 + result.interrupted
     return 0
 
 
-def _prepare_data(args: argparse.Namespace, config: DataConfig, runtime: Runtime) -> _Data:
+def _new_model(config: GPTConfig, seed: int, runtime: training.Runtime) -> GPTModel:
+    torch.manual_seed(seed)
+    model = GPTModel(config).to(runtime.device)
+    say(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    return model
+
+
+def _prepare_data(args: argparse.Namespace, config: DataConfig, runtime: training.Runtime) -> _Data:
     """Corpus, tokenizer and token ids; made by the first process, then read by the others."""
-    with first_process_first(runtime):
+    say(f"runtime: {runtime.describe()}")
+    with training.first_process_first(runtime):
         corpus = load_corpus(args.dataset, args.data, find_data_dir(args.data_dir))
         cache = args.out_dir / "cache"
         tokenizer = prepare_tokenizer(corpus, config.vocab_size, cache)
@@ -178,42 +166,66 @@ def _prepare_data(args: argparse.Namespace, config: DataConfig, runtime: Runtime
     return _Data(corpus, tokenizer, train_ids, validation_ids[:MAX_VALIDATION_TOKENS])
 
 
-def _train(
+def train_language_model(
     model: GPTModel,
-    data: _Data,
+    tokenizer: BPETokenizer,
     batches: TokenBatches,
-    config: TrainConfig,
-    runtime: Runtime,
+    validation_ids: np.ndarray,
+    config: training.TrainConfig,
+    *,
+    runtime: training.Runtime,
     path: Path,
     facts: dict[str, Any],
+    command: str,
     resume: bool,
-) -> TrainResult:
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    epochs = config.steps / batches.steps_per_epoch
-    say(f"runtime: {runtime.describe()}")
-    say(f"text: {data.corpus.name}, {len(data.train_ids):,} training tokens")
-    say(f"model: {size:.2f} M parameters, {config.steps} steps, {epochs:.1f} epochs")
+) -> training.TrainResult:
+    """Trains a language model in place and saves it: the weights that are best in nats per byte.
+
+    Args:
+        model: Ends with the weights that were saved, in half precision.
+        tokenizer: The model's own.
+        batches: Inputs and targets of each step.
+        validation_ids: Token ids of the text that the weights are judged by.
+        config: How to train.
+        runtime: Where.
+        path: Of the checkpoint; log and resumable state lie beside it.
+        facts: What the checkpoint tells of data and origin.
+        command: Recorded with them.
+        resume: Whether to go on from the resumable state, which stays for the caller to remove.
+    """
 
     def validate() -> dict[str, float]:
-        figures = perplexity(model, data.tokenizer, data.validation_ids, runtime)
+        figures = perplexity(model, tokenizer, validation_ids, runtime)
         named = {f"val_{name}": value for name, value in figures.items()}
         return {"val_loss": figures["nats_per_byte"], **named}
 
-    return train(
+    facts = {"tokenizer_sha256": tokenizer.sha256, "model_config": asdict(model.config), **facts}
+    result = training.train(
         model,
         batches,
-        next_token_loss,
+        training.next_token_loss,
         config,
         runtime=runtime,
         validate=validate,
-        run_path=path.with_suffix(""),
+        path=path,
         facts=facts,
         resume=resume,
     )
+    weights = training.half_precision(model.state_dict())
+    model.load_state_dict(weights)
+    if runtime.rank == 0:
+        made = training.provenance(command, runtime, result, config)
+        more = {"weights": weights, "metrics": result.best, "made": made}
+        training.save_checkpoint(path, {"kind": "base", **facts, **more})
+    return result
 
 
 def _report(
-    path: Path, model: GPTModel, tokenizer: BPETokenizer, result: TrainResult, runtime: Runtime
+    path: Path,
+    model: GPTModel,
+    tokenizer: BPETokenizer,
+    result: training.TrainResult,
+    runtime: training.Runtime,
 ) -> None:
     best = result.best
     print(
@@ -221,7 +233,7 @@ def _report(
         f"{best['val_nats_per_byte']:.4f} nats per byte, perplexity {best['val_perplexity']:.2f} "
         f"on {best['val_bytes']:,} bytes of validation text"
     )
-    memory = peak_memory_bytes(runtime.device) / 2**30
+    memory = training.peak_memory_bytes(runtime.device) / 2**30
     print(f"wrote {path}: {math.ceil(result.seconds)} s of training, {memory:.2f} GiB at most\n")
     ids = continue_prompt(model, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
     print(SAMPLE_PROMPT + "".join(tokenizer.decode_stream(ids)))
@@ -232,19 +244,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in preset.items())
         for name, preset in PRESETS.items()
     )
-    parser = new_parser(
+    parser = training.new_parser(
         "Train the tokenizer and the base model, and show a sample.",
         "Presets change defaults: " + "; ".join(presets),
     )
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="cpu", help="recipe to start from")
     add("--compile", action="store_true", help="torch.compile: faster steps after a slow start")
-    add_run_flags(parser, ("tinyshakespeare", "sample"), "a UTF-8 text file or a folder of them")
-    for config_class in (DataConfig, GPTConfig, TrainConfig):
+    training.add_run_flags(
+        parser, ("tinyshakespeare", "sample"), "a UTF-8 text file or a folder of them"
+    )
+    for config_class in (DataConfig, GPTConfig, training.TrainConfig):
         skip = "vocab_size" if config_class is GPTConfig else ""
-        add_config_flags(parser, config_class, PRESETS["cpu"], skip)
+        training.add_config_flags(parser, config_class, PRESETS["cpu"], skip)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    leave(main())
+    training.leave(main())

@@ -1,10 +1,11 @@
-"""One training loop for every model of this repository; it knows nothing of GPT.
+"""One training loop for every model of this repository.
 
     result = train(model, batches, loss_fn, TrainConfig(steps=1000), ...)
 
 The caller says what a batch and its loss are. The loop does the rest: AdamW or Muon, learning-rate
 schedule, gradient accumulation and clipping, mixed precision, validation, log, checkpoints,
-resuming, Ctrl-C, and several processes under torchrun.
+resuming, Ctrl-C, and several processes under torchrun. It knows nothing of GPT; the losses and the
+flags that the scripts share stand below it.
 
 Nothing random is kept between steps: the batches, and the dropout masks, of step n follow from the
 seed and n alone. That is why a run that was killed and resumed ends with the very same weights.
@@ -30,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,7 @@ except ImportError:  # Windows
 FORMAT_VERSION = 2
 LOG_EVERY = 10  # steps
 
+T = TypeVar("T")
 Batch = tuple[Tensor, ...]
 LossFn = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 
@@ -134,6 +136,9 @@ class Runtime:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         processes = f", {self.world_size} processes" if self.world_size > 1 else ""
         return f"{self.device}, {precision}{threads}{processes}"
+
+
+CPU = Runtime(torch.device("cpu"), torch.float32)  # where nothing is gained by more
 
 
 @contextlib.contextmanager
@@ -241,6 +246,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory this process has held: on the GPU if there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux, where `ru_maxrss` may be that of a larger parent process
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     try:
         import resource
     except ImportError:  # Windows
@@ -343,14 +351,16 @@ class TrainResult:
     """What a training came to.
 
     Attributes:
-        interrupted: The signal that ended it early (a resumable state is on disk), or None.
         best: Step and validation figures of the best weights.
         seconds: Training time, validation included, over all sessions of the run.
     """
 
-    interrupted: signal.Signals | None
     best: dict[str, float]
     seconds: float
+
+
+class Interrupted(Exception):
+    """A signal, the argument, ended a training early; a resumable state is on disk."""
 
 
 def train(
@@ -362,11 +372,11 @@ def train(
     runtime: Runtime,
     validate: Callable[[], dict[str, float]],
     criterion: str = "val_loss",
-    run_path: Path,
+    path: Path,
     facts: dict[str, Any],
     resume: bool = False,
 ) -> TrainResult:
-    """Trains `model` in place; unless interrupted, it ends with the best weights.
+    """Trains `model` in place; it ends with the best weights.
 
     Args:
         model: Parameters that require gradients are trained, and alone kept in the states.
@@ -378,17 +388,19 @@ def train(
         runtime: Where.
         validate: Figures of the model as it is, called on every process.
         criterion: The figure whose lowest value, the last one of equals, marks the weights to keep.
-        run_path: Path of the run without suffix: `.log.jsonl` gets a line every few steps,
-            `.resume.pth` the resumable state, which the caller removes once the result is saved.
+        path: Where the caller will save the result. Beside it, with the suffix `.log.jsonl`, a log
+            gets a line every few steps ("tokens" there are the things that `loss_fn` counts), and
+            `state_path` holds a resumable state, which the caller removes once the result is saved.
         facts: What the run was started with (data, tokenizer, model); `resume` refuses others.
-        resume: Whether to go on from `.resume.pth`.
+        resume: Whether to go on from that state.
 
     Raises:
         FileNotFoundError: `resume` without a state to resume.
         FloatingPointError: The loss or a gradient is not finite; the states on disk are good.
+        Interrupted: This process, or another of the run, got SIGINT (Ctrl-C) or SIGTERM.
         ValueError: The state to resume is of a run with another configuration.
     """
-    run = _Run(model, config, runtime, facts, run_path, criterion)
+    run = _Run(model, config, runtime, facts, path, criterion)
     if resume:
         run.load()
     if runtime.world_size > 1:
@@ -402,20 +414,25 @@ def train(
         if not resume:
             run.write(log=False, state=True)  # from here on there is something to resume
         while run.step < config.steps:
-            stop = run.take_step(batches, loss_fn, stop=signals.caught is not None)
-            finished = run.step == config.steps
-            if validated := run.step % config.eval_every == 0 or finished:
+            run.take_step(batches, loss_fn)
+            if validated := run.step % config.eval_every == 0 or run.step == config.steps:
                 run.validate(validate)
-            run.write(log=validated or run.step % LOG_EVERY == 0, state=validated or stop)
+            stop = run.told_to_stop(signals.caught)
+            run.write(log=validated or run.step % LOG_EVERY == 0, state=validated or bool(stop))
             progress.set_postfix(run.figures(), refresh=False)
             progress.update()
-            if stop and not finished:
-                return TrainResult(signals.caught or signal.SIGTERM, run.best, run.seconds)
+            if stop:
+                raise Interrupted(stop)
     if stop := run.told_to_stop(signals.caught):
-        return TrainResult(stop, run.best, run.seconds)
+        raise Interrupted(stop)
     run.put(run.best_weights)
     model.eval()
-    return TrainResult(None, run.best, run.seconds)
+    return TrainResult(run.best, run.seconds)
+
+
+def state_path(path: Path) -> Path:
+    """Where the resumable state of a training lies whose result goes to `path`."""
+    return path.with_suffix(".resume.pth")
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -433,23 +450,23 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
         ValueError: No parameter requires gradients.
     """
     modules = dict(model.named_modules())
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "others": [], "vectors": []}
+    groups: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": [], "undecayed": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         owner, _, leaf = name.rpartition(".")
-        hidden = isinstance(modules[owner], nn.Linear) and not owner.endswith("head")
-        hidden = config.optimizer == "muon" and (hidden or leaf in ("lora_A", "lora_B"))
-        kind = "vectors" if parameter.ndim < 2 else "matrices" if hidden else "others"
+        inside = isinstance(modules[owner], nn.Linear) and not owner.endswith("head")
+        by_muon = config.optimizer == "muon" and (inside or leaf in ("lora_A", "lora_B"))
+        kind = "undecayed" if parameter.ndim < 2 else "muon" if by_muon else "adamw"
         groups[kind].append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
-    decays = {"others": config.weight_decay, "vectors": 0.0}
+    decays = {"adamw": config.weight_decay, "undecayed": 0.0}
     if adamw := [{"params": groups[k], "weight_decay": d} for k, d in decays.items() if groups[k]]:
         rate, betas = config.learning_rate, (0.9, 0.95)
         optimizers.append(torch.optim.AdamW(adamw, lr=rate, betas=betas, fused=True))
-    if groups["matrices"]:
+    if groups["muon"]:
         rate, decay = config.muon_learning_rate, config.weight_decay
-        optimizers.append(torch.optim.Muon(groups["matrices"], lr=rate, weight_decay=decay))
+        optimizers.append(torch.optim.Muon(groups["muon"], lr=rate, weight_decay=decay))
     if not optimizers:
         raise ValueError("no parameter requires gradients: nothing to train")
     for optimizer in optimizers:
@@ -464,13 +481,13 @@ def mean_loss(
     """Mean loss over fixed batches, shared out among the processes.
 
     Returns:
-        Sum of losses divided by the sum of weights; NaN where the weights are zero.
+        Sum of losses divided by the sum of counts; NaN where nothing is counted.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     with torch.inference_mode(), runtime.autocast():
         for batch in batches[runtime.rank :: runtime.world_size]:
-            loss, weight = loss_fn(model, _to(batch, runtime.device))
-            sums += torch.stack([loss, weight]).cpu().double()
+            loss, count = loss_fn(model, _to(batch, runtime.device))
+            sums += torch.stack([loss, count]).cpu().double()
     if runtime.world_size > 1:
         sums = sums.to(runtime.device if runtime.device.type == "cuda" else "cpu")
         dist.all_reduce(sums)
@@ -498,13 +515,13 @@ def prefix_classification_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, 
 
     Args:
         model: Also has `token_logits`, which maps token ids (B, T) to logits (B, T, classes).
-        batch: Token ids, lengths and labels (B,).
+        batch: Token ids, lengths and class probabilities to learn (B, classes).
     """
-    ids, lengths, labels = batch
+    ids, lengths, targets = batch
     B, T = ids.shape
     logits = model.token_logits(ids).float()
     losses = F.cross_entropy(
-        logits.flatten(0, 1), labels.repeat_interleave(T), reduction="none"
+        logits.flatten(0, 1), targets.repeat_interleave(T, dim=0), reduction="none"
     ).view(B, T)
     places = torch.arange(1, T + 1, device=ids.device).expand(B, T)
     weights = places * (places <= lengths[:, None])
@@ -565,7 +582,7 @@ class _Run:
         config: TrainConfig,
         runtime: Runtime,
         facts: dict[str, Any],
-        run_path: Path,
+        path: Path,
         criterion: str,
     ):
         self.model, self.config, self.runtime = model, config, runtime
@@ -576,70 +593,67 @@ class _Run:
         self.facts = {
             **facts,
             "world_size": runtime.world_size,
+            "precision": str(runtime.dtype),
             "train_config": asdict(config),
             "criterion": criterion,
         }
-        self.state_path = run_path.with_name(run_path.name + ".resume.pth")
-        self.log_path = run_path.with_name(run_path.name + ".log.jsonl")
+        self.state_path, self.log_path = state_path(path), path.with_suffix(".log.jsonl")
         self.step, self.seconds, self.tokens, self.log_bytes = 0, 0.0, 0.0, 0
         self.best: dict[str, float] = {}
         self.best_weights: dict[str, Tensor] = {}
         self.recent_losses: list[float] = []
         self.validation: dict[str, float] = {}  # not yet logged
 
-    def take_step(
-        self, batches: Callable[[int, int], Sequence[Batch]], loss_fn: LossFn, stop: bool
-    ) -> bool:
-        """One optimizer step; returns whether any process was told to stop."""
+    def take_step(self, batches: Callable[[int, int], Sequence[Batch]], loss_fn: LossFn) -> None:
+        """One optimizer step."""
         started = time.perf_counter()
         factor = learning_rate_factor(self.step, self.config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-        loss, weight, stop = self._accumulate_gradients(batches, loss_fn, stop)
-        if weight:
-            self._scale_gradients(weight, loss)
+        loss, count = self._accumulate_gradients(batches, loss_fn)
+        if count:
+            self._scale_gradients(count, loss)
             for optimizer in self.optimizers:
                 optimizer.step()
             self.recent_losses = [*self.recent_losses, loss][-LOG_EVERY:]
         self.step += 1
-        self.tokens += weight
+        self.tokens += count
         self.seconds += time.perf_counter() - started
-        return stop
 
     def _accumulate_gradients(
-        self, batches: Callable[[int, int], Sequence[Batch]], loss_fn: LossFn, stop: bool
-    ) -> tuple[float, float, bool]:
+        self, batches: Callable[[int, int], Sequence[Batch]], loss_fn: LossFn
+    ) -> tuple[float, float]:
         """Leaves the gradient of the summed loss of the whole step in `.grad`, on every process.
 
         Returns:
-            Mean loss, the weight it was divided by, and whether any process was told to stop.
+            Mean loss, and the count it was divided by.
         """
         rank, world_size = self.runtime.rank, self.runtime.world_size
         for parameter in self.parameters:
             parameter.grad = None
         torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 4096 + rank)  # dropout
-        sums = torch.tensor([0.0, 0.0, float(stop)], device=self.runtime.device)
+        sums = torch.zeros(2, device=self.runtime.device)
         parts = batches(self.step, self.config.grad_accumulation * world_size)
         for batch in parts[rank::world_size]:
             if not len(batch[0]):
                 continue
             with self.runtime.autocast():
-                loss, weight = loss_fn(self.model, _to(batch, self.runtime.device))
+                loss, count = loss_fn(self.model, _to(batch, self.runtime.device))
             loss.backward()
-            sums[:2] += torch.stack([loss.detach(), weight])
+            sums += torch.stack([loss.detach(), count])
         if world_size > 1:
             _sum_over_processes(self.parameters, sums)
-        loss, weight, stops = sums.tolist()
-        return (loss / weight if weight else math.nan), weight, stops > 0
+        loss, count = sums.tolist()
+        return (loss / count if count else math.nan), count
 
-    def _scale_gradients(self, weight: float, loss: float) -> None:
+    def _scale_gradients(self, count: float, loss: float) -> None:
         """Turns gradients of the sum into gradients of the mean, and clips their norm."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item() / weight
+        norm = torch.nn.utils.get_total_norm(gradients).item() / count
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise FloatingPointError(_diverged(f"loss {loss} and gradient norm {norm}", self.step))
-        scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6)) / weight
+        scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6)) / count
         torch._foreach_mul_(gradients, scale)
 
     def validate(self, validate: Callable[[], dict[str, float]]) -> None:
@@ -767,10 +781,10 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def command_line(script: str, argv: list[str] | None, runtime: Runtime) -> str:
+def command_line(script: str, argv: list[str] | None) -> str:
     """The command as typed, to be shown and recorded."""
-    n = runtime.world_size
-    launcher = ["torchrun", f"--nproc_per_node={n}"] if n > 1 else ["python"]
+    n = os.environ.get("WORLD_SIZE", "1")
+    launcher = ["python"] if n == "1" else ["torchrun", f"--nproc_per_node={n}"]
     return shlex.join([*launcher, script, *(sys.argv[1:] if argv is None else argv)])
 
 
@@ -779,21 +793,21 @@ def relative_path(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
 
 
-def measured(
+def provenance(
     command: str, runtime: Runtime, result: TrainResult, config: TrainConfig
 ) -> dict[str, Any]:
     """How a checkpoint was made, for the checkpoint."""
-    packages = ("torch", "numpy", "bitsandbytes")
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "numpy", "bitsandbytes"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "command": command,
         "train_config": asdict(config),
         "runtime": runtime.describe(),
         "seconds": result.seconds,
         "peak_memory_bytes": peak_memory_bytes(runtime.device),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
+        "versions": versions,
     }
 
 
@@ -855,9 +869,24 @@ def add_config_flags(
         group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
 
 
-def chosen_fields(config_class: type, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that are fields of a config dataclass."""
-    return {f.name: options[f.name] for f in fields(config_class) if f.name in options}
+def from_options(config_class: type[T], options: dict[str, Any]) -> T:
+    """A config dataclass with those of the options that are fields of it.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+    return config_class(
+        **{f.name: options[f.name] for f in fields(config_class) if f.name in options}
+    )
+
+
+def fine_tuning_config(
+    options: dict[str, Any], epochs: int, batch_size: int, n_examples: int
+) -> TrainConfig:
+    """How to train with no more steps than so many passes, validating after each by default."""
+    steps_per_epoch = max(1, n_examples // batch_size)
+    steps = min(options["steps"], epochs * steps_per_epoch)
+    return from_options(TrainConfig, {"eval_every": steps_per_epoch, **options, "steps": steps})
 
 
 def _attribute_help(config_class: type, name: str) -> str:
@@ -867,8 +896,8 @@ def _attribute_help(config_class: type, name: str) -> str:
 
 
 def one_line_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
-    """Makes a script's `main` report what a user got wrong in a line on stderr, with exit code
-    2."""
+    """Makes a script's `main` report in a line on stderr what a user got wrong, with exit code 2,
+    or how an interrupted training goes on, with 130 or 143."""
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
@@ -879,7 +908,11 @@ def one_line_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[s
         except (ValueError, OSError, FloatingPointError) as error:
             message, code = f"error: {error}", 2
         except torch.OutOfMemoryError:
-            message, code = "error: out of GPU memory: raise --grad-accumulation", 2
+            message, code = "error: out of GPU memory: in a training, raise --grad-accumulation", 2
+        except Interrupted as stop:
+            command = command_line(Path(inspect.getfile(main)).name, argv)
+            resume = "" if "--resume" in shlex.split(command) else " --resume"
+            message, code = f"interrupted; continue with: {command}{resume}", 128 + stop.args[0]
         except KeyboardInterrupt:
             message, code = "interrupted", 130
         if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process speaks

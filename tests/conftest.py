@@ -1,5 +1,6 @@
 """Fixtures small enough to build in a blink; everything is written below `tmp_path`."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import tempfile
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = tempfile.mkdtemp(prefix="hypothesis-")
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +20,11 @@ import torch
 import finetune_classifier
 import finetune_lora_classifier
 import finetune_qlora_instructions
+import training
 from data_loader import SAMPLES
 from model import GPTConfig, GPTModel
 from tokenizer import BPETokenizer
-from training import FORMAT_VERSION, Runtime, save_checkpoint
+from training import Runtime, save_checkpoint
 
 # Options of trainings that take a second.
 TINY_SENTIMENT = """--context-length 24 --batch-size 8 --steps 12 --language-steps 6
@@ -35,6 +39,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 PLAY = (SAMPLES / "play.txt").read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def unsaved() -> Iterator[None]:
+    """A training that cannot save its result leaves the state to resume."""
+
+    def full_disk(path: Path, checkpoint: dict[str, Any]) -> None:
+        if checkpoint["kind"] != "resume":
+            raise OSError("no space left")
+        save_checkpoint(path, checkpoint)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", full_disk)
+        yield
 
 
 def run_under_torchrun(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -97,12 +115,9 @@ def own_text(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def base_checkpoint(tmp_path: Path, model: GPTModel, tokenizer: BPETokenizer) -> Path:
-    """A base checkpoint of random weights with its tokenizer beside it."""
-    path = tmp_path / "checkpoints" / "model_weights.pth"
+def save_base(path: Path, model: GPTModel, tokenizer: BPETokenizer) -> None:
+    """Writes a base checkpoint with its tokenizer beside it."""
     checkpoint = {
-        "format": FORMAT_VERSION,
         "kind": "base",
         "model_config": asdict(model.config),
         "weights": model.state_dict(),
@@ -111,6 +126,13 @@ def base_checkpoint(tmp_path: Path, model: GPTModel, tokenizer: BPETokenizer) ->
     }
     save_checkpoint(path, checkpoint)
     tokenizer.save(path.with_name("tokenizer.json"))
+
+
+@pytest.fixture
+def base_checkpoint(tmp_path: Path, model: GPTModel, tokenizer: BPETokenizer) -> Path:
+    """A base checkpoint of random weights with its tokenizer beside it."""
+    path = tmp_path / "checkpoints" / "model_weights.pth"
+    save_base(path, model, tokenizer)
     return path
 
 
@@ -128,16 +150,7 @@ def all_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: BPETokenizer
     """Folder with a tiny model of each kind, made by the scripts."""
     folder = tmp_path_factory.mktemp("models")
     config = tiny_config(tokenizer.vocab_size, n_embd=64, context_length=64)
-    checkpoint = {
-        "format": FORMAT_VERSION,
-        "kind": "base",
-        "model_config": vars(config),
-        "weights": randomised(GPTModel(config)).state_dict(),
-        "tokenizer_sha256": tokenizer.sha256,
-        "made": {"seconds": 1.0, "peak_memory_bytes": 1},
-    }
-    save_checkpoint(folder / "model_weights.pth", checkpoint)
-    tokenizer.save(folder / "tokenizer.json")
+    save_base(folder / "model_weights.pth", randomised(GPTModel(config)), tokenizer)
     paths = ["--base", str(folder / "model_weights.pth"), "--out-dir", str(folder)]
     common = [*paths, "--dataset", "sample", "--max-examples", "80"]
     for script in (finetune_classifier, finetune_lora_classifier):

@@ -8,16 +8,15 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PLAY, TINY_INSTRUCTIONS, TINY_SENTIMENT
+from conftest import PLAY, TINY_INSTRUCTIONS, TINY_SENTIMENT, unsaved
 
 import app
 import evaluate
-import finetune_classifier
 import finetune_lora_classifier
 import finetune_qlora_instructions
 import generation
@@ -99,18 +98,6 @@ READERS: dict[str, Callable[[Path], int]] = {
 }
 
 
-@contextlib.contextmanager
-def unsaved(module: object) -> Iterator[None]:
-    """A training that cannot save its result leaves the state to resume."""
-
-    def full_disk(*_: object) -> None:
-        raise OSError("no space left")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "save_checkpoint", full_disk)
-        yield
-
-
 @pytest.fixture(scope="module")
 def whole(all_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of each kind, and states to resume."""
@@ -118,13 +105,13 @@ def whole(all_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(all_models, folder)
     (folder / "own.txt").write_text(PLAY[:6000])
     common = ["--dataset", "sample", "--max-examples", "80", "--base", str(folder / BASE)]
-    with unsaved(finetune_qlora_instructions):
+    with unsaved():
         options = [*common, "--out-dir", str(folder), *TINY_INSTRUCTIONS]
         assert finetune_qlora_instructions.main(options) == 2
-    with unsaved(finetune_classifier):
+    with unsaved():
         options = [*common, "--out-dir", str(folder), *TINY_SENTIMENT]
         assert finetune_lora_classifier.main(options) == 2
-    with unsaved(main):
+    with unsaved():
         assert trained(folder) == 2
     return folder
 

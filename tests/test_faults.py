@@ -206,7 +206,7 @@ def test_an_interruption_at_the_very_end_is_not_lost(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Between the two phases of a fine-tuning, where the second would swallow it."""
-    measure = finetune_classifier.perplexity
+    measure = main.perplexity
 
     def interrupted(*arguments: object) -> dict[str, float]:
         os.kill(os.getpid(), sent)
@@ -215,7 +215,7 @@ def test_an_interruption_at_the_very_end_is_not_lost(
     name, out = "lora_classifier_weights.pth", tmp_path / "out"
     options = options_of(name, all_models, own, out)
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_classifier, "perplexity", interrupted)
+        patch.setattr(main, "perplexity", interrupted)
         assert finetune_lora_classifier.main(options) == 128 + sent
     assert not (out / name).exists()
     assert finetune_lora_classifier.main([*options, "--resume"]) == 0
@@ -237,7 +237,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def test_token_ids_that_do_not_fit_on_the_disk_are_not_kept(
-    own: Path, tokenizer: BPETokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own: Path, tokenizer: BPETokenizer, tmp_path: Path
 ):
     corpus = Corpus("own", (own,))
     with largest_file(3_000), pytest.raises(OSError, match=r"cannot write .*train-"):
@@ -437,19 +437,6 @@ def test_an_absurd_rate_ends_in_one_line_or_in_finite_weights(
         assert all(w.isfinite().all() for w in weights)
     else:
         assert code == 2 and said.count("\nerror: ") == 1 and "Traceback" not in said
-
-
-def test_reviews_of_one_class_are_one_line(
-    all_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    path = tmp_path / "praise.jsonl"
-    path.write_text(
-        "".join(json.dumps({"text": f"good {i}", "label": 1}) + "\n" for i in range(60))
-    )
-    name = "finetuned_classifier_weights.pth"
-    options = options_of(name, all_models, path, tmp_path / "out", "--data", str(path))
-    assert finetune_classifier.main(options) == 2
-    assert "error: " in capsys.readouterr().err.strip().split("\n")[-1]
 
 
 # ---- memory

@@ -86,7 +86,7 @@ def test_prefix_loss_by_hand():
     torch.manual_seed(0)
     model = randomised(GPTClassificationModel(GPTModel(tiny_config(50)), 2))
     ids, lengths, labels = torch.randint(50, (2, 5)), torch.tensor([5, 2]), torch.tensor([1, 0])
-    loss, n = prefix_classification_loss(model, (ids, lengths, labels))
+    loss, n = prefix_classification_loss(model, (ids, lengths, torch.eye(2)[labels]))
     expected = 0.0
     for row, length, label in zip(ids, lengths.tolist(), labels):
         each = [
@@ -128,14 +128,6 @@ def test_any_text_has_probabilities_whatever_stands_beside_it(texts: list[str]):
     np.testing.assert_allclose(together.sum(1), 1)
 
 
-def test_a_megabyte_without_a_space_is_judged(tokenizer: BPETokenizer):
-    model = GPTClassificationModel(
-        randomised(GPTModel(tiny_config(tokenizer.vocab_size))), 2
-    ).eval()
-    runtime = Runtime(torch.device("cpu"), torch.float32)
-    assert class_probabilities(model, tokenizer, ["x" * 1_000_000], runtime).shape == (1, 2)
-
-
 def test_the_linear_baseline_learns_what_a_word_decides(reviews: Path):
     rows = evaluate.read_reviews(reviews)
     linear = evaluate.linear_baseline(rows[:40])
@@ -144,6 +136,20 @@ def test_the_linear_baseline_learns_what_a_word_decides(reviews: Path):
     assert found["majority class"]["accuracy"] == 0.5
     table = evaluate.sentiment_table(found)
     assert "| majority class | 50.0% | 29.9% to 70.1% | 0.333 | 10 | 0 | 10 | 0 |" in table
+
+
+def test_the_teacher_has_not_seen_the_label_that_it_judges():
+    texts = [("good stuff", 1), ("bad stuff", 0)] * 10
+    rows = [Review(text, label) for text, label in texts] + [Review("good stuff", 0)]
+    found = finetune_classifier.softened_labels(rows, teacher_share=0.5)
+    opinions = 2 * found - np.eye(2)[[row.label for row in rows]]
+    assert (opinions[:20].argmax(1) == [row.label for row in rows[:20]]).all()
+    assert opinions[20, 1] > 0.5  # of the label that is wrong
+    np.testing.assert_allclose(opinions.sum(1), 1)
+    without = finetune_classifier.softened_labels(rows, teacher_share=0.0)
+    assert without.tolist() == np.eye(2)[[row.label for row in rows]].tolist()
+    single = finetune_classifier.softened_labels(rows[:3], teacher_share=0.5)  # one of a class
+    assert single.tolist() == np.eye(2)[[1, 0, 1]].tolist()
 
 
 def test_the_linear_baseline_reloads_to_the_same_probabilities(reviews: Path, tmp_path: Path):
@@ -245,14 +251,6 @@ def test_an_adapter_on_another_base_is_refused(reviews: Path, folder: Path):
             load_classifier(folder / LORA)
 
 
-def test_peft_export_holds_the_adapter(reviews: Path, folder: Path, tmp_path: Path):
-    target = tmp_path / "peft"
-    more = ["--export-peft", str(target)]
-    assert finetune_lora_classifier.main(arguments(reviews, folder, *more)) == 0
-    names = sorted(path.name for path in target.iterdir())
-    assert names == ["adapter_config.json", "adapter_model.safetensors"]
-
-
 @pytest.mark.parametrize("module", SCRIPTS.values(), ids=lambda m: m.__name__)
 def test_without_a_base_the_message_names_the_command(
     module: object, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -296,15 +294,6 @@ def test_one_flipped_bit_in_a_weight_is_noticed(reviews: Path, folder: Path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         load_classifier(path)
-
-
-def test_own_reviews_are_never_a_control_token(tokenizer: BPETokenizer):
-    rows = [Review("<|endoftext|> <|pad|>", 1)]
-    batches, _ = evaluate.review_batches(rows, tokenizer, 100)
-    ids, lengths, _ = batches[0]
-    special = set(tokenizer.special_tokens.values())
-    assert not special & set(ids[0, : lengths[0]].tolist())
-    assert tokenizer.decode(ids[0, : lengths[0]].tolist()) == rows[0].text
 
 
 def test_two_processes_train_an_adapter(reviews: Path, folder: Path, tmp_path: Path):

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from training import (
     FORMAT_VERSION,
     Batch,
+    Interrupted,
     Runtime,
     TrainConfig,
     TrainResult,
@@ -88,7 +88,7 @@ def run(
         TrainConfig(**settings),
         runtime=runtime,
         validate=validate,
-        run_path=tmp_path / "run",
+        path=tmp_path / "run.pth",
         facts=facts or {},
         resume=resume,
     )
@@ -133,7 +133,7 @@ def test_the_best_weights_are_kept(tmp_path: Path, runtime: Runtime):
         config,
         runtime=runtime,
         validate=validate,
-        run_path=tmp_path / "run",
+        path=tmp_path / "run.pth",
         facts={},
     )
     assert result.best == {"step": 10, "val_loss": 1.0}
@@ -244,7 +244,7 @@ def test_a_step_without_targets_changes_nothing(tmp_path: Path, runtime: Runtime
         TrainConfig(steps=3),
         runtime=runtime,
         validate=lambda: {"val_loss": 1.0},
-        run_path=tmp_path / "run",
+        path=tmp_path / "run.pth",
         facts={},
     )
     assert same(net.state_dict(), before)
@@ -265,10 +265,11 @@ def test_an_interrupted_run_ends_with_the_same_weights(
             os.kill(os.getpid(), sent)
         return batches(step, parts)
 
-    _, result = run(tmp_path / "b", runtime, batches=interrupted)
-    assert result.interrupted == sent
+    with pytest.raises(Interrupted) as stopped:
+        run(tmp_path / "b", runtime, batches=interrupted)
+    assert stopped.value.args == (sent,)
     assert signal.getsignal(sent) in (signal.default_int_handler, signal.SIG_DFL)
-    resumed, result = run(tmp_path / "b", runtime, resume=True)
+    resumed, _ = run(tmp_path / "b", runtime, resume=True)
     assert same(resumed.state_dict(), expected.state_dict())
     logs = [(tmp_path / d / "run.log.jsonl").read_text() for d in "ab"]
     assert len(logs[0].split("\n")) <= len(logs[1].split("\n"))
@@ -331,34 +332,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_good_states(
         run(tmp_path, runtime, net, batches=poisoned)
     state = load_checkpoint(tmp_path / "run.resume.pth", "resume")
     assert all(tensor.isfinite().all() for tensor in state["weights"].values())
-
-
-def limit_file_size(limit: int) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-
-
-def test_a_full_disk_is_an_error_and_the_old_file_stays(tmp_path: Path):
-    path = tmp_path / "a.pth"
-    save_checkpoint(
-        path, {"format": FORMAT_VERSION, "kind": "base", "weights": {"x": torch.ones(3)}}
-    )
-    before = path.read_bytes()
-    script = (
-        "import torch, pathlib, training\n"
-        f"path = pathlib.Path({str(path)!r})\n"
-        "training.save_checkpoint(path, {'weights': {'x': torch.ones(100_000)}})"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: limit_file_size(10_000),
-    )
-    assert "OSError: cannot write" in done.stderr and "a.pth" in done.stderr
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.999])
