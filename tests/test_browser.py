@@ -74,11 +74,13 @@ def pictures(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def settle(page: Page) -> None:
-    """Waits until the app has nothing more to do."""
+    """Waits until the app has nothing more to do and its charts are drawn."""
     for pause in (800, 200):  # a run may start a moment after what caused it
         page.wait_for_timeout(pause)
         app = page.get_by_test_id("stApp")
         expect(app).to_have_attribute("data-test-script-state", "notRunning")
+    for chart in page.get_by_test_id("stVegaLiteChart").all():
+        expect(chart.locator("canvas, svg").first).to_be_visible()
 
 
 def go_to(page: Page, address: str, name: str) -> None:
@@ -213,11 +215,11 @@ def test_tokens_are_shown_as_they_are(address: str, page: Page):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_narrow_dark_window_does_not_scroll_sideways(
-    name: str, address: str, page: Page, tmp_path: Path
+    name: str, address: str, page: Page, pictures: Path
 ):
     page.set_viewport_size({"width": 420, "height": 900})
     page.emulate_media(color_scheme="dark")
     go_to(page, address, name)
     main = page.get_by_test_id("stMain")
     assert main.evaluate("e => e.scrollWidth - e.clientWidth") <= 0
-    page.screenshot(path=tmp_path / "narrow.png")
+    shoot(page, pictures / f"narrow_{name}.png")
