@@ -50,6 +50,7 @@ MAX_ROWS, MAX_UPLOAD_MB = 10_000, 10
 SHOWN_TOKENS, ATTENTION_TOKENS = 15, 32
 REFRESH_SECONDS = 3.0
 CHART_COLOR = "#3a7ca5"
+FINE_TUNINGS = ("full fine-tuning", "LoRA", "QLoRA, 4-bit base")  # rows of the report
 TASKS = {"language": "Language", "sentiment": "Sentiment", "instructions": "Instructions"}
 
 
@@ -505,7 +506,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def show_costs(rows: dict[str, list[dict[str, Any]]]) -> None:
     """Charts of parameters trained, memory and time, full against LoRA against QLoRA."""
     for task in ("sentiment", "instructions"):
-        frame = pd.DataFrame([row for row in rows[task] if "peak_memory_bytes" in row])
+        tuned = [row for row in rows[task] if row["model"] in FINE_TUNINGS]
+        frame = pd.DataFrame([row for row in tuned if "peak_memory_bytes" in row])
         if frame.empty:
             continue
         frame["peak memory (GiB)"] = frame["peak_memory_bytes"] / 2**30

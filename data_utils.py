@@ -146,7 +146,8 @@ class TokenBatches:
         if len(ids) <= context_length:
             raise ValueError(
                 f"the training text has {len(ids)} tokens, too few for a context of "
-                f"{context_length}: use a longer text, or a base with a smaller --context-length"
+                f"{context_length}: use a longer text, or train the base with a smaller "
+                "--context-length"
             )
         self.ids, self.context_length, self.seed = ids, context_length, seed
         self.split_probability, self.steps = split_probability, steps

@@ -210,7 +210,7 @@ def out_of_fold_probabilities(rows: list[Review], folds: int = 5) -> np.ndarray:
     """Class probabilities (N, classes) of labelled texts, by linear models that did not see them.
 
     The rows are cut into `folds` parts, or into as many as the smaller class has rows; each part is
-    judged by a `linear_baseline` of the others.
+    judged by a `linear_baseline` of the others (which may know a text that stands there twice).
 
     Raises:
         ValueError: A class has fewer than two rows.
@@ -561,7 +561,8 @@ def _instruction_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[di
     def measure_base(adapter: Path) -> dict[str, Any]:
         tuned = load_checkpoint(adapter, INSTRUCTION_KINDS[1:], INSTRUCTION_HINT)
         path = adapter.parent / tuned["base"]
-        model, tokenizer, checkpoint = load_language_model(path)
+        checkpoint = _base_of(adapter, tuned, path, INSTRUCTION_HINT)
+        model, tokenizer, _ = load_language_model(path)
         model = with_context(model, tuned["model_config"]["context_length"], 0.0)
         costs = _costs(path, checkpoint, count_parameters(model))
         return {**figures(model.to(runtime.device), tokenizer, tuned), **costs}

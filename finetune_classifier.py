@@ -1,6 +1,6 @@
 """Sentiment of Amazon reviews: the base model, every weight fine-tuned.
 
-    python finetune_classifier.py                     # Amazon polarity, ten minutes on two cores
+    python finetune_classifier.py                     # Amazon polarity, eight minutes on two cores
     python finetune_classifier.py --dataset sample    # the small bundled reviews
     python finetune_classifier.py --data FILE         # your own: JSONL, CSV or TSV
 
@@ -150,8 +150,9 @@ def run(args: argparse.Namespace, argv: list[str] | None, lora: LoRAConfig | Non
             job = _prepare(args, training.command_line(script, argv), lora, runtime)
             baseline = _fit_baseline(job) if runtime.rank == 0 else None
             language_model = _held_language_model(job)
+        targets = softened_labels(job.split.train, job.config.teacher_share)
         model, facts = _new_classifier(language_model or _train_language_model(job), job)
-        result = _train_classifier(model, facts, job)
+        result = _train_classifier(model, targets, facts, job)
         if runtime.rank == 0:
             made = training.provenance(job.command, runtime, result, job.train_config)
             _finish(model, result, {**facts, "made": made}, baseline, job)
@@ -168,6 +169,8 @@ def _prepare(
     split = split_reviews(reviews)
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in vars(split).items())
     say(f"reviews: {reviews.name}, {sizes}; runtime: {runtime.describe()}")
+    n = len(split.train)
+    train_config = training.fine_tuning_config(vars(args), config.epochs, config.batch_size, n)
     name = "lora_classifier_weights.pth" if lora else "finetuned_classifier_weights.pth"
     path = args.out_dir / name
     copy_tokenizer(tokenizer, args.out_dir)
@@ -176,10 +179,9 @@ def _prepare(
         states[0].unlink(missing_ok=True)  # of a run that was given up
     elif args.resume and not any(state.is_file() for state in states):
         raise FileNotFoundError(f"there is no {states[0]} to resume: leave --resume out")
-    n = len(split.train)
     return _Job(
         config=config,
-        train_config=training.fine_tuning_config(vars(args), config.epochs, config.batch_size, n),
+        train_config=train_config,
         data=reviews.facts,
         split=split,
         tokenizer=tokenizer,
@@ -236,7 +238,17 @@ def _held_language_model(job: _Job) -> GPTModel | None:
 
 
 def _train_language_model(job: _Job) -> GPTModel:
-    """The base, trained in place on the texts of the training reviews, and saved."""
+    """The base, trained in place on the texts of the training reviews, and saved.
+
+    Raises:
+        ValueError: There is a classifier to resume, which started from another language model.
+    """
+    states = [training.state_path(path) for path in (job.path, job.language_path)]
+    if job.resume and states[0].is_file() and not states[1].is_file():
+        raise ValueError(
+            f"{states[0]} did not start from {job.language_path}: give the same options, or start "
+            "over without --resume"
+        )
     model = job.base.to(job.runtime.device)
     texts = [
         reviews_as_text(rows, job.tokenizer) for rows in (job.split.train, job.split.validation)
@@ -262,7 +274,7 @@ def _train_language_model(job: _Job) -> GPTModel:
         path=job.language_path,
         facts=_language_facts(job),
         command=job.command,
-        resume=job.resume and training.state_path(job.language_path).is_file(),
+        resume=job.resume and states[1].is_file(),
     )
     return model
 
@@ -294,7 +306,7 @@ def _new_classifier(
 
 
 def _train_classifier(
-    model: GPTClassificationModel, facts: dict[str, Any], job: _Job
+    model: GPTClassificationModel, targets: np.ndarray, facts: dict[str, Any], job: _Job
 ) -> training.TrainResult:
     """Trains on the labels; keeps the weights that rank the validation texts best.
 
@@ -319,7 +331,7 @@ def _train_classifier(
 
     batches = review_training_batches(
         split.train,
-        softened_labels(split.train, config.teacher_share),
+        targets,
         job.tokenizer,
         context_length=config.context_length,
         batch_size=config.batch_size,
@@ -351,6 +363,7 @@ def softened_labels(rows: list[Review], teacher_share: float) -> np.ndarray:
     hard = np.eye(len(CLASSES))[labels]
     if not teacher_share or np.bincount(labels, minlength=len(CLASSES)).min() < 2:
         return hard
+    say(f"labels: mixed with a linear model's opinion, {teacher_share:.0%}")
     return (1 - teacher_share) * hard + teacher_share * out_of_fold_probabilities(rows)
 
 

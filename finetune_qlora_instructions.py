@@ -1,6 +1,6 @@
 """Following instructions with QLoRA: a 4-bit base, low-rank adapters, loss on responses only.
 
-    python finetune_qlora_instructions.py                   # Dolly-15k, ten minutes on two cores
+    python finetune_qlora_instructions.py                   # Dolly-15k, four minutes on two cores
     python finetune_qlora_instructions.py --dataset sample  # the small bundled instructions
     python finetune_qlora_instructions.py --data FILE       # your own: JSONL
     python finetune_qlora_instructions.py --no-quantize     # plain LoRA on the full-precision base

@@ -329,7 +329,8 @@ class GPTClassificationModel(nn.Module):
     """A GPT whose last real token's hidden state goes to a linear layer.
 
     The last real token is the only one that has seen the whole text; what stands behind it,
-    padding, is never read, so that a prediction does not depend on the rest of the batch.
+    padding, is never read, so that a prediction does not depend on the rest of the batch. The
+    backbone's own head is not read either, and frozen.
     """
 
     def __init__(self, backbone: GPTModel, n_classes: int):

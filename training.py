@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -246,9 +246,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory this process has held: on the GPU if there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux, where `ru_maxrss` may be that of a larger parent process
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    status = Path(
+        "/proc/self/status"
+    )  # on Linux `ru_maxrss` may be that of a larger parent process
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+        return 1024 * int(found[1])
     try:
         import resource
     except ImportError:  # Windows
@@ -734,9 +736,11 @@ class _Run:
         """
         state = load_checkpoint(self.state_path, "resume", hint="the same command without --resume")
         if differences := _differences(state["facts"], self.facts):
+            timed = any(difference.startswith("precision") for difference in differences)
             raise ValueError(
                 f"{self.state_path} is of another run ({'; '.join(differences)}): give the same "
-                "options, or start over without --resume"
+                f"options{' on an idle machine, since precision is timed' if timed else ''}, or "
+                "start over without --resume"
             )
         self.put(state["weights"])
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
@@ -826,7 +830,7 @@ def new_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
 
 
 def add_run_flags(
-    parser: argparse.ArgumentParser, data_sets: Sequence[str], data_help: str, max_examples: int = 0
+    parser: argparse.ArgumentParser, data_sets: Iterable[str], data_help: str, max_examples: int = 0
 ) -> None:
     """Adds the flags that every training has: its data, its folder, resuming; a fine-tuning, which
     has `max_examples`, also the flag of its base."""

@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ import finetune_classifier
 import finetune_lora_classifier
 import finetune_qlora_instructions
 import main
+import training
 from data_loader import Corpus
 from data_utils import prepare_token_ids
 from generation import continue_prompt, load_language_model
@@ -198,24 +201,30 @@ def test_a_signal_leaves_a_state_and_the_command_that_goes_on(
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", [(main, "perplexity"), (training, "save_checkpoint")])
 def test_an_interruption_at_the_very_end_is_not_lost(
     sent: signal.Signals,
+    moment: tuple[ModuleType, str],
     all_models: Path,
     own: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Between the two phases of a fine-tuning, where the second would swallow it."""
-    measure = main.perplexity
+    """Between the two phases of a fine-tuning, where the second would swallow it.
 
-    def interrupted(*arguments: object) -> dict[str, float]:
-        os.kill(os.getpid(), sent)
-        return measure(*arguments)
+    In the last validation of the first, or while its last state is written.
+    """
+    act, last_step = getattr(*moment), 6
+
+    def interrupted(*arguments: Any) -> Any:
+        if moment[1] == "perplexity" or arguments[1].get("place", [0])[0] == last_step:
+            os.kill(os.getpid(), sent)
+        return act(*arguments)
 
     name, out = "lora_classifier_weights.pth", tmp_path / "out"
     options = options_of(name, all_models, own, out)
     with monkeypatch.context() as patch:
-        patch.setattr(main, "perplexity", interrupted)
+        patch.setattr(*moment, interrupted)
         assert finetune_lora_classifier.main(options) == 128 + sent
     assert not (out / name).exists()
     assert finetune_lora_classifier.main([*options, "--resume"]) == 0

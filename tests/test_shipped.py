@@ -109,3 +109,21 @@ def test_the_readme_quotes_the_report():
     tables = report_tables(json.loads((MODELS / "report.json").read_text()))
     readme = (MODELS.parent / "README.md").read_text()
     assert tables in readme
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "file", "figure"),
+    [
+        ("sentiment", 0, "finetuned_classifier_weights.pth", "accuracy"),
+        ("sentiment", 1, "lora_classifier_weights.pth", "accuracy"),
+        ("sentiment", 2, "linear_baseline.pth", "accuracy"),
+        ("instructions", 1, "full_instruction_weights.pth", "response_bits_per_byte"),
+        ("instructions", 2, "lora_instruction_weights.pth", "response_bits_per_byte"),
+        ("instructions", 3, "qlora_instruction_weights.pth", "response_bits_per_byte"),
+    ],
+)
+def test_the_report_is_of_the_models_that_are_there(task: str, row: int, file: str, figure: str):
+    reported = json.loads((MODELS / "report.json").read_text())[task][row]
+    checkpoint = torch.load(MODELS / file, weights_only=True)
+    assert reported["seconds"] == checkpoint["made"]["seconds"]
+    assert reported[figure] == pytest.approx(checkpoint["metrics"]["test"][figure], rel=2e-3)

@@ -198,7 +198,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path, runtime: Runtime):
-    one, _ = run(tmp_path, runtime, new_net(0))
+    one, alone = run(tmp_path, runtime, new_net(0))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launch, str(ROOT / "tests" / "torchrun_worker.py"), str(tmp_path)],
@@ -209,9 +209,11 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path, runtime: Runtime):
     )
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
-    assert same(*ranks)
+    assert ranks[0]["best"] == ranks[1]["best"] == pytest.approx(alone.best, rel=1e-4)
+    weights = [rank["weights"] for rank in ranks]
+    assert same(*weights)
     for name, tensor in one.state_dict().items():
-        torch.testing.assert_close(ranks[0][name], tensor, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(weights[0][name], tensor, atol=1e-5, rtol=1e-4)
 
 
 def test_mean_loss_weighs_batches_by_their_size(runtime: Runtime):

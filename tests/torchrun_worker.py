@@ -12,5 +12,7 @@ from training import start_runtime
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     with start_runtime() as runtime:
-        net, _ = run(folder, replace(runtime, dtype=torch.float32), new_net(0), grad_accumulation=3)
-        torch.save(net.state_dict(), folder / f"rank{runtime.rank}.pth")
+        here = replace(runtime, dtype=torch.float32)
+        net, result = run(folder, here, new_net(0), grad_accumulation=3)
+        found = {"weights": net.state_dict(), "best": result.best}
+        torch.save(found, folder / f"rank{runtime.rank}.pth")
