@@ -128,6 +128,7 @@ def test_resuming_with_other_options_names_the_difference(
         assert all(difference in said for difference in differences), said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_torch_compile_trains_too(own_text: Path, tmp_path: Path):
     assert main.main(options(own_text, tmp_path / "out", "--compile", "--steps", "3")) == 0
