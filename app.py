@@ -104,6 +104,7 @@ def stream_text(
         state[key], begun, n = start, time.perf_counter(), 0
 
         def counted() -> Iterator[int]:
+            """Counts the tokens as they pass."""
             nonlocal n
             for token_id in ids:
                 n += 1

@@ -420,11 +420,13 @@ def review_training_batches(
     end, pad_id = (tokenizer.special_tokens[name] for name in (END_OF_TEXT, PAD))
 
     def version(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A text with some tokens split, its middle left out, and some tokens hidden."""
         ids = split_tokens(ids, halves, split_probability, rng)
         ids = head_and_tail(ids, context_length)
         return np.where(rng.random(len(ids)) < hide_probability, end, ids)
 
     def collate(chosen: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        """Padded texts and what is to be learned of them."""
         ids, lengths = pad([version(rows[i], rng) for i in chosen], pad_id, context_length)
         return ids, lengths, learned[chosen]
 
@@ -561,6 +563,7 @@ def instruction_training_batches(
     """Batches of inputs and targets (B, T)."""
 
     def collate(chosen: np.ndarray, _: np.random.Generator) -> tuple[Tensor, ...]:
+        """Inputs and targets of some examples."""
         return collate_instructions([examples[i] for i in chosen], tokenizer, context_length)
 
     lengths = [len(example.prompt) + len(example.response) for example in examples]

@@ -474,6 +474,7 @@ def _language_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict[
     """The base, in and out of domain, and what the classifiers start from."""
 
     def measure(name: str, place: str, find: Callable) -> dict[str, Any]:
+        """Figures of a language model on a text, and its costs."""
         hint = "python main.py" if name == "model_weights.pth" else FINETUNE_HINT
         model, tokenizer, checkpoint = load_language_model(models / name, hint)
         ids = find(tokenizer, checkpoint)
@@ -482,14 +483,17 @@ def _language_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict[
         return {"measured_on": place, **figures, **costs}
 
     def shakespeare(tokenizer: BPETokenizer, _: dict[str, Any]) -> np.ndarray:
+        """The part of TinyShakespeare that the base was not trained on."""
         validation = load_corpus("tinyshakespeare", None, data_dir).split()[1]
         return _encode_parts(validation, tokenizer)
 
     def wizard(tokenizer: BPETokenizer, _: dict[str, Any]) -> np.ndarray:
+        """A book that no model has seen."""
         whole = own_text(fetch(WIZARD_OF_OZ, data_dir)).split(1.0)[0]
         return _encode_parts(whole, tokenizer)
 
     def reviews(tokenizer: BPETokenizer, checkpoint: dict[str, Any]) -> np.ndarray:
+        """The reviews that the language model was not trained on."""
         parts = _split_again(checkpoint, load_reviews, split_reviews, data_dir)
         return reviews_as_text(parts.test, tokenizer)
 
@@ -517,6 +521,7 @@ def _sentiment_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict
     """Both classifiers and the baselines, on the same texts."""
 
     def measure(path: Path) -> dict[str, Any]:
+        """Figures of a classifier on its test part, and its costs."""
         model, tokenizer, checkpoint = load_classifier(path)
         test = _split_again(checkpoint, load_reviews, split_reviews, data_dir).test
         texts, labels = [r.text for r in test], np.array([r.label for r in test])
@@ -526,6 +531,7 @@ def _sentiment_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[dict
         return {"measured_on": checkpoint["dataset"], **figures, **costs}
 
     def measure_baseline(name: str) -> dict[str, Any]:
+        """Figures and costs of the linear model, or of guessing."""
         linear, checkpoint = load_linear_baseline(models / LINEAR_BASELINE)
         parts = _split_again(checkpoint, load_reviews, split_reviews, data_dir)
         figures = baseline_figures(linear, [*parts.train, *parts.validation], parts.test)[name]
@@ -554,11 +560,13 @@ def _instruction_rows(models: Path, data_dir: Path, runtime: Runtime) -> list[di
         return {"measured_on": tuned["dataset"], **found, "stops": stops}
 
     def measure(path: Path) -> dict[str, Any]:
+        """Figures of a fine-tuned model on its test part, and its costs."""
         model, tokenizer, checkpoint = load_instruction_model(path, runtime)
         costs = _costs(path, checkpoint, count_parameters(model))
         return {**figures(model, tokenizer, checkpoint), **costs}
 
     def measure_base(adapter: Path) -> dict[str, Any]:
+        """Figures of the base that an adapter was trained on."""
         tuned = load_checkpoint(adapter, INSTRUCTION_KINDS[1:], INSTRUCTION_HINT)
         path = adapter.parent / tuned["base"]
         checkpoint = _base_of(adapter, tuned, path, INSTRUCTION_HINT)

@@ -318,6 +318,7 @@ def _train_classifier(
     texts, labels = [row.text for row in split.validation], [row.label for row in split.validation]
 
     def validate() -> dict[str, float]:
+        """Figures of the model as it is."""
         found = class_probabilities(model, job.tokenizer, texts, job.runtime)
         if not np.isfinite(found).all():
             return {"val_disorder": math.nan}

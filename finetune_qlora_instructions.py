@@ -198,6 +198,7 @@ def _train(model: GPTModel, job: _Job) -> training.TrainResult:
     validation = instruction_batches(job.encoded.validation, job.tokenizer, T)
 
     def validate() -> dict[str, float]:
+        """Figures of the model as it is."""
         return {
             "val_loss": training.mean_loss(model, validation, training.next_token_loss, job.runtime)
         }

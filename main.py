@@ -97,8 +97,6 @@ def main(argv: list[str] | None = None) -> int:
     data_config = training.from_options(DataConfig, options)
     model_config = training.from_options(GPTConfig, options)
     train_config = training.from_options(training.TrainConfig, options)
-    if args.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)):
-        raise ValueError("--compile needs a C++ compiler such as g++: install one or leave it out")
     with training.start_runtime() as runtime, training.training_in(args.out_dir, runtime):
         data = _prepare_data(args, data_config, runtime)
         model_config = replace(model_config, vocab_size=data.tokenizer.vocab_size)
@@ -111,9 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             split_probability=data_config.split_probability,
             steps=train_config.steps,
         )
-        model = _new_model(model_config, train_config.seed, runtime)
-        if args.compile:
-            model.compile()
+        model = _new_model(model_config, train_config.seed, args.compile, runtime)
         epochs = train_config.steps / batches.steps_per_epoch
         say(f"{len(data.train_ids):,} tokens, {train_config.steps} steps, {epochs:.1f} epochs")
         facts = {
@@ -141,9 +137,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _new_model(config: GPTConfig, seed: int, runtime: training.Runtime) -> GPTModel:
+def _new_model(config: GPTConfig, seed: int, compiled: bool, runtime: training.Runtime) -> GPTModel:
     torch.manual_seed(seed)
     model = GPTModel(config).to(runtime.device)
+    if compiled:
+        model.compile()
     say(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     return model
 
@@ -195,6 +193,7 @@ def train_language_model(
     """
 
     def validate() -> dict[str, float]:
+        """Figures of the model as it is."""
         figures = perplexity(model, tokenizer, validation_ids, runtime)
         named = {f"val_{name}": value for name, value in figures.items()}
         return {"val_loss": figures["nats_per_byte"], **named}
@@ -257,7 +256,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for config_class in (DataConfig, GPTConfig, training.TrainConfig):
         skip = "vocab_size" if config_class is GPTConfig else ""
         training.add_config_flags(parser, config_class, PRESETS["cpu"], skip)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)):
+        raise ValueError("--compile needs a C++ compiler such as g++: install one or leave it out")
+    return args
 
 
 if __name__ == "__main__":

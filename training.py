@@ -905,6 +905,7 @@ def one_line_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[s
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
+        """As `main`, without tracebacks."""
         if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character shows "?"
             sys.stdout.reconfigure(errors="replace")
         try:
