@@ -246,9 +246,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory this process has held: on the GPU if there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path(
-        "/proc/self/status"
-    )  # on Linux `ru_maxrss` may be that of a larger parent process
+    status = Path("/proc/self/status")  # Linux, where `ru_maxrss` may be a larger parent's
     if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
         return 1024 * int(found[1])
     try:
