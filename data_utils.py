@@ -6,7 +6,7 @@ Shapes: B batch, T time (tokens).
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
@@ -44,18 +44,16 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETo
     """
     samples = sample_texts()
     key = hashlib.sha256(
-        "\0".join([corpus.sha256, str(vocab_size), str(SAMPLE_WEIGHT), *samples.values()]).encode()
+        "\0".join([corpus.sha256, str(vocab_size), str(SAMPLE_WEIGHT), *samples]).encode()
     ).hexdigest()[:16]
     if path := _held(cache_dir, f"tokenizer-{key}", ".json"):
         say(f"tokenizer: from {path}")
         return BPETokenizer.load(path)
-    train_part, _ = corpus.split()
-    size = sum(r.stop - r.start for r in train_part)
-    if size > TOKENIZER_TEXT_BYTES:
+    share = min(0.9, TOKENIZER_TEXT_BYTES / sum(path.stat().st_size for path in corpus.paths))
+    if share < 0.9:
         say(f"tokenizer: learning from the first {TOKENIZER_TEXT_BYTES >> 20} MiB of the text")
-    texts = [*samples.values(), *_first_bytes(train_part, TOKENIZER_TEXT_BYTES)]
-    weights = [SAMPLE_WEIGHT] * len(samples) + [1] * (len(texts) - len(samples))
-    tokenizer = BPETokenizer.train(texts, vocab_size, weights)
+    texts = itertools.chain(SAMPLE_WEIGHT * samples, *map(read_text, corpus.split(share)[0]))
+    tokenizer = BPETokenizer.train(texts, vocab_size)
     cache_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(cache_dir / f"tokenizer-{key}-{tokenizer.sha256[:16]}.json")
     return tokenizer
@@ -69,14 +67,6 @@ def _held(cache_dir: Path, stem: str, suffix: str) -> Path | None:
         say(f"{path} is damaged: making it anew")
         path.unlink()
     return None
-
-
-def _first_bytes(parts: list[ByteRange], limit: int) -> Iterator[str]:
-    for text in itertools.chain.from_iterable(map(read_text, parts)):
-        yield text
-        limit -= len(text.encode())
-        if limit <= 0:
-            return
 
 
 # ---- token files
@@ -436,20 +426,6 @@ def review_training_batches(
 def encode_reviews(reviews: list[Review], tokenizer: BPETokenizer) -> list[np.ndarray]:
     """Token ids of each text."""
     return [np.array(tokenizer.encode(review.text)) for review in reviews]
-
-
-def review_batches(
-    reviews: list[Review], tokenizer: BPETokenizer, context_length: int, batch_size: int = 64
-) -> tuple[list[tuple[Tensor, Tensor, Tensor]], np.ndarray]:
-    """Fixed batches for measuring, by length, and the row numbers (N,) in the order they use."""
-    rows = [head_and_tail(ids, context_length) for ids in encode_reviews(reviews, tokenizer)]
-    order = np.argsort([len(row) for row in rows], kind="stable")
-    batches = []
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        ids, lengths = pad([rows[i] for i in chosen], tokenizer.special_tokens[PAD], context_length)
-        batches.append((ids, lengths, torch.tensor([reviews[i].label for i in chosen])))
-    return batches, order
 
 
 # ---- instructions

@@ -54,8 +54,9 @@ from data_utils import (
     count_bytes,
     encode_instructions,
     encode_prompt,
+    head_and_tail,
     instruction_batches,
-    review_batches,
+    pad,
     reviews_as_text,
     scoring_windows,
     split_examples,
@@ -77,7 +78,7 @@ from lora import (
     quantize_4bit,
 )
 from model import GPTClassificationModel, GPTConfig, GPTModel
-from tokenizer import END_OF_TEXT, BPETokenizer
+from tokenizer import END_OF_TEXT, PAD, BPETokenizer
 from training import (
     CPU,
     HelpFormatter,
@@ -187,12 +188,16 @@ def class_probabilities(
 
     A text longer than the model's context is read without its middle.
     """
-    rows = [Review(text, 0) for text in texts]
-    batches, order = review_batches(rows, tokenizer, model.backbone.config.context_length)
+    T, pad_id = model.backbone.config.context_length, tokenizer.special_tokens[PAD]
+    rows = [head_and_tail(np.array(tokenizer.encode(text)), T) for text in texts]
+    order = np.argsort([len(row) for row in rows], kind="stable")
     found = np.empty((len(texts), len(CLASSES)))
-    with runtime.autocast():
-        logits = [model(i.to(runtime.device), n.to(runtime.device)).float() for i, n, _ in batches]
-    found[order] = torch.cat(logits).double().softmax(dim=-1).cpu().numpy()
+    for start in range(0, len(texts), 64):  # texts of like length together
+        chosen = order[start : start + 64]
+        ids, lengths = pad([rows[i] for i in chosen], pad_id, T)
+        with runtime.autocast():
+            logits = model(ids.to(runtime.device), lengths.to(runtime.device))
+        found[chosen] = logits.cpu().double().softmax(dim=-1).numpy()
     return found
 
 
@@ -255,8 +260,6 @@ def load_linear_baseline(path: Path) -> tuple[Pipeline, dict[str, Any]]:
     with misfits_named(path, FINETUNE_HINT):
         weights = {name: tensor.double().numpy() for name, tensor in checkpoint["weights"].items()}
         words = checkpoint["words"].split("\n")
-        if not len(words) == weights["idf"].size == weights["coef"].size:
-            raise RuntimeError("not a weight for each word")
         features = TfidfVectorizer(ngram_range=(1, 2), vocabulary=words)
         features.idf_ = weights["idf"]
         model = LogisticRegression()
@@ -300,20 +303,13 @@ def load_classifier(path: Path) -> tuple[GPTClassificationModel, BPETokenizer, d
         if checkpoint["kind"] == "classifier":
             model.load_state_dict(checkpoint["weights"])
         else:
-            model.backbone.load_state_dict(_load_review_model(path, checkpoint))
+            base = _base_of(path, checkpoint, path.with_name(REVIEW_MODEL), hint)
+            if (origin := path.parent / base["base"]).is_file():
+                _base_of(path, base, origin, hint)
+            model.backbone.load_state_dict(base["weights"])
             apply_lora(model, LoRAConfig(**checkpoint["lora_config"]))
             load_lora_state_dict(model, checkpoint["weights"])
     return model.eval(), tokenizer, checkpoint
-
-
-def _load_review_model(path: Path, adapter: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Weights of the language model beside an adapter, which was trained on it."""
-    hint = COMMANDS["lora_classifier_weights.pth"]
-    found = _base_of(path, adapter, path.with_name(REVIEW_MODEL), hint)
-    origin = path.parent / found["base"]
-    if origin.is_file():
-        _base_of(path, found, origin, hint)
-    return found["weights"]
 
 
 def _base_of(path: Path, adapter: dict[str, Any], base_path: Path, hint: str) -> dict[str, Any]:
@@ -461,12 +457,12 @@ def _row(model: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _costs(path: Path, checkpoint: dict[str, Any], parameters: tuple[int, int]) -> dict[str, Any]:
     """What it took to make a checkpoint; `parameters` are those trained, and all of them."""
-    made = checkpoint.get("made", {})
     return {
         "trained_parameters": parameters[0],
         "parameters": parameters[1],
         "file_bytes": path.stat().st_size,
-        **{name: made[name] for name in ("seconds", "peak_memory_bytes") if name in made},
+        "seconds": checkpoint["made"]["seconds"],
+        "peak_memory_bytes": checkpoint["made"]["peak_memory_bytes"],
     }
 
 
@@ -606,9 +602,9 @@ COLUMNS = {
 COST_COLUMNS = {
     "trained parameters": "{trained_parameters:,}",
     "of": "{parameters:,}",
-    "file": "{file_kb:,.0f} kB",
+    "file": "{kb:,.0f} kB",
     "training": "{seconds:,.0f} s",
-    "peak memory": "{peak_gib:.2f} GiB",
+    "peak memory": "{gib:.2f} GiB",
 }
 
 
@@ -630,18 +626,10 @@ def report_cells(task: str, rows: list[dict[str, Any]]) -> list[list[str]]:
         if "problem" in row:
             cells = [row["problem"], *[""] * (len(columns) - 1)]
         else:
-            cells = [_cell(form, row) for form in columns.values()]
+            sizes = {"kb": row["file_bytes"] / 1e3, "gib": row["peak_memory_bytes"] / 2**30}
+            cells = [form.format(**row, **sizes) for form in columns.values()]
         lines.append([row["model"], *cells])
     return lines
-
-
-def _cell(form: str, row: dict[str, Any]) -> str:
-    units = {"file_kb": ("file_bytes", 1e3), "peak_gib": ("peak_memory_bytes", 2**30)}
-    more = {name: row[key] / unit for name, (key, unit) in units.items() if key in row}
-    try:
-        return form.format(**row, **more)
-    except KeyError:  # not known of this model
-        return ""
 
 
 # ---- command line
@@ -658,24 +646,20 @@ def main(argv: list[str] | None = None) -> int:
                 with written_whole(args.models / "report.json") as file:  # the app may be reading
                     file.write(json.dumps(rows, indent=1).encode() + b"\n")
             print(report_tables(rows))
-        elif args.task == "perplexity":
-            whole = own_text(args.data).split(1.0)[0]
-            _show(measure_file(args.checkpoint, whole, runtime), args.json)
+            return 0
+        if args.task == "perplexity":
+            figures = measure_file(args.checkpoint, own_text(args.data).split(1.0)[0], runtime)
         elif args.task == "sentiment":
             figures = measure_reviews(args.checkpoint, args.data, runtime)
-            _show(figures, args.json, sentiment_table({args.checkpoint.name: figures}))
         else:
-            _show(measure_instructions(args.checkpoint, args.data, runtime), args.json)
-    return 0
-
-
-def _show(figures: dict[str, Any], as_json: bool, table: str = "") -> None:
-    if as_json:
+            figures = measure_instructions(args.checkpoint, args.data, runtime)
+    if args.json:
         print(json.dumps(figures))
-    elif table:
-        print(table)
+    elif args.task == "sentiment":
+        print(sentiment_table({args.checkpoint.name: figures}))
     else:
         print(*(f"{k}: {v:,.4f}".removesuffix(".0000") for k, v in figures.items()), sep="\n")
+    return 0
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

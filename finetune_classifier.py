@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.pipeline import Pipeline
 
 import training
@@ -90,9 +90,8 @@ class ReviewConfig:
     language_steps: int = 600
 
     def __post_init__(self) -> None:
-        sizes = ("batch_size", "context_length", "epochs", "language_steps")
-        training.check_range(self, 1, math.inf, *sizes)
-        training.check_range(self, 0, 1, "dropout", "split_probability", "hide_probability")
+        training.check_range(self, 1, math.inf, "batch_size", "epochs", "language_steps")
+        training.check_range(self, 0, 1, "split_probability", "hide_probability")
         if not 0 <= self.teacher_share <= 1:
             raise ValueError(f"teacher_share must lie in [0, 1], not {self.teacher_share}")
 
@@ -116,51 +115,37 @@ class _Job:
     split: Split[Review]
     tokenizer: BPETokenizer
     base: GPTModel
-    origin: dict[str, Any]  # path and hash of the base
+    language_facts: dict[str, Any]  # what the language model of the reviews is made from
     lora: LoRAConfig | None  # None: every weight is trained
     path: Path
+    language_path: Path
     resume: bool
-    command: str
     runtime: training.Runtime
-
-    @property
-    def kind(self) -> str:
-        """Of the checkpoint."""
-        return "lora_classifier" if self.lora else "classifier"
-
-    @property
-    def language_path(self) -> Path:
-        """The language model of the reviews."""
-        return self.path.with_name(REVIEW_MODEL)
 
 
 @training.one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Fine-tunes every weight; returns the exit code (130 or 143 when interrupted)."""
     parser = make_parser("Fine-tune every weight of the base for sentiment.", DEFAULTS)
-    run(parser.parse_args(argv, argparse.Namespace(**DEFAULTS)), argv)
+    run(parser.parse_args(argv, argparse.Namespace(**DEFAULTS)))
     return 0
 
 
-def run(args: argparse.Namespace, argv: list[str] | None, lora: LoRAConfig | None = None) -> None:
+def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
     """Prepares, trains, saves, reloads and measures a classifier."""
     with training.start_runtime() as runtime, training.training_in(args.out_dir, runtime):
-        script = "finetune_lora_classifier.py" if lora else "finetune_classifier.py"
         with training.first_process_first(runtime):
-            job = _prepare(args, training.command_line(script, argv), lora, runtime)
+            job = _prepare(args, lora, runtime)
             baseline = _fit_baseline(job) if runtime.rank == 0 else None
             language_model = _held_language_model(job)
         targets = softened_labels(job.split.train, job.config.teacher_share)
         model, facts = _new_classifier(language_model or _train_language_model(job), job)
-        result = _train_classifier(model, targets, facts, job)
+        best, made = _train_classifier(model, targets, facts, job)
         if runtime.rank == 0:
-            made = training.provenance(job.command, runtime, result, job.train_config)
-            _finish(model, result, {**facts, "made": made}, baseline, job)
+            _finish(model, best, {**facts, "made": made}, baseline, job)
 
 
-def _prepare(
-    args: argparse.Namespace, command: str, lora: LoRAConfig | None, runtime: training.Runtime
-) -> _Job:
+def _prepare(args: argparse.Namespace, lora: LoRAConfig | None, runtime: training.Runtime) -> _Job:
     """Reads everything, so that what is wrong with it is found before the training."""
     config = training.from_options(ReviewConfig, vars(args))
     base, tokenizer, checkpoint = load_language_model(args.base)
@@ -169,12 +154,11 @@ def _prepare(
     split = split_reviews(reviews)
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in vars(split).items())
     say(f"reviews: {reviews.name}, {sizes}; runtime: {runtime.describe()}")
-    n = len(split.train)
-    train_config = training.fine_tuning_config(vars(args), config.epochs, config.batch_size, n)
+    train_config = training.fine_tuning_config(vars(args), config, len(split.train))
     name = "lora_classifier_weights.pth" if lora else "finetuned_classifier_weights.pth"
-    path = args.out_dir / name
+    path, language_path = args.out_dir / name, args.out_dir / REVIEW_MODEL
     copy_tokenizer(tokenizer, args.out_dir)
-    states = [training.state_path(p) for p in (path, path.with_name(REVIEW_MODEL))]
+    states = [training.state_path(p) for p in (path, language_path)]
     if not args.resume and runtime.rank == 0:
         states[0].unlink(missing_ok=True)  # of a run that was given up
     elif args.resume and not any(state.is_file() for state in states):
@@ -186,14 +170,17 @@ def _prepare(
         split=split,
         tokenizer=tokenizer,
         base=base,
-        origin={
+        language_facts={
             "base": training.relative_path(args.base, args.out_dir),
             "base_sha256": checkpoint["weights_sha256"],
+            **reviews.facts,
+            "language_steps": config.language_steps,
+            "split_probability": config.split_probability,
         },
         lora=lora,
         path=path,
+        language_path=language_path,
         resume=args.resume,
-        command=command,
         runtime=runtime,
     )
 
@@ -203,7 +190,7 @@ def _fit_baseline(job: _Job) -> tuple[Pipeline, dict[str, Any]]:
     started = time.perf_counter()
     linear = linear_baseline([*job.split.train, *job.split.validation])
     return linear, {
-        "command": job.command,
+        "command": training.command_line(),
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": training.peak_memory_bytes(torch.device("cpu")),
     }
@@ -212,29 +199,20 @@ def _fit_baseline(job: _Job) -> tuple[Pipeline, dict[str, Any]]:
 # ---- the language model of the reviews
 
 
-def _language_facts(job: _Job) -> dict[str, Any]:
-    return {
-        **job.origin,
-        **job.data,
-        "language_steps": job.config.language_steps,
-        "split_probability": job.config.split_probability,
-    }
-
-
 def _held_language_model(job: _Job) -> GPTModel | None:
     """The language model on disk, if it is the one that this run would make."""
     if not job.language_path.is_file():
         return None
     try:
-        checkpoint = training.load_checkpoint(job.language_path, "base")
+        model, _, checkpoint = load_language_model(job.language_path)
     except ValueError as error:
         say(f"making it anew: {error}")
         return None
-    if {name: checkpoint.get(name) for name in _language_facts(job)} != _language_facts(job):
-        say(f"making {job.language_path} anew, for other data, another base or other options")
-        return None
-    say(f"language model of the reviews: from {job.language_path}")
-    return load_language_model(job.language_path)[0]
+    if job.language_facts.items() <= checkpoint.items():
+        say(f"language model of the reviews: from {job.language_path}")
+        return model
+    say(f"making {job.language_path} anew, for other data, another base or other options")
+    return None
 
 
 def _train_language_model(job: _Job) -> GPTModel:
@@ -272,8 +250,7 @@ def _train_language_model(job: _Job) -> GPTModel:
         training.TrainConfig(steps=steps, seed=LANGUAGE_SEED),
         runtime=job.runtime,
         path=job.language_path,
-        facts=_language_facts(job),
-        command=job.command,
+        facts=job.language_facts,
         resume=job.resume and states[1].is_file(),
     )
     return model
@@ -301,13 +278,13 @@ def _new_classifier(
         apply_lora(model, job.lora)
         facts["lora_config"] = asdict(job.lora)
     trained, total = count_parameters(model)
-    say(f"{job.kind}: trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
+    say(f"{job.path.stem}: trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
     return model, facts
 
 
 def _train_classifier(
     model: GPTClassificationModel, targets: np.ndarray, facts: dict[str, Any], job: _Job
-) -> training.TrainResult:
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Trains on the labels; keeps the weights that rank the validation texts best.
 
     The share of pairs of a positive and a negative text in the wrong order (1 - area under the ROC
@@ -323,9 +300,7 @@ def _train_classifier(
         if not np.isfinite(found).all():
             return {"val_disorder": math.nan}
         return {
-            "val_loss": float(
-                -np.log(np.maximum(found[np.arange(len(labels)), labels], 1e-9)).mean()
-            ),
+            "val_loss": log_loss(labels, found),
             "val_accuracy": float((found.argmax(1) == labels).mean()),
             "val_disorder": 1 - float(roc_auc_score(labels, found[:, 1])),
         }
@@ -394,7 +369,7 @@ def calibrate(
 
 def _finish(
     model: GPTClassificationModel,
-    result: training.TrainResult,
+    best: dict[str, float],
     facts: dict[str, Any],
     baseline: tuple[Pipeline, dict[str, Any]],
     job: _Job,
@@ -410,9 +385,10 @@ def _finish(
     found = class_probabilities(model, job.tokenizer, texts, job.runtime)
     labels = np.array([row.label for row in job.split.test])
     figures = classification_figures(found.argmax(1), labels)
-    metrics = {**result.best, "test": figures}
+    metrics = {**best, "test": figures}
     weights = training.half_precision(lora_state_dict(model) if job.lora else model.state_dict())
-    content = {"kind": job.kind, **facts, "weights": weights, "metrics": metrics}
+    kind = "lora_classifier" if job.lora else "classifier"
+    content = {"kind": kind, **facts, "weights": weights, "metrics": metrics}
     training.save_checkpoint(job.path, content)
     again = load_classifier(job.path)[0].to(job.runtime.device)
     if not np.array_equal(class_probabilities(again, job.tokenizer, texts, job.runtime), found):
@@ -425,9 +401,9 @@ def _finish(
     save_linear_baseline(linear, job.path.with_name(LINEAR_BASELINE), linear_facts)
     print(
         sentiment_table({job.path.name: figures, **baselines}),
-        f"best at step {result.best['step']} of {job.train_config.steps}; wrote {job.path}: "
-        f"{job.path.stat().st_size:,} bytes, {math.ceil(result.seconds)} s of training, "
-        f"{training.peak_memory_bytes(job.runtime.device) / 2**30:.2f} GiB at most",
+        f"best at step {best['step']} of {job.train_config.steps}; wrote {job.path}: "
+        f"{job.path.stat().st_size:,} bytes, {math.ceil(facts['made']['seconds'])} s of training, "
+        f"{facts['made']['peak_memory_bytes'] / 2**30:.2f} GiB at most",
         sep="\n",
     )
 

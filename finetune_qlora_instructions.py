@@ -82,8 +82,7 @@ class InstructionConfig:
     epochs: int = 5
 
     def __post_init__(self) -> None:
-        training.check_range(self, 1, math.inf, "batch_size", "context_length", "epochs")
-        training.check_range(self, 0, 1, "dropout")
+        training.check_range(self, 1, math.inf, "batch_size", "epochs")  # `GPTConfig`: the rest
 
 
 @dataclass(frozen=True)
@@ -113,11 +112,9 @@ def main(argv: list[str] | None = None) -> int:
             job = _prepare(args, runtime)
         before = response_figures(job.base, job.tokenizer, job.encoded.test, runtime)
         model = _prepare_model(job)
-        result = _train(model, job)
+        best, made = _train(model, job)
         if runtime.rank == 0:
-            command = training.command_line("finetune_qlora_instructions.py", argv)
-            made = training.provenance(command, runtime, result, job.train_config)
-            _finish(model, result, before, made, job)
+            _finish(model, best, before, made, job)
     return 0
 
 
@@ -146,11 +143,10 @@ def _prepare(args: argparse.Namespace, runtime: training.Runtime) -> _Job:
         "lora_config": None if args.method == "full" else asdict(lora_config),
         "compute_dtype": str(runtime.dtype),
     }
-    n = len(encoded.train)
     return _Job(
         method=args.method,
         config=config,
-        train_config=training.fine_tuning_config(options, config.epochs, config.batch_size, n),
+        train_config=training.fine_tuning_config(options, config, len(encoded.train)),
         lora_config=lora_config,
         rows=rows,
         encoded=encoded,
@@ -193,7 +189,7 @@ def _prepare_model(job: _Job) -> GPTModel:
     return model
 
 
-def _train(model: GPTModel, job: _Job) -> training.TrainResult:
+def _train(model: GPTModel, job: _Job) -> tuple[dict[str, float], dict[str, Any]]:
     T = job.config.context_length
     validation = instruction_batches(job.encoded.validation, job.tokenizer, T)
 
@@ -219,7 +215,7 @@ def _train(model: GPTModel, job: _Job) -> training.TrainResult:
 
 
 def _finish(
-    model: GPTModel, result: training.TrainResult, before: dict, made: dict[str, Any], job: _Job
+    model: GPTModel, best: dict[str, float], before: dict, made: dict[str, Any], job: _Job
 ) -> None:
     """Saves the best weights, checks the file, and measures it on the test part.
 
@@ -232,7 +228,7 @@ def _finish(
     model.load_state_dict(weights, strict=full)
     figures = response_figures(model, job.tokenizer, job.encoded.test, job.runtime)
     stops = share_that_stops(model, job.tokenizer, job.rows.test)
-    metrics = {**result.best, "base": before, "test": {**figures, "stops": stops}}
+    metrics = {**best, "base": before, "test": {**figures, "stops": stops}}
     header = {"kind": f"{job.method}_instruction", "made": made}
     training.save_checkpoint(
         job.path, {**header, **job.facts, "weights": weights, "metrics": metrics}
@@ -281,13 +277,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         ("--no-quantize", "lora", "plain LoRA on the base in full precision"),
         ("--full", "full", "train every weight, without adapters"),
     ):
-        kind = {"action": "store_const", "const": method, "default": argparse.SUPPRESS}
-        methods.add_argument(flag, dest="method", help=text, **kind)
-    parser.set_defaults(method="qlora")
+        methods.add_argument(flag, dest="method", action="store_const", const=method, help=text)
     for config_class in (InstructionConfig, LoRAConfig, training.TrainConfig):
         defaults = {"eval_every": "a pass over the examples", **DEFAULTS}
         training.add_config_flags(parser, config_class, defaults)
-    return parser.parse_args(argv, argparse.Namespace(**DEFAULTS))
+    return parser.parse_args(argv, argparse.Namespace(method="qlora", **DEFAULTS))
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def continue_prompt(
         temperature, top_k, top_p: See `sample_next_token`.
         seed: The same seed gives the same tokens.
     """
-    device = model.token_embedding.weight.device
+    device = model.final_norm.weight.device
     stop_token = tokenizer.special_tokens[END_OF_TEXT]
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     ids = ids or [stop_token]
@@ -209,8 +209,6 @@ def load_tokenizer(path: Path, checkpoint: dict) -> BPETokenizer:
             f"{path} was trained with another tokenizer than {tokenizer_path}: put the "
             "right one back, or train again with `python main.py`"
         )
-    if tokenizer.vocab_size != checkpoint["model_config"]["vocab_size"]:
-        raise ValueError(f"{path} knows other tokens than {tokenizer_path}: `python main.py`")
     return tokenizer
 
 
@@ -238,11 +236,10 @@ def copy_tokenizer(tokenizer: BPETokenizer, folder: Path) -> None:
         ValueError: There is another one, which other models there need.
     """
     path = folder / "tokenizer.json"
-    if path.is_file() and BPETokenizer.load(path).sha256 != tokenizer.sha256:
-        raise ValueError(f"{path} is another tokenizer than the base's: choose another --out-dir")
-    folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         tokenizer.save(path)
+    elif BPETokenizer.load(path).sha256 != tokenizer.sha256:
+        raise ValueError(f"{path} is another tokenizer than the base's: choose another --out-dir")
 
 
 @contextlib.contextmanager
@@ -251,7 +248,7 @@ def misfits_named(path: Path, hint: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, RuntimeError) as error:
-        first_line = str(error).split("\n")[0]
+        first_line = str(error).replace(":\n\t", ": ").split("\n")[0]
         raise ValueError(
             f"{path} does not fit this program's model ({first_line}): make it again with `{hint}`"
         ) from None
@@ -264,7 +261,6 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer, _ = load_language_model(args.checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
-    ids: list[int] = []
     stream = continue_prompt(
         model.to(device),
         tokenizer,
@@ -275,26 +271,17 @@ def main(argv: list[str] | None = None) -> int:
         top_p=args.top_p,
         seed=args.seed,
     )
-    if not args.json:
-        print(args.prompt, end="")
-    text = ""
-    for piece in tokenizer.decode_stream(_noting(stream, ids)):
-        text += piece
-        if not args.json:
-            print(piece, end="", flush=True)
-    seconds = time.perf_counter() - started
     if args.json:
+        ids = list(stream)
+        seconds = time.perf_counter() - started
         speed = {"seconds": seconds, "tokens_per_second": len(ids) / seconds}
-        print(json.dumps({"text": text, "tokens": len(ids), **speed}))
+        print(json.dumps({"text": tokenizer.decode(ids), "tokens": len(ids), **speed}))
     else:
+        print(args.prompt, end="")
+        for piece in tokenizer.decode_stream(stream):
+            print(piece, end="", flush=True)
         print()
     return 0
-
-
-def _noting(stream: Iterator[int], ids: list[int]) -> Iterator[int]:
-    for token_id in stream:
-        ids.append(token_id)
-        yield token_id
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

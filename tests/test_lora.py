@@ -13,8 +13,10 @@ from conftest import randomised, tiny_config
 from safetensors.torch import load_file
 from torch import nn
 
+import finetune_lora_classifier
 from lora import (
     LoRAConfig,
+    LoRAEmbedding,
     LoRALayer,
     apply_lora,
     count_parameters,
@@ -24,8 +26,9 @@ from lora import (
     merge_lora,
 )
 from model import GPTClassificationModel, GPTConfig, GPTModel
+from training import from_options
 
-TARGETS = ("qkv", "mlp.proj")
+TARGETS = ("qkv", "mlp.proj", "token_embedding")
 CONFIG = LoRAConfig(r=3, lora_alpha=6.0, target_modules=TARGETS)
 
 
@@ -47,7 +50,7 @@ def adapted(model: nn.Module, config: LoRAConfig = CONFIG) -> nn.Module:
     apply_lora(model, config)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_" in name:
             nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
@@ -64,6 +67,18 @@ def test_a_layer_by_hand():
     assert layer.weight_change().tolist() == [[6.0, -6.0], [1.5, -1.5]]
 
 
+def test_an_adapted_embedding_by_hand():
+    base = nn.Embedding(3, 2)
+    layer = LoRAEmbedding(base, LoRAConfig(r=1, lora_alpha=3.0))
+    with torch.no_grad():
+        base.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+        layer.lora_embedding_A.copy_(torch.tensor([[0.0, 1.0, -1.0]]))
+        layer.lora_embedding_B.copy_(torch.tensor([[2.0], [0.5]]))
+    # token 1: (3, 4) + 3 * 1 * (2, 0.5); token 0 has a zero in A
+    assert layer(torch.tensor([[1, 0]])).tolist() == [[[9.0, 5.5], [1.0, 2.0]]]
+    assert layer.weight_change().tolist() == [[0.0, 0.0], [6.0, 1.5], [-6.0, -1.5]]
+
+
 def test_a_new_adapter_changes_nothing_and_starts_as_lora_does(classifier, batch):
     before = classifier(*batch)
     apply_lora(classifier, CONFIG)
@@ -71,6 +86,11 @@ def test_a_new_adapter_changes_nothing_and_starts_as_lora_does(classifier, batch
     layer = classifier.backbone.blocks[0].attn.qkv
     assert layer.lora_A.shape == (3, 16) and layer.lora_B.shape == (48, 3)
     assert not layer.lora_B.any()
+    embedding = classifier.backbone.token_embedding
+    assert embedding.lora_embedding_A.shape == (3, 50)
+    assert embedding.lora_embedding_B.shape == (16, 3)
+    assert not embedding.lora_embedding_A.any()
+    assert 0.5 < embedding.lora_embedding_B.std() < 2
     bound = 1 / 16**0.5  # Kaiming-uniform with a = sqrt(5) of 16 inputs
     assert layer.lora_A.abs().max() <= bound and layer.lora_A.std() > bound / 3
 
@@ -87,22 +107,25 @@ def test_only_adapters_and_head_train(classifier):
     apply_lora(classifier, CONFIG)
     layers = [f"backbone.blocks.{i}.{t}" for i in range(2) for t in ("attn.qkv", "mlp.proj")]
     expected = {f"{layer}.lora_{m}" for layer in layers for m in "AB"}
+    expected |= {f"backbone.token_embedding.lora_embedding_{m}" for m in "AB"}
     expected |= {"classifier_head.weight", "classifier_head.bias"}
     assert {n for n, p in classifier.named_parameters() if p.requires_grad} == expected
     assert set(lora_state_dict(classifier)) == expected
 
 
 def test_the_default_trains_under_one_percent_of_the_default_model():
-    classifier = GPTClassificationModel(GPTModel(GPTConfig(vocab_size=2048)), 2)
-    apply_lora(classifier, LoRAConfig())
+    classifier = GPTClassificationModel(GPTModel(GPTConfig()), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # every target is found
+        apply_lora(classifier, from_options(LoRAConfig, finetune_lora_classifier.DEFAULTS))
     trained, total = count_parameters(classifier)
-    assert trained == 4 * 8 * (192 + 576) + 2 * 192 + 2
+    assert trained == 8 * (2048 + 192) + 8 * (192 + 576) + 2 * 192 + 2
     assert total == sum(p.numel() for p in classifier.parameters())
     assert trained < 0.01 * total
 
 
 def test_a_target_that_matches_nothing_is_warned_of(classifier):
-    with pytest.warns(UserWarning, match="'q_proj' matches no linear layer"):
+    with pytest.warns(UserWarning, match="'q_proj' matches no linear layer or"):
         apply_lora(classifier, LoRAConfig(target_modules=("qkv", "q_proj")))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -110,7 +133,7 @@ def test_a_target_that_matches_nothing_is_warned_of(classifier):
 
 
 def test_a_layer_that_two_targets_name_is_wrapped_once(classifier):
-    with pytest.warns(UserWarning, match="'attn.proj' matches no linear layer"):
+    with pytest.warns(UserWarning, match="'attn.proj' matches no linear layer or"):
         apply_lora(classifier, LoRAConfig(target_modules=("proj", "attn.proj")))
     assert not any("base_layer.base_layer" in name for name, _ in classifier.named_modules())
 
@@ -137,10 +160,10 @@ def test_an_adapter_moves_to_another_copy_of_the_base(classifier, batch):
 def test_an_adapter_that_does_not_fit_is_refused(classifier):
     adapter = lora_state_dict(adapted(copy.deepcopy(classifier)))
     apply_lora(classifier, LoRAConfig(r=2, target_modules=TARGETS))
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(RuntimeError, match="size mismatch"):
         load_lora_state_dict(classifier, adapter)
     del adapter["classifier_head.bias"]
-    with pytest.raises(ValueError, match=r"classifier_head\.bias is on one side only"):
+    with pytest.raises(RuntimeError, match=r"classifier_head\.bias is in the adapter or"):
         load_lora_state_dict(classifier, adapter)
 
 
@@ -170,7 +193,7 @@ def peft_twin(model: nn.Module, config: LoRAConfig) -> peft.PeftModel:
     """The same model and the same initial adapter in `peft`."""
     adapter = {k: v.clone() for k, v in lora_state_dict(model).items()}
     plain = copy.deepcopy(model)
-    merge_lora(plain)  # B is zero: takes the adapters off
+    merge_lora(plain)  # A or B is zero: takes the adapters off
     twin = peft.get_peft_model(
         plain,
         peft.LoraConfig(
@@ -184,7 +207,8 @@ def peft_twin(model: nn.Module, config: LoRAConfig) -> peft.PeftModel:
     with torch.no_grad():
         for name, tensor in adapter.items():
             if "lora_" in name:
-                places[f"base_model.model.{name}.default.weight"].copy_(tensor)
+                leaf = "default" if "embedding" in name else "default.weight"
+                places[f"base_model.model.{name}.{leaf}"].copy_(tensor)
     return twin
 
 

@@ -119,7 +119,7 @@ def test_resuming_with_other_options_names_the_difference(
     for more, differences in (
         (["--steps", "41"], ["train_config.steps was 40, is 41"]),
         (["--n-layer", "3"], ["model_config.n_layer was 1, is 3"]),
-        (["--vocab-size", "310"], ["tokenizer_sha256 was ", "data_config.vocab_size was 300"]),
+        (["--vocab-size", "310"], ["tokenizer_sha256 was ", "model_config.vocab_size was 300"]),
         (["--data", str(other_text)], ["data_sha256 was "]),
     ):
         capsys.readouterr()

@@ -21,7 +21,6 @@ from data_loader import Examples, Review, SourceError, load_reviews, read_review
 from data_utils import (
     head_and_tail,
     pad,
-    review_batches,
     review_training_batches,
     split_examples,
     split_reviews,
@@ -346,11 +345,3 @@ def test_hidden_tokens_are_a_share_and_keep_their_place(tokenizer: BPETokenizer)
     hidden = ids[0] == tokenizer.special_tokens["<|endoftext|>"]
     assert torch.equal(ids[0][~hidden], whole[~hidden])
     assert 0.15 < hidden.float().mean() < 0.35
-
-
-def test_measuring_batches_say_where_their_rows_were(tokenizer: BPETokenizer):
-    rows = [Review("a long text of many words", 1), Review("short", 0), Review("not so long", 1)]
-    batches, order = review_batches(rows, tokenizer, 100, batch_size=2)
-    texts = [tokenizer.decode(i[: n[0]].tolist()) for ids, n, _ in batches for i in ids[:1]]
-    assert order.tolist() == [1, 2, 0] and texts == ["short", rows[0].text]
-    assert torch.cat([labels for _, _, labels in batches]).tolist() == [0, 1, 1]

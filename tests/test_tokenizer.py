@@ -57,12 +57,6 @@ def test_learns_the_same_merges_as_tokenizers(play: str, vocab_size: int):
     assert json.loads(ours._to_json())["model"]["merges"] == expected
 
 
-def test_weights_count_like_repeated_texts(play: str):
-    weighted = BPETokenizer.train([play[:5000], play[5000:9000]], 400, weights=[3, 1])
-    repeated = BPETokenizer.train([play[:5000]] * 3 + [play[5000:9000]], 400)
-    assert weighted.sha256 == repeated.sha256
-
-
 def test_fewer_merges_than_asked_for_is_said():
     with pytest.warns(UserWarning, match="only 2 merges"):
         tokenizer = BPETokenizer.train(["abc"], vocab_size=500)

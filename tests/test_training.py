@@ -22,7 +22,6 @@ from training import (
     Interrupted,
     Runtime,
     TrainConfig,
-    TrainResult,
     bfloat16_is_faster,
     learning_rate_factor,
     load_checkpoint,
@@ -74,14 +73,14 @@ def run(
     resume: bool = False,
     facts: dict[str, Any] | None = None,
     **changes: Any,
-) -> tuple[nn.Module, TrainResult]:
+) -> tuple[nn.Module, dict[str, float]]:
     net = net or new_net()
     settings = {"steps": 20, "eval_every": 5, "warmup_steps": 3, **changes}
 
     def validate() -> dict[str, float]:
         return {"val_loss": mean_loss(net, batches_of_validation(), loss_fn, runtime)}
 
-    result = train(
+    best, _ = train(
         net,
         batches,
         loss_fn,
@@ -92,7 +91,7 @@ def run(
         facts=facts or {},
         resume=resume,
     )
-    return net, result
+    return net, best
 
 
 def batches_of_validation() -> list[Batch]:
@@ -106,8 +105,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_it_learns(tmp_path: Path, runtime: Runtime, optimizer: str):
     rate = {"learning_rate": 0.03, "muon_learning_rate": 0.03}
-    _, result = run(tmp_path, runtime, new_net(0), steps=300, optimizer=optimizer, **rate)
-    assert result.best["val_loss"] < 0.3  # guessing costs ln 3 = 1.1
+    _, best = run(tmp_path, runtime, new_net(0), steps=300, optimizer=optimizer, **rate)
+    assert best["val_loss"] < 0.3  # guessing costs ln 3 = 1.1
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path: Path, runtime: Runtime):
@@ -126,7 +125,7 @@ def test_the_best_weights_are_kept(tmp_path: Path, runtime: Runtime):
         return {"val_loss": next(figures)}
 
     config = TrainConfig(steps=20, eval_every=5)
-    result = train(
+    best, _ = train(
         net,
         batches,
         loss_fn,
@@ -136,7 +135,7 @@ def test_the_best_weights_are_kept(tmp_path: Path, runtime: Runtime):
         path=tmp_path / "run.pth",
         facts={},
     )
-    assert result.best == {"step": 10, "val_loss": 1.0}
+    assert best == {"step": 10, "val_loss": 1.0}
     assert same(net.state_dict(), weights[1])
 
 
@@ -209,7 +208,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path, runtime: Runtime):
     )
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
-    assert ranks[0]["best"] == ranks[1]["best"] == pytest.approx(alone.best, rel=1e-4)
+    assert ranks[0]["best"] == ranks[1]["best"] == pytest.approx(alone, rel=1e-4)
     weights = [rank["weights"] for rank in ranks]
     assert same(*weights)
     for name, tensor in one.state_dict().items():
@@ -290,9 +289,9 @@ def test_a_run_that_died_resumes_from_its_last_state(tmp_path: Path, runtime: Ru
     expected, _ = run(tmp_path / "a", runtime)
     with pytest.raises(Died):
         run(tmp_path / "b", runtime, batches=dying)
-    resumed, result = run(tmp_path / "b", runtime, resume=True)
+    resumed, best = run(tmp_path / "b", runtime, resume=True)
     assert same(resumed.state_dict(), expected.state_dict())
-    assert result.best["step"] in (5, 10, 15, 20)
+    assert best["step"] in (5, 10, 15, 20)
     steps = [line.split(",")[0] for line in (tmp_path / "b" / "run.log.jsonl").open()]
     assert steps == ['{"step": 5', '{"step": 10', '{"step": 15', '{"step": 20']
 
@@ -355,9 +354,9 @@ def test_other_files_are_not_taken_for_a_checkpoint(tmp_path: Path):
         load_checkpoint(path, "base")
     for content, message in (
         ({"format": FORMAT_VERSION, "kind": "resume"}, "of kind resume, not base"),
-        ({"format": 1, "kind": "base"}, "has format 1"),
-        ({"format": FORMAT_VERSION, "kind": "base"}, "holds no weights"),
-        ([1, 2], "of kind list"),
+        ({"format": 1, "kind": "base"}, "of format 1"),
+        ({"format": FORMAT_VERSION, "kind": "base"}, "another file \\('weights'\\)"),
+        ([1, 2], "'list' object"),
     ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):
@@ -385,7 +384,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path):
             return os.mkdir, (str(tmp_path / "owned"),)
 
     torch.save({"format": FORMAT_VERSION, "kind": "base", "x": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"evil\.pth is damaged or no checkpoint"):
+    with pytest.raises(ValueError, match=r"evil\.pth is damaged or another file"):
         load_checkpoint(tmp_path / "evil.pth", "base")
     assert not (tmp_path / "owned").exists()
 

@@ -13,6 +13,6 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     with start_runtime() as runtime:
         here = replace(runtime, dtype=torch.float32)
-        net, result = run(folder, here, new_net(0), grad_accumulation=3)
-        found = {"weights": net.state_dict(), "best": result.best}
+        net, best = run(folder, here, new_net(0), grad_accumulation=3)
+        found = {"weights": net.state_dict(), "best": best}
         torch.save(found, folder / f"rank{runtime.rank}.pth")

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from gpt2_oracle import copy_into_gpt2  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
-from data_loader import fetch_tiny_shakespeare, find_data_dir, read_jsonl, sample_texts  # noqa: E402
+from data_loader import fetch_tiny_shakespeare, find_data_dir, sample_texts  # noqa: E402
 from generation import generate  # noqa: E402
 from model import GPTConfig, GPTModel  # noqa: E402
 from tokenizer import _PRE_TOKEN, BPETokenizer  # noqa: E402
@@ -221,13 +221,13 @@ def benchmark_compression(shakespeare: str) -> list[dict]:
     reviews, records = data_dir / "amazon_polarity_5000.jsonl", data_dir / "dolly_2500.jsonl"
     for name, path in (("reviews", reviews), ("instructions", records)):
         if path.is_file():
-            lines = read_jsonl(path)[:500]
+            lines = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:500])
             texts[name] = "\n".join(v for row in lines for v in row.values() if isinstance(v, str))
     rows = []
     for vocab_size in (512, 1024, 2048, 4096):
         for weight in (0, 1, 3):
-            corpus, weights = [shakespeare[:cut], *sample_texts().values()], [1, weight, weight]
-            tokenizer = BPETokenizer.train(corpus, vocab_size, weights)
+            corpus = [shakespeare[:cut], *weight * sample_texts()]
+            tokenizer = BPETokenizer.train(corpus, vocab_size)
             rates = {n: len(t.encode()) / len(tokenizer.encode(t)) for n, t in texts.items()}
             rows.append({"tokens": vocab_size, "samples counted": weight, **rates})
             print(rows[-1], flush=True)
