@@ -29,6 +29,7 @@ from training import Runtime, save_checkpoint
 # Options of trainings that take a second.
 TINY_SENTIMENT = """--context-length 24 --batch-size 8 --steps 12 --language-steps 6
     --eval-every 4""".split()  # noqa: SIM905
+TINY_LORA = [*TINY_SENTIMENT, "--target-modules", "token_embedding", "qkv"]
 TINY_INSTRUCTIONS = """--context-length 64 --batch-size 8 --steps 12 --eval-every 4
     --r 2""".split()  # noqa: SIM905
 
@@ -153,7 +154,7 @@ def all_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: BPETokenizer
     save_base(folder / "model_weights.pth", randomised(GPTModel(config)), tokenizer)
     paths = ["--base", str(folder / "model_weights.pth"), "--out-dir", str(folder)]
     common = [*paths, "--dataset", "sample", "--max-examples", "80"]
-    for script in (finetune_classifier, finetune_lora_classifier):
-        assert script.main([*common, *TINY_SENTIMENT]) == 0
+    assert finetune_classifier.main([*common, *TINY_SENTIMENT]) == 0
+    assert finetune_lora_classifier.main([*common, *TINY_LORA]) == 0
     assert finetune_qlora_instructions.main([*common, *TINY_INSTRUCTIONS]) == 0
     return folder

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PLAY, TINY_INSTRUCTIONS, TINY_SENTIMENT, unsaved
+from conftest import PLAY, TINY_INSTRUCTIONS, TINY_LORA, unsaved
 
 import app
 import evaluate
@@ -71,7 +71,7 @@ def fine_tuned(folder: Path) -> int:
 
 def adapted(folder: Path) -> int:
     common = ["--dataset", "sample", "--max-examples", "80", "--base", str(folder / BASE)]
-    options = [*common, "--out-dir", str(folder), *TINY_SENTIMENT, "--resume"]
+    options = [*common, "--out-dir", str(folder), *TINY_LORA, "--resume"]
     code = finetune_lora_classifier.main(options)
     return code or _show(folder / LORA, "lora_classifier")
 
@@ -109,7 +109,7 @@ def whole(all_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         options = [*common, "--out-dir", str(folder), *TINY_INSTRUCTIONS]
         assert finetune_qlora_instructions.main(options) == 2
     with unsaved():
-        options = [*common, "--out-dir", str(folder), *TINY_SENTIMENT]
+        options = [*common, "--out-dir", str(folder), *TINY_LORA]
         assert finetune_lora_classifier.main(options) == 2
     with unsaved():
         assert trained(folder) == 2

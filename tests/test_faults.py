@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PLAY, TINY_INSTRUCTIONS, TINY_SENTIMENT
+from conftest import PLAY, TINY_INSTRUCTIONS, TINY_LORA, TINY_SENTIMENT
 from streamlit.testing.v1 import AppTest
 
 import app
@@ -48,7 +48,7 @@ TRAININGS = {  # file: script, kind, options
     "lora_classifier_weights.pth": (
         finetune_lora_classifier,
         "lora_classifier",
-        [*SAMPLE, *TINY_SENTIMENT, *FREQUENT],
+        [*SAMPLE, *TINY_LORA, *FREQUENT],
     ),
     "qlora_instruction_weights.pth": (
         finetune_qlora_instructions,

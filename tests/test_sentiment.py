@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_SENTIMENT, randomised, run_under_torchrun, tiny_config
+from conftest import TINY_LORA, TINY_SENTIMENT, randomised, run_under_torchrun, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
@@ -53,7 +53,8 @@ def folder(base_checkpoint: Path) -> Path:
     return base_checkpoint.parent
 
 
-def arguments(reviews: Path, folder: Path, *more: str) -> list[str]:
+def arguments(reviews: Path, folder: Path, name: str, *more: str) -> list[str]:
+    """Options of the script that makes the classifier of this name."""
     base = str(folder / "model_weights.pth")
     return [
         "--data",
@@ -62,7 +63,7 @@ def arguments(reviews: Path, folder: Path, *more: str) -> list[str]:
         base,
         "--out-dir",
         str(folder),
-        *TINY_SENTIMENT,
+        *(TINY_LORA if name == LORA else TINY_SENTIMENT),
         *more,
     ]
 
@@ -170,7 +171,7 @@ def test_the_linear_baseline_reloads_to_the_same_probabilities(reviews: Path, tm
 def test_a_run_saves_what_reloads_to_the_same_predictions(
     name: str, reviews: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert SCRIPTS[name].main(arguments(reviews, folder)) == 0
+    assert SCRIPTS[name].main(arguments(reviews, folder, name)) == 0
     shown = capsys.readouterr()
     assert "TF-IDF + logistic regression" in shown.out and "majority class" in shown.out
     assert "parameters (" in shown.err and not list(folder.glob("*.resume.pth"))
@@ -192,12 +193,12 @@ def test_a_run_saves_what_reloads_to_the_same_predictions(
 def test_lora_saves_adapter_and_head_alone_and_shares_the_language_model(
     reviews: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert finetune_classifier.main(arguments(reviews, folder)) == 0
+    assert finetune_classifier.main(arguments(reviews, folder, FULL)) == 0
     language_model = folder / "review_model_weights.pth"
     before = language_model.read_bytes()
     capsys.readouterr()
     more = ["--r", "2", "--target-modules", "qkv", "attn.proj"]
-    assert finetune_lora_classifier.main(arguments(reviews, folder, *more)) == 0
+    assert finetune_lora_classifier.main(arguments(reviews, folder, LORA, *more)) == 0
     assert f"from {language_model}" in capsys.readouterr().err
     assert language_model.read_bytes() == before
     checkpoint = load_checkpoint(folder / LORA, "lora_classifier")
@@ -218,7 +219,7 @@ def test_lora_saves_adapter_and_head_alone_and_shares_the_language_model(
 
 def test_training_learns(reviews: Path, folder: Path):
     more = "--steps 150 --epochs 40 --language-steps 1 --dropout 0 --learning-rate 0.01".split()  # noqa: SIM905
-    assert finetune_classifier.main(arguments(reviews, folder, *more)) == 0
+    assert finetune_classifier.main(arguments(reviews, folder, FULL, *more)) == 0
     assert load_checkpoint(folder / FULL, "classifier")["metrics"]["test"]["accuracy"] >= 0.9
 
 
@@ -242,7 +243,7 @@ def test_calibration_corrects_odds_and_keeps_their_order(tokenizer: BPETokenizer
 
 
 def test_an_adapter_on_another_base_is_refused(reviews: Path, folder: Path):
-    assert finetune_lora_classifier.main(arguments(reviews, folder)) == 0
+    assert finetune_lora_classifier.main(arguments(reviews, folder, LORA)) == 0
     for name in ("model_weights.pth", "review_model_weights.pth"):
         checkpoint = load_checkpoint(folder / name, "base")
         weights = {n: w + 1 if n == "head.weight" else w for n, w in checkpoint["weights"].items()}
@@ -251,11 +252,11 @@ def test_an_adapter_on_another_base_is_refused(reviews: Path, folder: Path):
             load_classifier(folder / LORA)
 
 
-@pytest.mark.parametrize("module", SCRIPTS.values(), ids=lambda m: m.__name__)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_without_a_base_the_message_names_the_command(
-    module: object, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert module.main(arguments(reviews, tmp_path / "empty")) == 2
+    assert SCRIPTS[name].main(arguments(reviews, tmp_path / "empty", name)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: no checkpoint at") and "`python main.py`" in line
 
@@ -278,14 +279,14 @@ def test_mistakes_are_one_line(
     message: str,
     capsys: pytest.CaptureFixture[str],
 ):
-    assert finetune_classifier.main(arguments(reviews, folder, *more)) == 2
+    assert finetune_classifier.main(arguments(reviews, folder, FULL, *more)) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert message in line
     assert not (folder / FULL).exists()
 
 
 def test_one_flipped_bit_in_a_weight_is_noticed(reviews: Path, folder: Path):
-    assert finetune_classifier.main(arguments(reviews, folder)) == 0
+    assert finetune_classifier.main(arguments(reviews, folder, FULL)) == 0
     path = folder / FULL
     wanted = load_checkpoint(path, "classifier")["weights"]["backbone.head.weight"]
     content = bytearray(path.read_bytes())
@@ -297,7 +298,8 @@ def test_one_flipped_bit_in_a_weight_is_noticed(reviews: Path, folder: Path):
 
 
 def test_two_processes_train_an_adapter(reviews: Path, folder: Path, tmp_path: Path):
-    options = [*arguments(reviews, folder), "--dropout", "0", "--export-peft", str(tmp_path / "p")]
+    more = ["--dropout", "0", "--export-peft", str(tmp_path / "p")]
+    options = arguments(reviews, folder, LORA, *more)
     done = run_under_torchrun("finetune_lora_classifier.py", *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("TF-IDF") == 1, "only the first process speaks"
@@ -307,7 +309,8 @@ def test_two_processes_train_an_adapter(reviews: Path, folder: Path, tmp_path: P
 
 
 def test_base_and_results_may_lie_in_two_folders(reviews: Path, folder: Path, tmp_path: Path):
-    options = [*arguments(reviews, folder), "--out-dir", str(tmp_path / "elsewhere" / "deep")]
+    more = ["--out-dir", str(tmp_path / "elsewhere" / "deep")]
+    options = arguments(reviews, folder, LORA, *more)
     assert finetune_lora_classifier.main(options) == 0
     path = tmp_path / "elsewhere" / "deep" / LORA
     assert load_classifier(path)[2]["kind"] == "lora_classifier"
@@ -325,7 +328,7 @@ def test_a_folder_with_another_tokenizer_is_refused(
     other.mkdir()
     BPETokenizer.train(["another text " * 9], vocab_size=262).save(other / "tokenizer.json")
     before = (other / "tokenizer.json").read_bytes()
-    options = [*arguments(reviews, folder), "--out-dir", str(other)]
+    options = arguments(reviews, folder, FULL, "--out-dir", str(other))
     assert finetune_classifier.main(options) == 2
     assert "choose another --out-dir" in capsys.readouterr().err
     assert (other / "tokenizer.json").read_bytes() == before
@@ -335,14 +338,14 @@ def test_a_folder_with_another_tokenizer_is_refused(
 def test_a_language_model_that_does_not_fit_is_made_anew(
     damage: str, reviews: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert finetune_classifier.main(arguments(reviews, folder)) == 0
+    assert finetune_classifier.main(arguments(reviews, folder, FULL)) == 0
     path = folder / "review_model_weights.pth"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:1000])
     else:
         reviews.write_text(reviews.read_text().replace("thing 7", "thing seven"))
     capsys.readouterr()
-    assert finetune_classifier.main(arguments(reviews, folder)) == 0
+    assert finetune_classifier.main(arguments(reviews, folder, FULL)) == 0
     assert "anew" in capsys.readouterr().err
     load_checkpoint(path, "base")
 
@@ -358,7 +361,7 @@ def test_a_base_of_fixed_length_says_which(
     weights = randomised(GPTModel(config)).state_dict()
     base = {**load_checkpoint(path, "base"), "model_config": vars(config), "weights": weights}
     save_checkpoint(path, base)
-    assert finetune_classifier.main(arguments(reviews, folder)) == 2
+    assert finetune_classifier.main(arguments(reviews, folder, FULL)) == 2
     assert "--context-length must be 16" in capsys.readouterr().err
-    fitting = arguments(reviews, folder, "--context-length", "16")
+    fitting = arguments(reviews, folder, FULL, "--context-length", "16")
     assert finetune_classifier.main(fitting) == 0
