@@ -43,7 +43,8 @@ def measure(width: int, text: str, validation: Path, steps: int, folder: Path) -
     (out / "text.txt").write_text(text)
     shape = ["--n-embd", str(width), "--n-head", str(WIDTHS[width]), "--batch-size", "16"]
     run = ["--steps", str(steps), "--eval-every", str(steps), "--out-dir", str(out)]
-    python("main.py", "--data", str(out / "text.txt"), *shape, *run)
+    # The usual weight decay: so short a training does not over-fit.
+    python("main.py", "--data", str(out / "text.txt"), "--weight-decay", "0.1", *shape, *run)
     path = out / "model_weights.pth"
     checkpoint = load_checkpoint(path, "base")
     log = [json.loads(x) for x in path.with_suffix(".log.jsonl").read_text().splitlines()]
