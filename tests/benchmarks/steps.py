@@ -2,8 +2,8 @@
 
     python tests/benchmarks/steps.py [--repeats 3] [--steps 20]
 
-Sentiment: the default model, 32 texts of 160 tokens, adapters as in finetune_lora_classifier.py;
-instructions: 16 texts of 256 tokens, adapters of rank 16 on all linear layers; random weights.
+Sentiment: the default model, 32 texts of 160 tokens; instructions: 16 texts of 256 tokens; random
+weights, and the adapters of the fine-tuning scripts.
 Every measurement is a process of its own, the methods taking turns; medians over the repeats.
 Memory is what the process grows by, at its peak, from the model before the first step on. The
 peers, for `run.py`: `peft` on the same modules, and GPT-2 in `transformers`, from the same weights.
@@ -25,12 +25,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+import finetune_lora_classifier  # noqa: E402
+import finetune_qlora_instructions  # noqa: E402
 from lora import LoRAConfig, apply_lora, lora_state_dict, quantize_4bit  # noqa: E402
 from model import GPTClassificationModel, GPTConfig, GPTModel  # noqa: E402
 from training import (  # noqa: E402
     LossFn,
     Runtime,
     TrainConfig,
+    from_options,
     make_optimizers,
     next_token_loss,
     peak_memory_bytes,
@@ -38,6 +41,10 @@ from training import (  # noqa: E402
     start_runtime,
 )
 
+SCRIPTS = {
+    "sentiment": finetune_lora_classifier,
+    "instructions": finetune_qlora_instructions,
+}
 METHODS = {"sentiment": ["full", "lora"], "instructions": ["full", "lora", "qlora"]}
 WARM_UP = 3
 GPT2 = {"vocab_size": 1024, "context_length": 128, "n_layer": 4, "n_head": 4, "n_embd": 256}
@@ -94,10 +101,8 @@ def with_peft(model: nn.Module, config: LoRAConfig) -> nn.Module:
 def adapter_task(task: str, method: str, runtime: Runtime) -> Task:
     """One of our fine-tunings, or the same with adapters by `peft`."""
     model = GPTModel(GPTConfig(vocab_size=2048, context_length=256)).to(runtime.device)
-    targets, device = ("token_embedding", "blocks.2.attn.qkv"), runtime.device
-    config = LoRAConfig(lora_alpha=8, target_modules=targets)
+    config, device = from_options(LoRAConfig, SCRIPTS[task].DEFAULTS), runtime.device
     if task == "instructions":
-        config = LoRAConfig(r=16, lora_alpha=32, target_modules=("qkv", "fc", "proj", "head"))
         batch = tuple(torch.randint(2048, (2, 16, 256), device=device))
         loss_fn = next_token_loss
     else:
