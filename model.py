@@ -99,16 +99,16 @@ class KVCache:
 
 
 def rotary_table(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines (context_length, 1, D) that `rotate` multiplies with."""
+    """Cosines and signed sines (context_length, D) that `rotate` multiplies with."""
     half = config.head_size // 2
     frequencies = 10_000.0 ** (-torch.arange(half) / half)
-    angles = torch.outer(torch.arange(config.context_length), frequencies)[:, None, :]
+    angles = torch.outer(torch.arange(config.context_length), frequencies)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x[i], x[i + D/2]) of x (..., T, H, D) by an angle growing with position."""
+    """Turns each pair (x[i], x[i + D/2]) of x (..., T, D) by an angle growing with position."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
@@ -142,11 +142,11 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        single = x.numel() == self.in_features and x.device.type == "cpu"
-        if not single or x.dtype != self.weight.dtype:
-            return super().forward(x)
-        y = torch.linalg.vecdot(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        weight, bias = self.weight, self.bias
+        if x.numel() != weight.shape[1] or not x.is_cpu or x.dtype != weight.dtype:
+            return F.linear(x, weight, bias)
+        y = torch.linalg.vecdot(weight, x.unsqueeze(-2))
+        return y if bias is None else y.add_(bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -158,17 +158,18 @@ class CausalSelfAttention(nn.Module):
         self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
         """Queries, keys and values, each (B, H, T, D), of x (B, T, C)."""
         B, T, _ = x.shape
-        heads = self.qkv(x).view(B, T, 3 * self.n_head, -1)  # (B, T, 3 H, D)
-        qk, v = heads.split([2 * self.n_head, self.n_head], dim=2)
+        heads = self.qkv(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2)  # (B, 3 H, T, D)
+        if not self.qk_norm and rotary is None:
+            return heads.split(self.n_head, dim=1)
+        qk, v = heads.split([2 * self.n_head, self.n_head], dim=1)
         if self.qk_norm:
             qk = F.layer_norm(qk, qk.shape[-1:])
         if rotary is not None:
             qk = rotate(qk, rotary[0].to(qk.dtype), rotary[1].to(qk.dtype))
-        q, k = qk.split(self.n_head, dim=2)
-        return [part.transpose(1, 2) for part in (q, k, v)]
+        return *qk.split(self.n_head, dim=1), v
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
         """Attention weights (B, H, T, S): softmax of q k^T / sqrt(D) plus the mask (T, S)."""
@@ -277,7 +278,7 @@ class GPTModel(nn.Module):
         x = self.token_embedding(ids)
         rotary = None
         if self.config.position == "learned":
-            x = x + self.position_embedding(torch.arange(start, end, device=ids.device))
+            x = x + self.position_embedding.weight[start:end]
         else:
             rotary = (self.cos[start:end], self.sin[start:end])
         if torch.is_autocast_enabled(x.device.type):  # bfloat16 between the blocks, too

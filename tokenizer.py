@@ -211,10 +211,11 @@ class BPETokenizer:
         Raises:
             ValueError: An id lies outside the vocabulary.
         """
-        ids = list(ids)
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"a token id lies outside the vocabulary of {self.vocab_size}")
-        return b"".join(map(self.vocab.__getitem__, ids)).decode("utf-8", errors="replace")
+        ids, vocab = list(ids), self.vocab
+        used = set(ids)
+        if used and not 0 <= min(used) <= max(used) < len(vocab):
+            raise ValueError(f"a token id lies outside the vocabulary of {len(vocab)}")
+        return b"".join([vocab[i] for i in ids]).decode("utf-8", errors="replace")
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yields text as token ids come in, holding back the bytes of an unfinished character."""

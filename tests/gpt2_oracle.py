@@ -8,7 +8,10 @@ from model import GPTModel
 
 
 def copy_into_gpt2(model: GPTModel) -> GPT2LMHeadModel:
-    """The same weights in GPT-2 of `transformers`, whose linear layers are transposed."""
+    """The same weights in GPT-2 of `transformers`, whose linear layers are transposed.
+
+    Dropout is where ours is; GPT-2's on attention weights is off.
+    """
     config = model.config
     gpt2 = GPT2LMHeadModel(
         GPT2Config(
@@ -18,8 +21,8 @@ def copy_into_gpt2(model: GPTModel) -> GPT2LMHeadModel:
             n_layer=config.n_layer,
             n_head=config.n_head,
             attn_pdrop=0.0,
-            embd_pdrop=0.0,
-            resid_pdrop=0.0,
+            embd_pdrop=config.dropout,
+            resid_pdrop=config.dropout,
         )
     )
     with torch.no_grad():

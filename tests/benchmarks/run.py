@@ -302,6 +302,8 @@ def benchmark_steps(table: Table) -> None:
     contests = {
         "GPT-2 form, 16 x 128, fp32": ("gpt2", "gpt2 transformers"),
         "GPT-2 form, 16 x 128, bf16": ("gpt2-bf16", "gpt2-bf16 transformers"),
+        "GPT-2 form, dropout 0.1, fp32": ("gpt2-dropout", "gpt2-dropout transformers"),
+        "GPT-2 form, dropout 0.1, bf16": ("gpt2-dropout-bf16", "gpt2-dropout-bf16 transformers"),
         "LoRA, sentiment": ("sentiment lora", "sentiment peft"),
         "LoRA, instructions": ("instructions lora", "instructions peft"),
         "QLoRA, instructions": ("instructions qlora", "instructions qlora-peft"),
@@ -326,7 +328,7 @@ def benchmark_steps(table: Table) -> None:
         losses = [rows[0]["loss"] for rows in found.values()]
         same = abs(losses[0] - losses[1]) < 2e-2 * abs(losses[1])
         print(f"  losses after the steps: {losses}{'' if same else ', DIFFERENT'}", flush=True)
-        if what.startswith("GPT-2"):
+        if names[0] in ("gpt2", "gpt2-bf16"):
             peak, flop = found[names[0]][0]["peak_flops"], found[names[0]][0]["flop"]
             shares = [100 * flop / row["seconds"] / peak for row in found[names[0]]]
             table.add(f"share of matrix-product peak: {what}", "%", {"ours": shares}, False)

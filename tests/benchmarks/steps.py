@@ -56,20 +56,25 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def gpt2_task(peer: bool) -> Task:
-    """GPT-2's form on 16 windows of 128 tokens, ours or that of `transformers`."""
+def gpt2_task(peer: bool, dropout: float) -> Task:
+    """GPT-2's form on 16 windows of 128 tokens, ours or that of `transformers` with its loss."""
     from gpt2_oracle import copy_into_gpt2
     from run import GPT2_FORM
 
-    model = GPTModel(GPTConfig(**GPT2, **GPT2_FORM))
+    model = GPTModel(GPTConfig(**GPT2, **{**GPT2_FORM, "dropout": dropout}))
     for block in model.blocks:
         nn.init.normal_(block.mlp.proj.weight, std=0.02)
         nn.init.normal_(block.attn.proj.weight, std=0.02)
     batch = tuple(torch.randint(1024, (2, 16, 128)))
     if not peer:
         return model, batch, next_token_loss
-    twin = copy_into_gpt2(model)
-    return twin, batch, lambda m, b: next_token_loss(lambda ids: m(ids).logits, b)
+
+    def summed_loss(twin: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        ids, targets = batch
+        out = twin(ids, labels=targets, shift_labels=targets, num_items_in_batch=1)
+        return out.loss, torch.tensor(targets.numel())
+
+    return copy_into_gpt2(model), batch, summed_loss
 
 
 def with_peft(model: nn.Module, config: LoRAConfig) -> nn.Module:
@@ -126,9 +131,9 @@ def measure(name: str, steps: int, optimizer: str) -> dict[str, float]:
     task, _, method = name.partition(" ")
     with start_runtime() as runtime:
         if task.startswith("gpt2"):
-            dtype = torch.bfloat16 if task.endswith("bf16") else torch.float32
+            dtype = torch.bfloat16 if "bf16" in task else torch.float32
             runtime = Runtime(torch.device("cpu"), dtype)
-            model, batch, loss_fn = gpt2_task(peer=bool(method))
+            model, batch, loss_fn = gpt2_task(bool(method), 0.1 if "dropout" in task else 0.0)
         else:
             model, batch, loss_fn = adapter_task(task, method, runtime)
         config = TrainConfig(steps=1, optimizer=optimizer, learning_rate=1e-3)
