@@ -278,7 +278,7 @@ class GPTModel(nn.Module):
         x = self.token_embedding(ids)
         rotary = None
         if self.config.position == "learned":
-            x = x + self.position_embedding.weight[start:end]
+            x = x + self.position_embedding(torch.arange(start, end, device=ids.device))
         else:
             rotary = (self.cos[start:end], self.sin[start:end])
         if torch.is_autocast_enabled(x.device.type):  # bfloat16 between the blocks, too

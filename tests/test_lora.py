@@ -149,6 +149,21 @@ def test_merging_gives_the_same_logits_and_can_be_done_twice(classifier, batch):
     assert set(classifier.state_dict()) == names
 
 
+@pytest.mark.parametrize("T", [7, 1])
+@pytest.mark.parametrize(
+    "target",
+    ["token_embedding", "position_embedding", "qkv", "attn.proj", "fc", "mlp.proj", "head"],
+)
+def test_the_model_reads_every_layer_through_its_adapter(target: str, T: int):
+    model = randomised(GPTModel(tiny_config(50, position="learned"))).eval()
+    plain, ids = copy.deepcopy(model), torch.arange(T)[None] + 5
+    adapted(model, LoRAConfig(r=3, target_modules=(target,)))
+    logits = model(ids)
+    assert not torch.allclose(logits, plain(ids), atol=1e-3)
+    merge_lora(model)
+    torch.testing.assert_close(model(ids), logits)
+
+
 def test_an_adapter_moves_to_another_copy_of_the_base(classifier, batch):
     copied = copy.deepcopy(classifier)
     expected = adapted(classifier)(*batch)
