@@ -327,7 +327,8 @@ def benchmark_steps(table: Table) -> None:
             table.add(f"step: {what}", unit, values, smaller_is_better=True)
         losses = [rows[0]["loss"] for rows in found.values()]
         same = abs(losses[0] - losses[1]) < 2e-2 * abs(losses[1])
-        print(f"  losses after the steps: {losses}{'' if same else ', DIFFERENT'}", flush=True)
+        remark = "" if same else ", with other masks" if "dropout" in what else ", DIFFERENT"
+        print(f"  losses after the steps: {losses}{remark}", flush=True)
         if names[0] in ("gpt2", "gpt2-bf16"):
             peak, flop = found[names[0]][0]["peak_flops"], found[names[0]][0]["flop"]
             shares = [100 * flop / row["seconds"] / peak for row in found[names[0]]]
