@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from conftest import randomised, tiny_config
 from gpt2_oracle import copy_into_gpt2, parameter_pairs
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from model import (
     CausalSelfAttention,
-    Dropout,
+    FastDropout,
     GPTClassificationModel,
     GPTConfig,
     GPTModel,
@@ -124,14 +126,22 @@ def test_attention_maps_are_the_weights_the_model_uses():
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
-    config = tiny_config(50, n_embd=32)
-    cos, sin = rotary_table(config)
+    cos, sin = rotary_table(16, 16)
     q, k = torch.randn(2, 1, 1, 16)
     rotated_q, rotated_k = rotate(q, cos, sin), rotate(k, cos, sin)  # (16, 1, 16), one a position
     scores = rotated_q[:, 0] @ rotated_k[:, 0].T
     for distance in range(16):
         diagonal = scores.diagonal(-distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
+
+
+def test_rotary_angles_are_those_of_transformers():
+    config = LlamaConfig(hidden_size=32, num_attention_heads=2, max_position_embeddings=16)
+    positions = torch.arange(16)[None]
+    expected = LlamaRotaryEmbedding(config)(torch.ones(1, 16, 32), positions)
+    x = torch.randn(1, 2, 16, 16)
+    theirs, _ = apply_rotary_pos_emb(x, x, *expected)
+    torch.testing.assert_close(rotate(x, *rotary_table(16, 16)), theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_a_fresh_model_guesses_evenly():
@@ -155,20 +165,20 @@ def test_parameter_count():
 def test_dropout_zeroes_its_share_and_keeps_the_mean():
     torch.manual_seed(0)
     x = torch.ones(1001, 999)
-    dropped = Dropout(0.1)(x)
+    dropped = FastDropout(0.1)(x)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.002)
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.002)
-    assert torch.equal(Dropout(0.1).eval()(x), x) and torch.equal(Dropout(0.0)(x), x)
+    assert torch.equal(FastDropout(0.1).eval()(x), x) and torch.equal(FastDropout(0.0)(x), x)
 
 
 def test_dropout_follows_the_seed_and_its_gradient_the_mask():
     torch.manual_seed(3)
     x = torch.ones(50, 50, requires_grad=True)
-    first = Dropout(0.5)(x)
+    first = FastDropout(0.5)(x)
     first.sum().backward()
     assert torch.equal(x.grad, first.detach())
     torch.manual_seed(3)
-    assert torch.equal(Dropout(0.5)(x), first)
+    assert torch.equal(FastDropout(0.5)(x), first)
 
 
 # ---- classification
