@@ -1,12 +1,12 @@
-"""Text to tensors: the shared vocabulary, token files, windows, splits and batches.
+"""Text to tensors: vocabulary, token files, windows, splits, templates, masks and batches.
 
-Shapes: B batch, T time (tokens).
+Shapes: B batch, T time (tokens), V vocabulary; N examples.
 """
 
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
@@ -17,110 +17,100 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_loader import (
-    PIECE_BYTES,
+    CHUNK_BYTES,
     ByteRange,
     Corpus,
     Example,
     Examples,
     Instruction,
     Review,
+    atomic_write,
     file_sha256,
+    log0,
     read_text,
     sample_texts,
-    say,
-    written_whole,
 )
 from tokenizer import END_OF_TEXT, PAD, BPETokenizer
 
 IGNORE = -100  # target that carries no loss: `ignore_index` of PyTorch's cross entropy
-TOKENIZER_TEXT_BYTES = 32 << 20  # of the training text the tokenizer learns from
+TOKENIZER_BYTES = 32 << 20  # of the training text that the tokenizer learns from
 SAMPLE_WEIGHT = 3  # how often the bundled reviews and instructions count in the vocabulary
+
+# ---- a corpus becomes token ids, once
 
 
 def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETokenizer:
-    """The one vocabulary for everything: learned from the training part of the corpus and the
-    bundled reviews and instructions, so that these compress as well; kept in `cache_dir` for the
-    next time.
-    """
+    """The shared vocabulary: learned from the training split of the corpus and, so that these
+    compress as well, the bundled reviews and instructions; cached in `cache_dir`."""
     samples = sample_texts()
-    key = hashlib.sha256(
-        "\0".join([corpus.sha256, str(vocab_size), str(SAMPLE_WEIGHT), *samples]).encode()
-    ).hexdigest()[:16]
-    if path := _held(cache_dir, f"tokenizer-{key}", ".json"):
-        say(f"tokenizer: from {path}")
+    key = "\0".join([corpus.sha256, str(vocab_size), str(SAMPLE_WEIGHT), *samples])
+    stem = f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if path := _cached_file(cache_dir, stem, ".json"):
+        log0(f"tokenizer: from {path}")
         return BPETokenizer.load(path)
-    share = min(0.9, TOKENIZER_TEXT_BYTES / sum(path.stat().st_size for path in corpus.paths))
-    if share < 0.9:
-        say(f"tokenizer: learning from the first {TOKENIZER_TEXT_BYTES >> 20} MiB of the text")
-    texts = itertools.chain(SAMPLE_WEIGHT * samples, *map(read_text, corpus.split(share)[0]))
+    fraction = min(0.9, TOKENIZER_BYTES / sum(path.stat().st_size for path in corpus.paths))
+    if fraction < 0.9:
+        log0(f"tokenizer: learning from the first {TOKENIZER_BYTES >> 20} MiB of the text")
+    texts = itertools.chain(SAMPLE_WEIGHT * samples, *map(read_text, corpus.split(fraction)[0]))
     tokenizer = BPETokenizer.train(texts, vocab_size)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(cache_dir / f"tokenizer-{key}-{tokenizer.sha256[:16]}.json")
+    tokenizer.save(cache_dir / f"{stem}-{tokenizer.sha256[:16]}.json")
     return tokenizer
 
 
-def _held(cache_dir: Path, stem: str, suffix: str) -> Path | None:
-    """The file in the cache whose name starts like this and ends with the hash of its content."""
+def prepare_token_ids(
+    split: str, ranges: list[ByteRange], corpus: Corpus, tokenizer: BPETokenizer, cache_dir: Path
+) -> np.ndarray:
+    """Token ids (N,) of a split of the corpus, as a memory-mapped file that is written once.
+
+    Args:
+        split: Its name, such as "train".
+        ranges: Its bytes; `<|endoftext|>` separates two files.
+        corpus: Identifies the file, together with the tokenizer.
+        tokenizer: Encodes chunk by chunk, so memory does not grow with the text.
+        cache_dir: Where the file is kept.
+    """
+    stem = f"{split}-{corpus.sha256[:16]}-{tokenizer.sha256[:16]}"
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    if path := _cached_file(cache_dir, stem, ".bin"):
+        log0(f"{split} tokens: from {path}")
+    else:
+        new_path = cache_dir / f"{stem}.bin"
+        with atomic_write(new_path) as file:
+            for i, byte_range in enumerate(ranges):
+                if i:
+                    file.write(np.array([tokenizer.special_tokens[END_OF_TEXT]], dtype).data)
+                n_chunks = -(-(byte_range.stop - byte_range.start) // CHUNK_BYTES)
+                text = tqdm(read_text(byte_range), f"{split} tokens", n_chunks, unit="MiB")
+                for ids in tokenizer.encode_stream(text):
+                    file.write(np.array(ids, dtype).data)
+        path = new_path.replace(cache_dir / f"{stem}-{file_sha256(new_path)[:16]}.bin")
+    if not path.stat().st_size:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r")
+
+
+def _cached_file(cache_dir: Path, stem: str, suffix: str) -> Path | None:
+    """The cached file whose name starts with `stem` and ends with the hash of its content."""
     for path in cache_dir.glob(f"{stem}-*{suffix}"):
         if path.stem == f"{stem}-{file_sha256(path)[:16]}":
             return path
-        say(f"{path} is damaged: making it anew")
+        log0(f"{path} is damaged: recreating it")
         path.unlink()
     return None
 
 
-# ---- token files
-
-
-def prepare_token_ids(
-    name: str, parts: list[ByteRange], corpus: Corpus, tokenizer: BPETokenizer, cache_dir: Path
-) -> np.ndarray:
-    """Token ids of a part of the corpus, as a memory-mapped file that is written once.
-
-    Args:
-        name: Of the part, such as "train".
-        parts: Its bytes; `<|endoftext|>` stands between two files.
-        corpus: Names the file, together with the tokenizer.
-        tokenizer: Encodes piece by piece: memory does not grow with the text.
-        cache_dir: Where the file is kept.
-    """
-    stem = f"{name}-{corpus.sha256[:16]}-{tokenizer.sha256[:16]}"
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    path = _held(cache_dir, stem, ".bin")
-    if path:
-        say(f"{name} tokens: from {path}")
-    else:
-        unnamed = cache_dir / f"{stem}.bin"
-        end = np.array([tokenizer.special_tokens[END_OF_TEXT]], dtype=dtype)
-        with written_whole(unnamed) as file:
-            for i, part in enumerate(parts):
-                if i:
-                    file.write(end.data)
-                pieces = -(-(part.stop - part.start) // PIECE_BYTES)
-                text = tqdm(read_text(part), f"{name} tokens", pieces, unit="MiB")
-                for ids in tokenizer.encode_stream(text):
-                    file.write(np.array(ids, dtype=dtype).data)
-        path = unnamed.replace(cache_dir / f"{stem}-{file_sha256(unnamed)[:16]}.bin")
-    if not path.stat().st_size:
-        return np.empty(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
-
-
-# ---- batches
+# ---- token ids become windows
 
 
 class TokenBatches:
-    """Random windows of a token file for language modelling, with subword regularisation.
+    """Random windows of a text for language modelling, with subword regularisation.
 
-    Each epoch goes once over the windows that tile the text from a random offset, in random order,
-    less a last batch that is not full; a window that splitting makes longer loses its tail. Batches
-    follow from seed and step alone.
+    Each epoch visits the windows that tile the text from a random offset, in random order, without
+    the incomplete last batch. Batches derive from (seed, step).
 
-    Subword regularisation (https://arxiv.org/abs/1910.13267) shows the model other spellings of the
-    same text: each token made by a merge is split, with a probability, into the two it was made of,
-    and these in turn (as in StochasTok, https://arxiv.org/abs/2506.01687). On a small corpus, read
-    many times, it delays over-fitting. The probability falls linearly to zero at the last step, so
-    that the model ends on the spelling it will be used with.
+    Subword regularisation (https://arxiv.org/abs/1910.13267) shows the model several segmentations
+    of the same text, which delays over-fitting on a small corpus: see `resegment`. Its probability
+    falls linearly to zero at the last step, so training ends on the segmentation used later.
     """
 
     def __init__(
@@ -130,8 +120,9 @@ class TokenBatches:
         context_length: int,
         batch_size: int,
         seed: int,
-        split_probability: float = 0.0,
+        resegment_probability: float = 0.0,
         steps: int = 1,
+        max_epochs: int | None = None,
     ):
         if len(ids) <= context_length:
             raise ValueError(
@@ -140,32 +131,28 @@ class TokenBatches:
                 "--context-length"
             )
         self.ids, self.context_length, self.seed = ids, context_length, seed
-        self.split_probability, self.steps = split_probability, steps
-        self.halves = merge_halves(tokenizer)
+        self.resegment_probability, self.children = resegment_probability, merge_children(tokenizer)
         self.n_windows = max(1, (len(ids) - 1) // context_length - 1)
         self.batch_size = min(batch_size, self.n_windows)
+        self.steps_per_epoch = self.n_windows // self.batch_size
+        self.steps = steps if max_epochs is None else min(steps, max_epochs * self.steps_per_epoch)
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0))
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches in a pass over the text."""
-        return self.n_windows // self.batch_size
-
-    def __call__(self, step: int, parts: int = 1) -> list[tuple[Tensor, Tensor]]:
-        """Inputs and targets of a step, each (B, T), cut into `parts` along B."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+    def __call__(self, step: int, n_micro: int = 1) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and targets of a step, each (B, T), split into micro-batches along B."""
+        epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch[0]:
             self._epoch = (epoch, self._starts(epoch))
-        starts = self._epoch[1][place * self.batch_size : (place + 1) * self.batch_size]
+        starts = self._epoch[1][index * self.batch_size : (index + 1) * self.batch_size]
         rng = np.random.default_rng([self.seed, 1, step])
+        probability = self.resegment_probability * max(0.0, 1 - step / self.steps)
         T = self.context_length
-        probability = self.split_probability * max(0.0, 1 - step / self.steps)
         rows = [
-            split_tokens(self.ids[s : s + T + 1].astype(np.int64), self.halves, probability, rng)
+            resegment(self.ids[s : s + T + 1].astype(np.int64), self.children, probability, rng)
             for s in starts
         ]
         tokens = torch.from_numpy(np.stack([row[: T + 1] for row in rows]))
-        return [(part[:, :-1], part[:, 1:]) for part in tokens.tensor_split(parts)]
+        return [(chunk[:, :-1], chunk[:, 1:]) for chunk in tokens.tensor_split(n_micro)]
 
     def _starts(self, epoch: int) -> np.ndarray:
         """Where the windows of an epoch start, in the order they are used."""
@@ -175,31 +162,31 @@ class TokenBatches:
         return offset + self.context_length * rng.permutation(self.n_windows)
 
 
-def merge_halves(tokenizer: BPETokenizer) -> np.ndarray:
+def merge_children(tokenizer: BPETokenizer) -> np.ndarray:
     """(V, 2): the two tokens each token was merged from, or -1."""
-    halves = np.full((tokenizer.vocab_size, 2), -1)
+    children = np.full((tokenizer.vocab_size, 2), -1)
     for left, right, merged in reversed(tokenizer.merges):
-        halves[merged] = left, right
-    return halves
+        children[merged] = left, right
+    return children
 
 
-def split_tokens(
-    ids: np.ndarray, halves: np.ndarray, probability: float, rng: np.random.Generator
+def resegment(
+    ids: np.ndarray, children: np.ndarray, probability: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Splits each token with a probability into its two halves, and these in turn.
+    """Splits tokens at random into the two they were merged from, and these in turn.
 
-    Decodes to the same text; the same ids when the probability is 0.
+    The result decodes to the same text (StochasTok, https://arxiv.org/abs/2506.01687).
     """
-    fresh = np.ones(len(ids), dtype=bool)
+    is_new = np.ones(len(ids), dtype=bool)
     while probability > 0:
-        chosen = fresh & (halves[ids, 0] >= 0) & (rng.random(len(ids)) < probability)
+        chosen = is_new & (children[ids, 0] >= 0) & (rng.random(len(ids)) < probability)
         if not chosen.any():
             break
         counts = 1 + chosen
-        places = (np.cumsum(counts) - counts)[chosen]
+        positions = (np.cumsum(counts) - counts)[chosen]
         split = np.repeat(ids, counts)
-        split[places], split[places + 1] = halves[ids[chosen]].T
-        ids, fresh = split, np.repeat(chosen, counts)
+        split[positions], split[positions + 1] = children[ids[chosen]].T
+        ids, is_new = split, np.repeat(chosen, counts)
     return ids
 
 
@@ -208,12 +195,12 @@ def scoring_windows(
 ) -> list[tuple[Tensor, Tensor]]:
     """Windows that score every token of a text exactly once, most of them with a long context.
 
-    Windows of `context_length` tokens advance by half a context; each scores the tokens that no
-    earlier one did, so that all but the first window's have at least half a context before them.
-    The first token is predicted from `start_id`.
+    Windows advance by half a context, and each scores the tokens that no earlier one scored, so
+    after the first window every token has at least half a context before it. The first token is
+    predicted from `start_id`.
 
     Returns:
-        Batches of inputs and targets (B, T), targets that were scored before being IGNORE.
+        Batches of inputs and targets (B, T); targets that are already scored are IGNORE.
     """
     sequence = np.concatenate([[start_id], ids]).astype(np.int64)
     n, T = len(ids), min(context_length, len(ids))
@@ -228,119 +215,82 @@ def scoring_windows(
 
 
 def count_bytes(ids: np.ndarray, tokenizer: BPETokenizer) -> int:
-    """Bytes of text that token ids stand for; special tokens stand for none."""
+    """Bytes of text that token ids represent; special tokens represent none."""
     lengths = np.array([len(token) for token in tokenizer.vocab])
     lengths[list(tokenizer.special_tokens.values())] = 0
     return int(lengths[ids].sum())
 
 
-# ---- data sets in parts
+# ---- rows become splits
 
-
-TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1
+TEST_FRACTION, VALIDATION_FRACTION = 0.2, 0.1
 
 
 @dataclass(frozen=True)
 class Split(Generic[Example]):
-    """The three parts of a data set; what is alike stands in one of them."""
+    """The splits of a data set; near-duplicates never span two of them."""
 
     train: list[Example]
     validation: list[Example]
     test: list[Example]
 
+    def sizes(self) -> str:
+        """For the log: "3,600 train, 400 validation, 1,000 test"."""
+        return ", ".join(f"{len(rows):,} {name}" for name, rows in vars(self).items())
+
 
 def split_examples(examples: Examples[Example]) -> Split[Example]:
-    """Cuts a fifth off for testing and a tenth of the rest for validation.
+    """Takes a fifth for testing and a tenth of the rest for validation, always the same.
 
-    The parts have equal shares of each group of rows, by a seeded draw; rows with the same key stay
-    together. Where the last fifth is the test part as it stands, it loses rows whose key stands
-    before it.
-
-    Raises:
-        ValueError: A part would be empty.
+    The splits are stratified by group, and rows with equal keys stay together. If the last fifth is
+    the data set's own test split, it loses the rows whose keys occur before it.
     """
     rng = np.random.default_rng(0)
-    if examples.has_test_part:
-        cut = round((1 - TEST_SHARE) * len(examples.rows))
-        rest, known = examples.rows[:cut], {row.key for row in examples.rows[:cut]}
-        test = [row for row in examples.rows[cut:] if row.key not in known]
+    if examples.has_test_split:
+        cut = round((1 - TEST_FRACTION) * len(examples.rows))
+        rest, rest_keys = examples.rows[:cut], {row.key for row in examples.rows[:cut]}
+        test = [row for row in examples.rows[cut:] if row.key not in rest_keys]
     else:
-        rest, test = _draw(examples.rows, TEST_SHARE, rng)
-    train, validation = _draw(rest, VALIDATION_SHARE, rng)
+        rest, test = _sample(examples.rows, TEST_FRACTION, rng)
+    train, validation = _sample(rest, VALIDATION_FRACTION, rng)
     if not (train and validation and test):
         raise ValueError(f"{examples.name} has too few rows to split: {len(examples.rows)}")
     return Split(train, validation, test)
 
 
-def _draw(
-    rows: list[Example], share: float, rng: np.random.Generator
-) -> tuple[list[Example], list[Example]]:
-    """Draws a share of the keys, each 1/share-th of a list by group; rows keep their order."""
-    firsts = {row.key: row for row in reversed(rows)}
-    ordered = sorted(firsts)
-    keys = [ordered[i] for i in rng.permutation(len(ordered))]
-    by_group = sorted(keys, key=lambda key: firsts[key].group)
-    counts = np.floor(np.arange(len(keys) + 1) * share + rng.random())
-    drawn = {key for key, count in zip(by_group, np.diff(counts)) if count}
-    return [r for r in rows if r.key not in drawn], [r for r in rows if r.key in drawn]
-
-
-# ---- reviews
-
-
 def split_reviews(reviews: Examples[Review]) -> Split[Review]:
-    """As `split_examples`, always the same.
-
-    Raises:
-        ValueError: A part would not have both labels.
-    """
+    """As `split_examples`; each split must have both labels."""
     split = split_examples(reviews)
-    for name, part in vars(split).items():
-        if len({row.label for row in part}) < 2:
+    for name, rows in vars(split).items():
+        if len({row.label for row in rows}) < 2:
             raise ValueError(
-                f"{reviews.name} has too few rows: its {name} part, {len(part)} rows, needs both "
+                f"{reviews.name} has too few rows: its {name} split, {len(rows)} rows, needs both "
                 "labels"
             )
     return split
 
 
-def reviews_as_text(reviews: list[Review], tokenizer: BPETokenizer) -> np.ndarray:
-    """Token ids of reviews, one after the other, for a language model; each ends with
-    `<|endoftext|>`."""
-    end = [tokenizer.special_tokens[END_OF_TEXT]]
-    return np.concatenate(
-        [part for ids in encode_reviews(reviews, tokenizer) for part in (ids, end)]
-    )
+def _sample(
+    rows: list[Example], fraction: float, rng: np.random.Generator
+) -> tuple[list[Example], list[Example]]:
+    """The other rows, and a sample: with the keys sorted by group, every 1/fraction-th one."""
+    first_rows = {row.key: row for row in reversed(rows)}
+    ordered = sorted(first_rows)
+    keys = [ordered[i] for i in rng.permutation(len(ordered))]
+    by_group = sorted(keys, key=lambda key: first_rows[key].group)
+    counts = np.floor(np.arange(len(keys) + 1) * fraction + rng.random())
+    sampled = {key for key, count in zip(by_group, np.diff(counts)) if count}
+    return [r for r in rows if r.key not in sampled], [r for r in rows if r.key in sampled]
 
 
-def head_and_tail(ids: np.ndarray, length: int) -> np.ndarray:
-    """A text that is longer than `length` tokens without its middle: opinions stand at the ends."""
-    if len(ids) <= length:
-        return ids
-    head = (length + 1) // 2
-    return np.concatenate([ids[:head], ids[len(ids) - (length - head) :]])
-
-
-def pad(rows: Sequence[np.ndarray], pad_id: int, most: int) -> tuple[Tensor, Tensor]:
-    """Token ids (B, T), filled up on the right, and lengths (B,).
-
-    T is the longest row, rounded up to a multiple of 32 where that is not above `most`: with few
-    shapes the kernels and the memory for them are used again, which on a CPU saves gigabytes.
-    """
-    lengths = torch.tensor([len(row) for row in rows])
-    longest = int(lengths.max())
-    ids = torch.full((len(rows), max(longest, min(most, -(-longest // 32) * 32))), pad_id)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.from_numpy(row)
-    return ids, lengths
+# ---- examples become batches
 
 
 class ExampleBatches:
-    """Batches of examples: each epoch goes once over them, in random order, less a last batch that
-    is not full.
+    """Batches of examples: each epoch visits them in random order, without the incomplete last
+    batch.
 
-    Examples of similar length go together, so that little is padding. Batches follow from seed and
-    step alone.
+    Examples of similar length share a batch, which saves padding. Batches derive from (seed, step).
     """
 
     POOL = 8  # batches that are sorted by length together
@@ -352,75 +302,48 @@ class ExampleBatches:
         batch_size: int,
         seed: int,
     ):
-        """Groups the examples anew for each epoch.
-
-        Args:
-            lengths: Of the examples, in tokens.
-            collate: Makes tensors whose first dimension is B of the examples with given numbers.
-            batch_size: Examples a step (B).
-            seed: Of the order and of what `collate` draws.
-        """
+        """`collate` makes tensors with first dimension B of the examples with given indices;
+        `lengths` are theirs, in tokens."""
         self.lengths, self.collate, self.seed = np.array(lengths), collate, seed
         self.batch_size = min(batch_size, len(lengths))
+        self.steps_per_epoch = len(lengths) // self.batch_size
         self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches in a pass over the examples."""
-        return len(self.lengths) // self.batch_size
-
-    def __call__(self, step: int, parts: int = 1) -> list[tuple[Tensor, ...]]:
-        """Tensors of a step, cut into `parts` along B."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+    def __call__(self, step: int, n_micro: int = 1) -> list[tuple[Tensor, ...]]:
+        """Tensors of a step, split into micro-batches along B."""
+        epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch[0]:
             self._epoch = (epoch, self._groups(epoch))
         rng = np.random.default_rng([self.seed, 1, step])
-        tensors = self.collate(self._epoch[1][place], rng)
-        return list(zip(*(tensor.tensor_split(parts) for tensor in tensors)))
+        tensors = self.collate(self._epoch[1][index], rng)
+        return list(zip(*(tensor.tensor_split(n_micro) for tensor in tensors)))
 
     def _groups(self, epoch: int) -> list[np.ndarray]:
-        """Examples of each batch of an epoch."""
+        """Indices of the examples of each batch of an epoch."""
         rng = np.random.default_rng([self.seed, 0, epoch])
         order = rng.permutation(len(self.lengths))[: self.steps_per_epoch * self.batch_size]
         pool = self.POOL * self.batch_size
-        chunks = [order[i : i + pool] for i in range(0, len(order), pool)]
-        by_length = [c[np.argsort(self.lengths[c], kind="stable")] for c in chunks]
+        pools = [order[i : i + pool] for i in range(0, len(order), pool)]
+        by_length = [p[np.argsort(self.lengths[p], kind="stable")] for p in pools]
         return list(rng.permutation(np.concatenate(by_length).reshape(-1, self.batch_size)))
 
 
-def review_training_batches(
-    reviews: list[Review],
-    targets: np.ndarray,
-    tokenizer: BPETokenizer,
-    context_length: int,
-    batch_size: int,
-    seed: int,
-    split_probability: float = 0.0,
-    hide_probability: float = 0.0,
-) -> ExampleBatches:
-    """Batches of token ids (B, T), lengths (B,) and class probabilities to learn (B, classes).
+def pad_batch(rows: Sequence[np.ndarray], pad_id: int, max_length: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T), padded on the right, and lengths (B,).
 
-    Each epoch has other versions of the texts, whose `targets` (N, classes) stay the same.
-    Tokens are split at random as in `TokenBatches`, and some are hidden behind `<|endoftext|>`
-    (word dropout, Iyyer et al. 2015, https://aclanthology.org/P15-1162), so that no single word is
-    relied on.
+    T is the longest row, rounded up to a multiple of 32, but not above `max_length`: with few
+    different shapes kernels and memory are reused, which saves gigabytes on a CPU.
     """
-    rows, halves = encode_reviews(reviews, tokenizer), merge_halves(tokenizer)
-    learned = torch.tensor(targets, dtype=torch.float32)
-    end, pad_id = (tokenizer.special_tokens[name] for name in (END_OF_TEXT, PAD))
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
+    T = max(longest, min(max_length, -(-longest // 32) * 32))
+    ids = torch.full((len(rows), T), pad_id)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.from_numpy(row)
+    return ids, lengths
 
-    def version(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A text with some tokens split, its middle left out, and some tokens hidden."""
-        ids = split_tokens(ids, halves, split_probability, rng)
-        ids = head_and_tail(ids, context_length)
-        return np.where(rng.random(len(ids)) < hide_probability, end, ids)
 
-    def collate(chosen: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, ...]:
-        """Padded texts and what is to be learned of them."""
-        ids, lengths = pad([version(rows[i], rng) for i in chosen], pad_id, context_length)
-        return ids, lengths, learned[chosen]
-
-    return ExampleBatches([len(ids) for ids in rows], collate, batch_size, seed)
+# ---- reviews
 
 
 def encode_reviews(reviews: list[Review], tokenizer: BPETokenizer) -> list[np.ndarray]:
@@ -428,14 +351,73 @@ def encode_reviews(reviews: list[Review], tokenizer: BPETokenizer) -> list[np.nd
     return [np.array(tokenizer.encode(review.text)) for review in reviews]
 
 
+def reviews_as_text(reviews: list[Review], tokenizer: BPETokenizer) -> np.ndarray:
+    """Token ids of all reviews, each followed by `<|endoftext|>`, for a language model."""
+    end = [tokenizer.special_tokens[END_OF_TEXT]]
+    return np.concatenate([x for ids in encode_reviews(reviews, tokenizer) for x in (ids, end)])
+
+
+def truncate_middle(ids: np.ndarray, max_length: int) -> np.ndarray:
+    """Drops the middle of a longer text: opinions cluster at the start and the end."""
+    if len(ids) <= max_length:
+        return ids
+    head = (max_length + 1) // 2
+    return np.concatenate([ids[:head], ids[len(ids) - (max_length - head) :]])
+
+
+def text_batches(
+    texts: list[str], tokenizer: BPETokenizer, context_length: int, batch_size: int = 64
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Indices of texts, their token ids (B, T) and lengths (B,), shortest texts first."""
+    rows = [truncate_middle(np.array(tokenizer.encode(text)), context_length) for text in texts]
+    order = np.argsort([len(row) for row in rows], kind="stable")
+    for start in range(0, len(texts), batch_size):
+        indices = order[start : start + batch_size]
+        pad_id = tokenizer.special_tokens[PAD]
+        yield indices, *pad_batch([rows[i] for i in indices], pad_id, context_length)
+
+
+def review_batches(
+    reviews: list[Review],
+    tokenizer: BPETokenizer,
+    context_length: int,
+    batch_size: int,
+    seed: int,
+    resegment_probability: float = 0.0,
+    word_dropout: float = 0.0,
+) -> ExampleBatches:
+    """Training batches of token ids (B, T), lengths (B,) and labels (B,).
+
+    Texts differ from epoch to epoch: tokens are resegmented, and some are replaced by
+    `<|endoftext|>` (word dropout, Iyyer et al. 2015, https://aclanthology.org/P15-1162), so that
+    the model does not rely on single words.
+    """
+    rows, children = encode_reviews(reviews, tokenizer), merge_children(tokenizer)
+    labels = torch.tensor([review.label for review in reviews])
+    end, pad_id = (tokenizer.special_tokens[name] for name in (END_OF_TEXT, PAD))
+
+    def augment(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        ids = resegment(ids, children, resegment_probability, rng)
+        ids = truncate_middle(ids, context_length)
+        return np.where(rng.random(len(ids)) < word_dropout, end, ids)
+
+    def collate(indices: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        ids, lengths = pad_batch([augment(rows[i], rng) for i in indices], pad_id, context_length)
+        return ids, lengths, labels[indices]
+
+    return ExampleBatches([len(ids) for ids in rows], collate, batch_size, seed)
+
+
 # ---- instructions
 
-
-# The prompt template, in the order of the parts; an empty context is left out with its heading.
-# What a user writes stands between the headings and can become neither one nor `<|endoftext|>`.
+# The prompt template. An empty context is omitted with its heading. What a user writes can become
+# neither a heading nor `<|endoftext|>`.
 INSTRUCTION_HEADING, CONTEXT_HEADING = "### Instruction\n", "\n\n### Context\n"
 RESPONSE_HEADING = "\n\n### Response\n"
-MIN_PROMPT = 32  # tokens of a long instruction and context that are kept in any case
+PROMPT_TEMPLATE = (
+    f"{INSTRUCTION_HEADING}{{instruction}}{CONTEXT_HEADING}{{context}}{RESPONSE_HEADING}"
+)
+MIN_PROMPT = 32  # tokens of a long instruction and context that are always kept
 
 
 @dataclass(frozen=True)
@@ -446,9 +428,9 @@ class EncodedInstruction:
     response: list[int]
 
 
-def user_text(text: str) -> str:
-    """Text from outside, unable to imitate a heading of the template."""
-    return re.sub("#{3,}", lambda found: " ".join(found[0]), text)
+def escape_headings(text: str) -> str:
+    """User text that cannot imitate a heading of the template."""
+    return re.sub("#{3,}", lambda match: " ".join(match[0]), text)
 
 
 def encode_prompt(
@@ -456,9 +438,9 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a prompt, up to where the response begins.
 
-    With `max_tokens`, the ends of context and then of instruction are left out, never a heading.
+    `max_tokens` cuts the end of the context, then of the instruction, never a heading.
     """
-    task, text = (tokenizer.encode(user_text(part.strip())) for part in (instruction, context))
+    task, text = (tokenizer.encode(escape_headings(x.strip())) for x in (instruction, context))
     headings = [
         tokenizer.encode(h) for h in (INSTRUCTION_HEADING, CONTEXT_HEADING, RESPONSE_HEADING)
     ]
@@ -474,7 +456,7 @@ def encode_instruction(
 ) -> EncodedInstruction:
     """Token ids of an example, at most `context_length` of inputs.
 
-    Too long an example loses the end of its context, then of its instruction down to `MIN_PROMPT`
+    A long example loses the end of its context, then of its instruction down to `MIN_PROMPT`
     tokens, and only then the end of its response.
     """
     response = tokenizer.encode(row.response.strip())
@@ -488,15 +470,11 @@ def encode_instruction(
 def encode_instructions(
     rows: list[Instruction], tokenizer: BPETokenizer, context_length: int
 ) -> list[EncodedInstruction]:
-    """Token ids of examples; says how many have no room for a response and are left out.
-
-    Raises:
-        ValueError: None is left.
-    """
+    """Token ids of examples; those without room for a response are skipped and counted."""
     encoded = [encode_instruction(row, tokenizer, context_length) for row in rows]
     usable = [example for example in encoded if example.response]
     if len(usable) < len(encoded):
-        say(f"{len(encoded) - len(usable):,} examples left out: no room for a response")
+        log0(f"skipped {len(encoded) - len(usable):,} examples: no room for a response")
     if not usable:
         raise ValueError(f"a context of {context_length} tokens has no room for a response")
     return usable
@@ -507,25 +485,22 @@ def collate_instructions(
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, T); prompt and padding carry no loss (IGNORE)."""
     rows = [np.array(example.prompt + example.response) for example in examples]
-    ids, lengths = pad(rows, tokenizer.special_tokens[PAD], context_length + 1)
+    ids, lengths = pad_batch(rows, tokenizer.special_tokens[PAD], context_length + 1)
     targets = ids[:, 1:].clone()
-    places = torch.arange(1, ids.shape[1])
+    positions = torch.arange(1, ids.shape[1])
     starts = torch.tensor([len(example.prompt) for example in examples])
-    targets[(places < starts[:, None]) | (places >= lengths[:, None])] = IGNORE
+    targets[(positions < starts[:, None]) | (positions >= lengths[:, None])] = IGNORE
     return ids[:, :-1], targets
 
 
 def instruction_batches(
-    examples: list[EncodedInstruction],
-    tokenizer: BPETokenizer,
-    context_length: int,
-    batch_size: int = 32,
+    examples: list[EncodedInstruction], tokenizer: BPETokenizer, context_length: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Fixed batches for measuring, shortest first."""
+    """Fixed batches of up to 32 for measuring, shortest examples first."""
     ordered = sorted(examples, key=lambda example: len(example.prompt) + len(example.response))
     return [
-        collate_instructions(ordered[i : i + batch_size], tokenizer, context_length)
-        for i in range(0, len(ordered), batch_size)
+        collate_instructions(ordered[i : i + 32], tokenizer, context_length)
+        for i in range(0, len(ordered), 32)
     ]
 
 
@@ -536,11 +511,10 @@ def instruction_training_batches(
     batch_size: int,
     seed: int,
 ) -> ExampleBatches:
-    """Batches of inputs and targets (B, T)."""
+    """Random batches of inputs and targets (B, T)."""
 
-    def collate(chosen: np.ndarray, _: np.random.Generator) -> tuple[Tensor, ...]:
-        """Inputs and targets of some examples."""
-        return collate_instructions([examples[i] for i in chosen], tokenizer, context_length)
+    def collate(indices: np.ndarray, _: np.random.Generator) -> tuple[Tensor, ...]:
+        return collate_instructions([examples[i] for i in indices], tokenizer, context_length)
 
     lengths = [len(example.prompt) + len(example.response) for example in examples]
     return ExampleBatches(lengths, collate, batch_size, seed)

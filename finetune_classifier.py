@@ -4,61 +4,72 @@
     python finetune_classifier.py --dataset sample    # the small bundled reviews
     python finetune_classifier.py --data FILE         # your own: JSONL, CSV or TSV
 
-Needs `models/model_weights.pth` and `models/tokenizer.json` (`python main.py`). First the base goes
-on as a language model on the training reviews, whose English is not Shakespeare's (as in ULMFiT,
-Howard and Ruder 2018, https://arxiv.org/abs/1801.06146); the result, `review_model_weights.pth`, is
-kept, and `finetune_lora_classifier.py` starts from it, too. Then a classification head reads the
-last token's hidden state, and all weights learn from the labels, which a linear model has softened
-(distillation; Hinton et al. 2015, https://arxiv.org/abs/1503.02531). Writes
-`models/finetuned_classifier_weights.pth` and its log. Ctrl-C keeps a state that `--resume` goes on
-from.
+Needs a base model (`python main.py`; else the one in `models/shipped`). The base is first
+pretrained further on the training reviews, whose English is not Shakespeare's (ULMFiT, Howard and
+Ruder 2018, https://arxiv.org/abs/1801.06146); the result, `review_lm_weights.pth`, is kept, and
+`finetune_lora_classifier.py` starts from it, too. Then a classification head reads the hidden state
+of the last token, and all weights learn from the labels. Writes
+`models/finetuned_classifier_weights.pth` and its log. Ctrl-C keeps a state that `--resume`
+continues from.
 """
 
 import argparse
 import math
-import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss, roc_auc_score
-from sklearn.pipeline import Pipeline
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import training
-from data_loader import REVIEW_SOURCES, Review, find_data_dir, load_reviews, say
-from data_utils import (
-    Split,
-    TokenBatches,
-    review_training_batches,
-    reviews_as_text,
-    split_reviews,
+from data_loader import (
+    LABELS,
+    REVIEW_SOURCES,
+    Review,
+    find_data_dir,
+    load_reviews,
+    log0,
 )
+from data_utils import TokenBatches, review_batches, reviews_as_text, split_reviews
 from evaluate import (
-    BASELINES,
-    CLASSES,
+    CONFUSION_COLUMNS,
     LINEAR_BASELINE,
-    REVIEW_MODEL,
-    baseline_figures,
-    class_probabilities,
-    classification_figures,
-    linear_baseline,
-    load_classifier,
-    out_of_fold_probabilities,
+    classifier_metrics,
+    fit_linear_baseline,
+    markdown_table,
     save_linear_baseline,
-    sentiment_table,
+    validation_metrics,
 )
-from generation import copy_tokenizer, load_language_model, with_context
+from generation import (
+    FULL_CLASSIFIER,
+    LORA_CLASSIFIER,
+    REVIEW_LM,
+    cached_model,
+    class_probabilities,
+    clone_with,
+    load_model,
+    open_base,
+)
 from lora import LoRAConfig, apply_lora, count_parameters, lora_state_dict
-from main import train_language_model
-from model import GPTClassificationModel, GPTModel
+from model import GPTClassificationModel
 from tokenizer import BPETokenizer
+from training import Runtime, TrainConfig
 
-LANGUAGE_BATCH = 32  # windows a step
-LANGUAGE_SEED = 0  # not --seed: classifiers of all seeds start from one language model
-LANGUAGE_EPOCHS = 6  # most passes; fewer where there are many reviews
+REVIEW_LM_BATCH = 32  # windows per step
+REVIEW_LM_SEED = 0  # not --seed: classifiers of all seeds start from one language model
+REVIEW_LM_EPOCHS = 6  # at most
+REVIEW_LM_OPTIONS = ("review_lm_steps", "resegment_probability")  # that it depends on
+
+RECIPE = {
+    "steps": 450,
+    "learning_rate": 0.0004,  # a tenth of the base's, so that the embeddings do not memorise
+    "muon_learning_rate": 0.007,
+    "warmup_steps": 30,
+    "decay_fraction": 0.9,
+    "eval_every": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,297 +77,206 @@ class ReviewConfig:
     """How reviews are read.
 
     Attributes:
-        batch_size: Reviews a step, over all processes.
-        context_length: Tokens of a review that are read; the middle of a longer one is left out.
-        dropout: Share of embeddings and block outputs zeroed in training.
-        split_probability: Chance that a token is split into the two it was merged from.
-        hide_probability: Chance that a token is hidden: `<|endoftext|>` stands in its place.
-        teacher_share: Weight, beside the label, of the opinion of a linear model that was fitted to
-            other reviews.
-        epochs: Most passes over the reviews; `steps` may end the training sooner.
-        language_steps: Most steps of the language model on the training reviews.
-
-    Raises:
-        ValueError: A value is out of range.
+        batch_size: Reviews per step, over all processes.
+        context_length: Tokens of a review that are read; longer ones lose their middle.
+        dropout: Dropout rate of embeddings and block outputs.
+        resegment_probability: Probability that a token is split into the two it was merged from.
+        word_dropout: Probability that a token is replaced by `<|endoftext|>`.
+        epochs: Maximum number of passes over the reviews; `steps` may end the training sooner.
+        review_lm_steps: Maximum number of steps of the language model on the training reviews.
     """
 
     batch_size: int = 32
     context_length: int = 256
     dropout: float = 0.15
-    split_probability: float = 0.1
-    hide_probability: float = 0.15
-    teacher_share: float = 0.5
+    resegment_probability: float = 0.1
+    word_dropout: float = 0.15
     epochs: int = 4
-    language_steps: int = 600
+    review_lm_steps: int = 600
 
     def __post_init__(self) -> None:
-        training.check_range(self, 1, math.inf, "batch_size", "epochs", "language_steps")
-        training.check_range(self, 0, 1, "split_probability", "hide_probability")
-        if not 0 <= self.teacher_share <= 1:
-            raise ValueError(f"teacher_share must lie in [0, 1], not {self.teacher_share}")
+        training.check_range(self, 1, math.inf, "batch_size", "epochs", "review_lm_steps")
+        training.check_range(self, 0, 1, "resegment_probability", "word_dropout")
 
 
-DEFAULTS = {
-    "steps": 450,
-    "learning_rate": 0.0004,  # embeddings that move fast remember the reviews word by word
-    "muon_learning_rate": 0.007,
-    "warmup_steps": 30,
-    "decay_share": 0.9,
-}
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A run's data, and where it starts from."""
-
-    config: ReviewConfig
-    train_config: training.TrainConfig
-    data: dict[str, Any]  # name, number of rows and hash of the reviews
-    split: Split[Review]
-    tokenizer: BPETokenizer
-    base: GPTModel
-    language_facts: dict[str, Any]  # what the language model of the reviews is made from
-    lora: LoRAConfig | None  # None: every weight is trained
-    path: Path
-    language_path: Path
-    resume: bool
-    runtime: training.Runtime
-
-
-@training.one_line_errors
+@training.report_errors
 def main(argv: list[str] | None = None) -> int:
     """Fine-tunes every weight; returns the exit code (130 or 143 when interrupted)."""
-    parser = make_parser("Fine-tune every weight of the base for sentiment.", DEFAULTS)
-    run(parser.parse_args(argv, argparse.Namespace(**DEFAULTS)))
+    parser = make_parser("Fine-tune every weight of the base for sentiment.")
+    parser.set_defaults(**RECIPE)
+    run(parser.parse_args(argv))
     return 0
 
 
 def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
-    """Prepares, trains, saves, reloads and measures a classifier."""
-    with training.start_runtime() as runtime, training.training_in(args.out_dir, runtime):
-        with training.first_process_first(runtime):
-            job = _prepare(args, lora, runtime)
-            baseline = _fit_baseline(job) if runtime.rank == 0 else None
-            language_model = _held_language_model(job)
-        targets = softened_labels(job.split.train, job.config.teacher_share)
-        model, facts = _new_classifier(language_model or _train_language_model(job), job)
-        best, made = _train_classifier(model, targets, facts, job)
-        if runtime.rank == 0:
-            _finish(model, best, {**facts, "made": made}, baseline, job)
-
-
-def _prepare(args: argparse.Namespace, lora: LoRAConfig | None, runtime: training.Runtime) -> _Job:
-    """Reads everything, so that what is wrong with it is found before the training."""
+    """Trains every weight, or low-rank adapters, then calibrates, measures and saves."""
     config = training.from_options(ReviewConfig, vars(args))
-    base, tokenizer, checkpoint = load_language_model(args.base)
-    with_context(base, config.context_length, config.dropout)  # refused before the training
-    reviews = load_reviews(args.dataset, args.data, find_data_dir(args.data_dir), args.max_examples)
-    split = split_reviews(reviews)
-    sizes = ", ".join(f"{len(part):,} {name}" for name, part in vars(split).items())
-    say(f"reviews: {reviews.name}, {sizes}; runtime: {runtime.describe()}")
-    train_config = training.fine_tuning_config(vars(args), config, len(split.train))
-    name = "lora_classifier_weights.pth" if lora else "finetuned_classifier_weights.pth"
-    path, language_path = args.out_dir / name, args.out_dir / REVIEW_MODEL
-    copy_tokenizer(tokenizer, args.out_dir)
-    states = [training.state_path(p) for p in (path, language_path)]
-    if not args.resume and runtime.rank == 0:
-        states[0].unlink(missing_ok=True)  # of a run that was given up
-    elif args.resume and not any(state.is_file() for state in states):
-        raise FileNotFoundError(f"there is no {states[0]} to resume: leave --resume out")
-    return _Job(
-        config=config,
-        train_config=train_config,
-        data=reviews.facts,
-        split=split,
-        tokenizer=tokenizer,
-        base=base,
-        language_facts={
-            "base": training.relative_path(args.base, args.out_dir),
-            "base_sha256": checkpoint["weights_sha256"],
-            **reviews.facts,
-            "language_steps": config.language_steps,
-            "split_probability": config.split_probability,
-        },
-        lora=lora,
-        path=path,
-        language_path=language_path,
-        resume=args.resume,
-        runtime=runtime,
-    )
+    path = args.out_dir / (LORA_CLASSIFIER if lora else FULL_CLASSIFIER)
+    with training.start_runtime() as runtime, training.lock_output_dir(args.out_dir, runtime):
+        with training.rank_zero_first(runtime):
+            data_dir = find_data_dir(args.data_dir)
+            reviews = load_reviews(args.dataset, args.data, data_dir, args.max_examples)
+            split = split_reviews(reviews)
+            baseline = fit_linear_baseline(split)  # now, because peak memory only grows
+            base, tokenizer, origin = open_base(args.base, args.out_dir, config.context_length)
+            log0(f"reviews: {reviews.name}, {split.sizes()}; runtime: {runtime.describe()}")
+            training.check_states([path, path.with_name(REVIEW_LM)], args.resume)
+        origin |= reviews.metadata
+        language_model, origin = _review_lm(base, tokenizer, split, config, origin, args, runtime)
+        torch.manual_seed(args.seed)
+        backbone = clone_with(language_model, config.context_length, config.dropout)
+        model = GPTClassificationModel(backbone, len(LABELS)).to(runtime.device)
+        if lora:
+            apply_lora(model, lora)
+        trained, total = count_parameters(model)
+        log0(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
+        metadata = {
+            "model_config": asdict(backbone.config),
+            **origin,
+            "labels": LABELS,
+            "review_config": asdict(config),
+            "lora_config": lora and asdict(lora),
+        }
+        best, provenance = _train(model, tokenizer, split, config, metadata, path, args, runtime)
+        if runtime.rank == 0:
+            calibrate(model, tokenizer, split.validation, runtime)
+            weights = training.half_precision(model.state_dict())
+            model.load_state_dict(weights)  # as they are saved
+            metrics = classifier_metrics(model, tokenizer, split.test, runtime)
+            rows = {path.name: metrics, **baseline["metrics"]}
+            print(markdown_table(CONFUSION_COLUMNS, [{"model": n, **r} for n, r in rows.items()]))
+            save_linear_baseline(baseline, path.with_name(LINEAR_BASELINE), reviews.metadata)
+            kind = "lora_classifier" if lora else "classifier"
+            metadata |= {"metrics": {**best, "test": metrics}, "provenance": provenance}
+            weights = lora_state_dict(model) if lora else weights
+            print(training.save_result(path, kind, weights, **metadata))
 
 
-def _fit_baseline(job: _Job) -> tuple[Pipeline, dict[str, Any]]:
-    """The linear baseline, and what it cost; fitted first, since memory is counted by its peak."""
-    started = time.perf_counter()
-    linear = linear_baseline([*job.split.train, *job.split.validation])
-    return linear, {
-        "command": training.command_line(),
-        "seconds": time.perf_counter() - started,
-        "peak_memory_bytes": training.peak_memory_bytes(torch.device("cpu")),
-    }
-
-
-# ---- the language model of the reviews
-
-
-def _held_language_model(job: _Job) -> GPTModel | None:
-    """The language model on disk, if it is the one that this run would make."""
-    if not job.language_path.is_file():
-        return None
-    try:
-        model, _, checkpoint = load_language_model(job.language_path)
-    except ValueError as error:
-        say(f"making it anew: {error}")
-        return None
-    if job.language_facts.items() <= checkpoint.items():
-        say(f"language model of the reviews: from {job.language_path}")
-        return model
-    say(f"making {job.language_path} anew, for other data, another base or other options")
-    return None
-
-
-def _train_language_model(job: _Job) -> GPTModel:
-    """The base, trained in place on the texts of the training reviews, and saved.
-
-    Raises:
-        ValueError: There is a classifier to resume, which started from another language model.
-    """
-    states = [training.state_path(path) for path in (job.path, job.language_path)]
-    if job.resume and states[0].is_file() and not states[1].is_file():
-        raise ValueError(
-            f"{states[0]} did not start from {job.language_path}: give the same options, or start "
-            "over without --resume"
+def _review_lm(base, tokenizer, split, config, origin, args, runtime):
+    """The base, pretrained further on the texts of the training reviews, unless that is on disk;
+    and how a classifier names it."""
+    path = args.out_dir / REVIEW_LM
+    options = {name: getattr(config, name) for name in REVIEW_LM_OPTIONS}
+    metadata = {"model_config": asdict(base.config), **origin, **options}
+    if not (cached := cached_model(path, metadata)):
+        model, state = base.to(runtime.device), training.state_path(path)
+        if args.resume and not state.is_file():
+            raise ValueError(f"{path} is of another run: omit --resume, or give the same options")
+        splits = (split.train, split.validation)
+        train_ids, validation_ids = (reviews_as_text(rows, tokenizer) for rows in splits)
+        batches = TokenBatches(
+            train_ids,
+            tokenizer,
+            context_length=base.config.context_length,
+            batch_size=REVIEW_LM_BATCH,
+            seed=REVIEW_LM_SEED,
+            resegment_probability=config.resegment_probability,
+            steps=config.review_lm_steps,
+            max_epochs=REVIEW_LM_EPOCHS,
         )
-    model = job.base.to(job.runtime.device)
-    texts = [
-        reviews_as_text(rows, job.tokenizer) for rows in (job.split.train, job.split.validation)
-    ]
-    batches = TokenBatches(
-        texts[0],
-        job.tokenizer,
-        context_length=model.config.context_length,
-        batch_size=LANGUAGE_BATCH,
-        seed=LANGUAGE_SEED,
-        split_probability=job.config.split_probability,
-    )
-    steps = min(job.config.language_steps, LANGUAGE_EPOCHS * batches.steps_per_epoch)
-    batches.steps = steps  # known only now: it follows from the length of the text
-    say(f"language model of the reviews: {steps} steps on {len(texts[0]):,} tokens")
-    train_language_model(
-        model,
-        job.tokenizer,
-        batches,
-        texts[1],
-        training.TrainConfig(steps=steps, seed=LANGUAGE_SEED),
-        runtime=job.runtime,
-        path=job.language_path,
-        facts=job.language_facts,
-        resume=job.resume and states[1].is_file(),
-    )
-    return model
+        log0(f"language model of the reviews: {batches.steps} steps on {len(train_ids):,} tokens")
+        best, provenance = training.train(
+            model,
+            batches,
+            training.next_token_loss,
+            TrainConfig(steps=batches.steps, seed=REVIEW_LM_SEED),
+            runtime=runtime,
+            validate=partial(validation_metrics, model, tokenizer, validation_ids, runtime),
+            path=path,
+            metadata=metadata,
+            resume=args.resume,
+        )
+        if runtime.rank == 0:
+            contents = {**metadata, "metrics": best, "provenance": provenance}
+            message = training.save_result(path, "base", model.state_dict(), **contents)
+            log0(message)
+        with training.rank_zero_first(runtime):  # rank 0 has saved it
+            cached = load_model(path, "base")
+    model, _, checkpoint = cached
+    return model, {**origin, "base": REVIEW_LM, "base_sha256": checkpoint["weights_sha256"]}
 
 
-# ---- the classifier
-
-
-def _new_classifier(
-    language_model: GPTModel, job: _Job
-) -> tuple[GPTClassificationModel, dict[str, Any]]:
-    """A classifier on top of a language model, and what there is to know of it."""
-    torch.manual_seed(job.train_config.seed)
-    backbone = with_context(language_model, job.config.context_length, job.config.dropout)
-    base_sha256 = training.weights_sha256(training.half_precision(backbone.state_dict()))
-    model = GPTClassificationModel(backbone, len(CLASSES)).to(job.runtime.device)
-    facts = {
-        "base_sha256": base_sha256,
-        "tokenizer_sha256": job.tokenizer.sha256,
-        **job.data,
-        "model_config": asdict(backbone.config),
-        "review_config": asdict(job.config),
-    }
-    if job.lora:
-        apply_lora(model, job.lora)
-        facts["lora_config"] = asdict(job.lora)
-    trained, total = count_parameters(model)
-    say(f"{job.path.stem}: trains {trained:,} of {total:,} parameters ({trained / total:.2%})")
-    return model, facts
-
-
-def _train_classifier(
-    model: GPTClassificationModel, targets: np.ndarray, facts: dict[str, Any], job: _Job
-) -> tuple[dict[str, float], dict[str, Any]]:
+def _train(model, tokenizer, split, config, metadata, path, args, runtime):
     """Trains on the labels; keeps the weights that rank the validation texts best.
 
-    The share of pairs of a positive and a negative text in the wrong order (1 - area under the ROC
-    curve) is less noisy on few texts than the error, and, other than the loss, does not mind the
-    overconfidence that grows with training.
+    The area under the ROC curve is less noisy than the error rate on few texts and, unlike the
+    loss, unaffected by growing overconfidence.
     """
-    split, config = job.split, job.config
+    from sklearn.metrics import log_loss, roc_auc_score
+
     texts, labels = [row.text for row in split.validation], [row.label for row in split.validation]
 
     def validate() -> dict[str, float]:
-        """Figures of the model as it is."""
-        found = class_probabilities(model, job.tokenizer, texts, job.runtime)
-        if not np.isfinite(found).all():
-            return {"val_disorder": math.nan}
+        probabilities = class_probabilities(model, tokenizer, texts, runtime)
+        if not np.isfinite(probabilities).all():
+            return {"val_auc": math.nan}
         return {
-            "val_loss": log_loss(labels, found),
-            "val_accuracy": float((found.argmax(1) == labels).mean()),
-            "val_disorder": 1 - float(roc_auc_score(labels, found[:, 1])),
+            "val_loss": log_loss(labels, probabilities),
+            "val_accuracy": float((probabilities.argmax(1) == labels).mean()),
+            "val_auc": float(roc_auc_score(labels, probabilities[:, 1])),
         }
 
-    batches = review_training_batches(
+    batches = review_batches(
         split.train,
-        targets,
-        job.tokenizer,
+        tokenizer,
         context_length=config.context_length,
         batch_size=config.batch_size,
-        seed=job.train_config.seed,
-        split_probability=config.split_probability,
-        hide_probability=config.hide_probability,
+        seed=args.seed,
+        resegment_probability=config.resegment_probability,
+        word_dropout=config.word_dropout,
     )
     return training.train(
         model,
         batches,
-        training.prefix_classification_loss,
-        job.train_config,
-        runtime=job.runtime,
+        prefix_classification_loss,
+        training.fine_tuning_config(vars(args), batches.steps_per_epoch),
+        runtime=runtime,
         validate=validate,
-        criterion="val_disorder",
-        path=job.path,
-        facts=facts,
-        resume=job.resume and training.state_path(job.path).is_file(),
+        path=path,
+        metadata=metadata,
+        monitor="val_auc",
+        maximize=True,
+        resume=args.resume and training.state_path(path).is_file(),
     )
 
 
-def softened_labels(rows: list[Review], teacher_share: float) -> np.ndarray:
-    """Class probabilities (N, classes) to learn: the label, mixed with the linear model's opinion.
+def prefix_classification_loss(model: nn.Module, batch: training.Batch) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy in nats, half of it over all prefixes, and the number of texts.
 
-    The teacher knows words that the small model has seen too rarely, and its doubts say which
-    labels to doubt. It has not seen the label of the text it judges, or it would repeat it.
+    At each token a causal model has read a prefix of the text: all of them are examples. Their mean
+    is weighted by position, because a short prefix says less.
+
+    Args:
+        model: Also has `token_logits`, which maps token ids (B, T) to logits (B, T, classes).
+        batch: Token ids (B, T), lengths (B,) and labels (B,).
     """
-    labels = np.array([row.label for row in rows])
-    hard = np.eye(len(CLASSES))[labels]
-    if not teacher_share or np.bincount(labels, minlength=len(CLASSES)).min() < 2:
-        return hard
-    say(f"labels: mixed with a linear model's opinion, {teacher_share:.0%}")
-    return (1 - teacher_share) * hard + teacher_share * out_of_fold_probabilities(rows)
+    ids, lengths, labels = batch
+    B, T = ids.shape
+    logits = model.token_logits(ids).float().flatten(0, 1)
+    losses = F.cross_entropy(logits, labels.repeat_interleave(T), reduction="none").view(B, T)
+    positions = torch.arange(1, T + 1, device=ids.device).expand(B, T)
+    weights = positions * (positions <= lengths[:, None])
+    prefixes = (losses * weights).sum(1) / weights.sum(1)
+    last = losses.gather(1, lengths[:, None] - 1).squeeze(1)
+    return (prefixes + last).sum() / 2, torch.tensor(B, device=ids.device)
 
 
 def calibrate(
     model: GPTClassificationModel,
     tokenizer: BPETokenizer,
     rows: list[Review],
-    runtime: training.Runtime,
+    runtime: Runtime,
 ) -> None:
-    """Makes probabilities mean what they say, by scaling and shifting the head's logits.
+    """Scales and shifts the head's logits so that probabilities match frequencies.
 
-    Training drives probabilities towards 0 and 1, and may come to favour a class. A logistic
-    regression on the log odds of texts it has not seen corrects both (Platt 1999). It is left out
-    where the odds of the validation part say nothing.
+    Training drives probabilities towards 0 and 1, and may favour a class. A logistic regression on
+    the log odds of unseen texts corrects both (Platt 1999, "Probabilistic outputs for support
+    vector machines"). It is skipped where the log odds carry no information.
     """
-    found = class_probabilities(model, tokenizer, [row.text for row in rows], runtime)
-    log_odds = np.diff(np.log(np.maximum(found, 1e-9)))
+    from sklearn.linear_model import LogisticRegression
+
+    probabilities = class_probabilities(model, tokenizer, [row.text for row in rows], runtime)
+    log_odds = np.diff(np.log(np.maximum(probabilities, 1e-9)))
     fit = LogisticRegression().fit(log_odds, [row.label for row in rows])
     scale, shift = fit.coef_.item(), fit.intercept_.item()
     if scale > 0:
@@ -367,56 +287,14 @@ def calibrate(
             head.bias[1] += shift
 
 
-def _finish(
-    model: GPTClassificationModel,
-    best: dict[str, float],
-    facts: dict[str, Any],
-    baseline: tuple[Pipeline, dict[str, Any]],
-    job: _Job,
-) -> None:
-    """Measures the best weights on the test part, saves them, and checks the file.
-
-    Raises:
-        OSError: What was saved does not give the same predictions.
-    """
-    calibrate(model, job.tokenizer, job.split.validation, job.runtime)
-    model.load_state_dict(training.half_precision(model.state_dict()))
-    texts = [row.text for row in job.split.test]
-    found = class_probabilities(model, job.tokenizer, texts, job.runtime)
-    labels = np.array([row.label for row in job.split.test])
-    figures = classification_figures(found.argmax(1), labels)
-    metrics = {**best, "test": figures}
-    weights = training.half_precision(lora_state_dict(model) if job.lora else model.state_dict())
-    kind = "lora_classifier" if job.lora else "classifier"
-    content = {"kind": kind, **facts, "weights": weights, "metrics": metrics}
-    training.save_checkpoint(job.path, content)
-    again = load_classifier(job.path)[0].to(job.runtime.device)
-    if not np.array_equal(class_probabilities(again, job.tokenizer, texts, job.runtime), found):
-        raise OSError(f"{job.path} does not give the predictions that were saved: try again")
-    for path in (job.path, job.language_path):
-        training.state_path(path).unlink(missing_ok=True)
-    linear, linear_made = baseline
-    baselines = baseline_figures(linear, [*job.split.train, *job.split.validation], job.split.test)
-    linear_facts = {**job.data, "metrics": {"test": baselines[BASELINES[0]]}, "made": linear_made}
-    save_linear_baseline(linear, job.path.with_name(LINEAR_BASELINE), linear_facts)
-    print(
-        sentiment_table({job.path.name: figures, **baselines}),
-        f"best at step {best['step']} of {job.train_config.steps}; wrote {job.path}: "
-        f"{job.path.stat().st_size:,} bytes, {math.ceil(facts['made']['seconds'])} s of training, "
-        f"{facts['made']['peak_memory_bytes'] / 2**30:.2f} GiB at most",
-        sep="\n",
-    )
-
-
-def make_parser(description: str, defaults: dict[str, Any]) -> argparse.ArgumentParser:
+def make_parser(description: str) -> argparse.ArgumentParser:
     """The flags that every way of fine-tuning a classifier has."""
     parser = training.new_parser(description)
     training.add_run_flags(parser, REVIEW_SOURCES, "labelled reviews in JSONL, CSV or TSV", 20_000)
-    for config_class in (ReviewConfig, training.TrainConfig):
-        shown = {"eval_every": "a pass over the reviews", **defaults}
-        training.add_config_flags(parser, config_class, shown)
+    for config_class in (ReviewConfig, TrainConfig):
+        training.add_config_flags(parser, config_class)
     return parser
 
 
 if __name__ == "__main__":
-    training.leave(main())
+    training.exit_process(main())

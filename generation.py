@@ -1,27 +1,85 @@
-"""Text from a trained model, a token at a time.
+"""Turns any checkpoint into a model that continues text, answers and classifies.
 
     python generation.py --prompt "ROMEO:" --temperature 0.8 --top-p 0.95
 
-Shapes: B batch, T time (tokens), V vocabulary.
+Shapes: B batch, T time (tokens), V vocabulary; N texts.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model import GPTConfig, GPTModel, KVCache
+from data_loader import log0
+from data_utils import encode_prompt, text_batches
+from lora import LoRAConfig, apply_lora, load_lora_state_dict, quantize_4bit
+from model import GPTClassificationModel, GPTConfig, GPTModel, KVCache
 from tokenizer import END_OF_TEXT, BPETokenizer
-from training import load_checkpoint, new_parser, one_line_errors
+from training import CPU, Runtime, load_checkpoint, new_parser, report_errors
 
-TEMPERATURE, TOP_P = 0.8, 0.95  # of a sample, unless asked for others
+TEMPERATURE, TOP_P = 0.8, 0.95  # defaults of sampling
+MAX_RESPONSE_TOKENS = 200
+
+
+def generate(
+    model: GPTModel,
+    prompt: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_token: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yields the next token of each row (B,), one step after the other.
+
+    Args:
+        model: In evaluation mode.
+        prompt: Token ids (B, T), T at least 1; may be longer than the context.
+        max_new_tokens: Maximum number of steps.
+        temperature, top_k, top_p, generator: See `sample_next_token`.
+        stop_token: Ends the text, without being yielded, when all rows sample it in the same step.
+    """
+    if prompt.shape[1] == 0 or max_new_tokens < 0:
+        raise ValueError("the prompt needs at least one token, and max-new-tokens 0 or more")
+    cache = KVCache(model, prompt.shape[0])
+    tokens, start, n_seen = prompt, 0, 0
+    for _ in range(max_new_tokens):
+        new_start = window_start(tokens.shape[1], model.config.context_length)
+        if new_start != start:
+            start = n_seen = new_start
+            cache.length = 0
+        with torch.inference_mode():
+            logits = model.head(model.hidden(tokens[:, n_seen:], cache)[:, -1])
+            next_token = sample_next_token(
+                logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+            )
+        n_seen = tokens.shape[1]
+        if stop_token is not None and (next_token == stop_token).all():
+            return
+        yield next_token
+        tokens = torch.cat([tokens, next_token[:, None]], dim=1)
+
+
+def window_start(n_tokens: int, context_length: int) -> int:
+    """Index of the first token that the model sees of a text of n tokens.
+
+    A text that outgrows the context continues from its last half context or more, so the window
+    moves once every half context, and keys and values are reused in between.
+    """
+    excess = max(0, n_tokens - context_length)
+    step = max(1, context_length // 2)
+    return -(-excess // step) * step
 
 
 def sample_next_token(
@@ -32,21 +90,15 @@ def sample_next_token(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draws a token from each row of logits.
+    """Samples a token (B,) from each row of logits (B, V).
 
     Args:
-        logits: (B, V).
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Draw only from the k likeliest tokens (all, where V is smaller).
-        top_p: Draw only from the fewest tokens whose probabilities add up to this (nucleus
-            sampling, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
+        logits: Scores of the next token.
+        temperature: Divides the logits; 0 takes the most probable token.
+        top_k: Sample from the k most probable tokens only.
+        top_p: Sample from the fewest tokens whose probabilities add up to this (nucleus sampling,
+            Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
         generator: Source of randomness, on the logits' device.
-
-    Returns:
-        Token ids (B,).
-
-    Raises:
-        ValueError: An argument is out of range.
     """
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or more, not {temperature}")
@@ -63,7 +115,7 @@ def sample_next_token(
 def token_probabilities(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """Probabilities (B, V) that `sample_next_token` draws from; temperature above 0."""
+    """Probabilities (B, V) that `sample_next_token` samples from; temperature above 0."""
     logits = (logits - logits.max(dim=-1, keepdim=True).values).float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -71,67 +123,12 @@ def token_probabilities(
     probabilities = logits.softmax(dim=-1)
     if top_p is not None and top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered  # the likeliest token always stays
+        preceding = ordered.cumsum(dim=-1) - ordered  # zero for the most probable token
         probabilities = torch.zeros_like(probabilities).scatter(
-            -1, order, ordered.masked_fill(before >= top_p, 0.0)
+            -1, order, ordered.masked_fill(preceding >= top_p, 0.0)
         )
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
     return probabilities
-
-
-def window_start(n_tokens: int, context_length: int) -> int:
-    """First token the model sees of a text of n tokens.
-
-    A text that outgrows the context goes on from its last half context or more, so that the window
-    moves once in half a context and the keys and values in between can be kept.
-    """
-    over = max(0, n_tokens - context_length)
-    step = max(1, context_length // 2)
-    return -(-over // step) * step
-
-
-def generate(
-    model: GPTModel,
-    prompt: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_token: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Yields the next token of each row, one step after the other.
-
-    Args:
-        model: In evaluation mode.
-        prompt: Token ids (B, T) of at least one token; may be longer than the context.
-        max_new_tokens: Most steps.
-        temperature, top_k, top_p, generator: See `sample_next_token`.
-        stop_token: Ends the text, without being yielded, when all rows draw it in the same step.
-
-    Raises:
-        ValueError: With the first token: the prompt is empty or an argument is out of range.
-    """
-    if prompt.shape[1] == 0 or max_new_tokens < 0:
-        raise ValueError("the prompt needs at least one token, and max-new-tokens 0 or more")
-    cache = KVCache(model, prompt.shape[0])
-    tokens, start, seen = prompt, 0, 0
-    for _ in range(max_new_tokens):
-        moved = window_start(tokens.shape[1], model.config.context_length)
-        if moved != start:
-            start = seen = moved
-            cache.length = 0
-        with torch.inference_mode():
-            logits = model.head(model.hidden(tokens[:, seen:], cache)[:, -1])
-            next_token = sample_next_token(
-                logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-            )
-        seen = tokens.shape[1]
-        if stop_token is not None and (next_token == stop_token).all():
-            return
-        yield next_token
-        tokens = torch.cat([tokens, next_token[:, None]], dim=1)
 
 
 def continue_prompt(
@@ -147,23 +144,15 @@ def continue_prompt(
 ) -> Iterator[int]:
     """Yields the token ids that follow a prompt, up to `<|endoftext|>`.
 
-    Turn the ids into text as they come with `tokenizer.decode_stream`.
-
-    Args:
-        model: In evaluation mode.
-        tokenizer: The model's own.
-        prompt: Text or token ids; an empty one starts a text of the model's own.
-        max_new_tokens: Most tokens.
-        temperature, top_k, top_p: See `sample_next_token`.
-        seed: The same seed gives the same tokens.
+    `tokenizer.decode_stream` turns them into text as they arrive. An empty prompt starts a new
+    text; the same seed gives the same tokens.
     """
     device = model.final_norm.weight.device
     stop_token = tokenizer.special_tokens[END_OF_TEXT]
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    ids = ids or [stop_token]
     tokens = generate(
         model,
-        torch.tensor([ids], device=device),
+        torch.tensor([ids or [stop_token]], device=device),
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -174,129 +163,228 @@ def continue_prompt(
     return (token.item() for token in tokens)
 
 
-def load_language_model(
-    path: Path, hint: str = "python main.py"
-) -> tuple[GPTModel, BPETokenizer, dict]:
-    """Base model, the tokenizer beside it, and the checkpoint's other facts.
+def generate_response(
+    model: GPTModel,
+    tokenizer: BPETokenizer,
+    instruction: str,
+    context: str = "",
+    **sampling: Any,
+) -> Iterator[int]:
+    """Yields the token ids of a response; see `continue_prompt`. A long context is truncated."""
+    prompt = encode_prompt(instruction, context, tokenizer, model.config.context_length // 2)
+    return continue_prompt(model, tokenizer, prompt, MAX_RESPONSE_TOKENS, **sampling)
+
+
+@torch.inference_mode()
+def class_probabilities(
+    model: GPTClassificationModel,
+    tokenizer: BPETokenizer,
+    texts: list[str],
+    runtime: Runtime = CPU,
+) -> np.ndarray:
+    """Probabilities (N, classes) of texts, in their order; model in evaluation mode.
+
+    Texts longer than the context lose their middle.
+    """
+    probabilities = np.empty((len(texts), model.classifier_head.out_features))
+    context_length = model.backbone.config.context_length
+    for indices, ids, lengths in text_batches(texts, tokenizer, context_length):
+        with runtime.autocast():
+            logits = model(ids.to(runtime.device), lengths.to(runtime.device))
+        probabilities[indices] = logits.cpu().double().softmax(dim=-1).numpy()
+    return probabilities
+
+
+# ---- from a checkpoint to a model
+
+BASE, REVIEW_LM = "model_weights.pth", "review_lm_weights.pth"
+FULL_CLASSIFIER, LORA_CLASSIFIER = (
+    f"{name}_classifier_weights.pth" for name in ("finetuned", "lora")
+)
+QLORA, LORA, FULL = (f"{name}_instruction_weights.pth" for name in ("qlora", "lora", "full"))
+COMMANDS = {  # the files of a model set, and what creates them
+    BASE: "python main.py",
+    REVIEW_LM: "python finetune_classifier.py",
+    FULL_CLASSIFIER: "python finetune_classifier.py",
+    LORA_CLASSIFIER: "python finetune_lora_classifier.py",
+    QLORA: "python finetune_qlora_instructions.py",
+    LORA: "python finetune_qlora_instructions.py --no-quantize",
+    FULL: "python finetune_qlora_instructions.py --full",
+}
+CLASSIFIERS = ("classifier", "lora_classifier")  # kinds of checkpoints
+INSTRUCTION_MODELS = ("qlora_instruction", "lora_instruction", "full_instruction")
+ANY_KIND = ("base", *CLASSIFIERS, *INSTRUCTION_MODELS)
+
+
+def load_model(
+    path: str | Path, kinds: str | tuple[str, ...] = ANY_KIND, runtime: Runtime = CPU
+) -> tuple[Any, BPETokenizer, dict[str, Any]]:
+    """Opens a checkpoint: the model in evaluation mode, its tokenizer, and the checkpoint itself.
+
+    An adapter is loaded onto its base, which lies where the checkpoint says; for QLoRA the base is
+    quantised again, to exactly the same values.
 
     Args:
-        path: The checkpoint.
-        hint: Command that makes it, for the error messages.
+        path: The checkpoint; `tokenizer.json` lies beside it.
+        kinds: Kinds of checkpoints to accept, such as "base".
+        runtime: Where to put the model.
 
     Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A file is damaged, or the model was trained with another tokenizer.
+        ValueError: A file is damaged, of another kind, or does not match the others.
     """
-    checkpoint = load_checkpoint(path, "base", hint)
-    with misfits_named(path, hint):
-        model = GPTModel(GPTConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["weights"])
-        tokenizer = load_tokenizer(path, checkpoint)
+    path = Path(path)
+    hint = COMMANDS.get(path.name, COMMANDS[BASE])
+    with checkpoint_errors(path, hint):
+        checkpoint = load_checkpoint(path, kinds, hint)
+        if lora_config := checkpoint.get("lora_config"):
+            base_path = path.parent / checkpoint["base"]
+            base = load_checkpoint(base_path, "base", hint)
+            if base["weights_sha256"] != checkpoint["base_sha256"]:
+                raise ValueError(
+                    f"{path} was trained on another base than {base_path}: put the right one back, "
+                    f"or train again with `{hint}`"
+                )
+        tokenizer = BPETokenizer.load(path.with_name("tokenizer.json"))
+        if tokenizer.sha256 != checkpoint.get("tokenizer_sha256"):
+            raise ValueError(
+                f"{path} was trained with another tokenizer than {path.with_name('tokenizer.json')}"
+                ": put the right one back, or train again with `python main.py`"
+            )
+        model: nn.Module = GPTModel(GPTConfig(**checkpoint["model_config"]))
+        if lora_config:
+            model.load_state_dict(base["weights"])
+        if checkpoint["kind"] in CLASSIFIERS:
+            model = GPTClassificationModel(model, len(checkpoint["labels"]))
+        model.to(runtime.device)
+        if checkpoint["kind"] == "qlora_instruction":
+            quantize_4bit(model, getattr(torch, checkpoint["compute_dtype"].split(".")[-1]))
+        if lora_config:
+            apply_lora(model, LoRAConfig(**lora_config))
+            load_lora_state_dict(model, checkpoint["weights"])
+        else:
+            model.load_state_dict(checkpoint["weights"])
     return model.eval(), tokenizer, checkpoint
 
 
-def load_tokenizer(path: Path, checkpoint: dict) -> BPETokenizer:
-    """The tokenizer beside a checkpoint.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged, or the checkpoint was made with another one.
-    """
-    tokenizer_path = path.with_name("tokenizer.json")
-    tokenizer = BPETokenizer.load(tokenizer_path)
-    if tokenizer.sha256 != checkpoint.get("tokenizer_sha256"):
-        raise ValueError(
-            f"{path} was trained with another tokenizer than {tokenizer_path}: put the "
-            "right one back, or train again with `python main.py`"
-        )
-    return tokenizer
-
-
-def with_context(model: GPTModel, context_length: int, dropout: float) -> GPTModel:
-    """The same weights for texts of another length, in training with another dropout.
-
-    Raises:
-        ValueError: The model has learned positions, whose number is fixed.
-    """
-    if model.config.position == "learned" and context_length != model.config.context_length:
-        raise ValueError(
-            "the base has learned positions: --context-length must be "
-            f"{model.config.context_length}"
-        )
-    config = dataclasses.replace(model.config, context_length=context_length, dropout=dropout)
-    copy = GPTModel(config)
-    copy.load_state_dict(model.state_dict())
-    return copy.eval()
-
-
-def copy_tokenizer(tokenizer: BPETokenizer, folder: Path) -> None:
-    """Puts the tokenizer beside the models that a training is about to write.
-
-    Raises:
-        ValueError: There is another one, which other models there need.
-    """
-    path = folder / "tokenizer.json"
+def cached_model(path: Path, metadata: dict[str, Any]) -> tuple | None:
+    """What `load_model` returns for a base, if the file exists and has all of this metadata."""
     if not path.is_file():
-        tokenizer.save(path)
-    elif BPETokenizer.load(path).sha256 != tokenizer.sha256:
-        raise ValueError(f"{path} is another tokenizer than the base's: choose another --out-dir")
+        return None
+    try:
+        cached = load_model(path, "base")
+    except ValueError as error:
+        log0(f"training it again: {error}")
+        return None
+    if metadata.items() <= cached[2].items():
+        log0(f"using {path}")
+        return cached
+    log0(f"replacing {path}: the data, the base or the options differ")
+    return None
+
+
+def open_base(
+    path: Path | None, out_dir: Path, context_length: int
+) -> tuple[GPTModel, BPETokenizer, dict[str, Any]]:
+    """Opens a base to fine-tune, by default that of the default model set.
+
+    Returns:
+        The model, the tokenizer, which is copied to `out_dir`, and how a checkpoint there names the
+        base.
+
+    Raises:
+        ValueError: The base cannot take `context_length`, or models in `out_dir` need another
+            tokenizer.
+    """
+    path = path or default_path(BASE)
+    model, tokenizer, checkpoint = load_model(path, "base")
+    config, copy = model.config, out_dir / "tokenizer.json"
+    if config.position == "learned" and context_length != config.context_length:
+        length = config.context_length
+        raise ValueError(f"the base has learned positions: --context-length must be {length}")
+    if not copy.is_file():
+        tokenizer.save(copy)
+    elif BPETokenizer.load(copy).sha256 != tokenizer.sha256:
+        raise ValueError(f"{copy} is another tokenizer than the base's: choose another --out-dir")
+    return (
+        model,
+        tokenizer,
+        {
+            "base": Path(os.path.relpath(path.resolve(), out_dir.resolve())).as_posix(),
+            "base_sha256": checkpoint["weights_sha256"],
+            "tokenizer_sha256": tokenizer.sha256,
+        },
+    )
 
 
 @contextlib.contextmanager
-def misfits_named(path: Path, hint: str) -> Iterator[None]:
-    """Turns the errors of building a model from a checkpoint into a ValueError that names both."""
+def checkpoint_errors(path: Path, hint: str) -> Iterator[None]:
+    """Turns errors of building a model from a checkpoint into a ValueError that names both."""
     try:
         yield
     except (KeyError, TypeError, RuntimeError) as error:
         first_line = str(error).replace(":\n\t", ": ").split("\n")[0]
         raise ValueError(
-            f"{path} does not fit this program's model ({first_line}): make it again with `{hint}`"
+            f"{path} does not fit this program's model ({first_line}): recreate it with `{hint}`"
         ) from None
 
 
-@one_line_errors
+def clone_with(model: GPTModel, context_length: int, dropout: float = 0.0) -> GPTModel:
+    """A copy for another context length and, in training, another dropout rate."""
+    config = dataclasses.replace(model.config, context_length=context_length, dropout=dropout)
+    clone = GPTModel(config)
+    clone.load_state_dict(model.state_dict())
+    return clone.eval()
+
+
+def default_model_set(root: Path = Path("models")) -> Path:
+    """The user's models if they have a base, else the ones that come with the clone."""
+    return root if (root / BASE).is_file() else root / "shipped"
+
+
+def default_path(file: str) -> Path:
+    """A file of the default model set; says which on stderr."""
+    path = default_model_set() / file
+    log0(f"using {path}")
+    return path
+
+
+# ---- command line
+
+
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     """Command line: streams text, or prints one JSON object."""
-    args = _parse(argv)
-    model, tokenizer, _ = load_language_model(args.checkpoint)
+    parser = new_parser("Continue a prompt with the trained language model.")
+    add = parser.add_argument
+    add("--prompt", default="", help="text to continue; empty starts a new text")
+    add(
+        "--checkpoint",
+        type=Path,
+        help="base model (default: models/model_weights.pth, else that of models/shipped)",
+    )
+    add("--max-new-tokens", type=int, default=300, help="maximum number of tokens to generate")
+    add("--temperature", type=float, default=TEMPERATURE, help="0 is greedy")
+    add("--top-k", type=int, help="sample from the k most probable tokens only")
+    add("--top-p", type=float, default=TOP_P, help="sample from this fraction of probability only")
+    add("--seed", type=int, default=0, help="the same seed gives the same text")
+    add("--json", action="store_true", help="print one JSON object at the end")
+    args = parser.parse_args(argv)
+    model, tokenizer, _ = load_model(args.checkpoint or default_path(BASE), "base")
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
-    stream = continue_prompt(
-        model.to(device),
-        tokenizer,
-        args.prompt,
-        args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+    ids = continue_prompt(model.to(device), tokenizer, args.prompt, args.max_new_tokens, **sampling)
     if args.json:
-        ids = list(stream)
+        tokens = list(ids)
         seconds = time.perf_counter() - started
-        speed = {"seconds": seconds, "tokens_per_second": len(ids) / seconds}
-        print(json.dumps({"text": tokenizer.decode(ids), "tokens": len(ids), **speed}))
+        speed = {"seconds": seconds, "tokens_per_second": len(tokens) / seconds}
+        print(json.dumps({"text": tokenizer.decode(tokens), "tokens": len(tokens), **speed}))
     else:
         print(args.prompt, end="")
-        for piece in tokenizer.decode_stream(stream):
-            print(piece, end="", flush=True)
+        for text in tokenizer.decode_stream(ids):
+            print(text, end="", flush=True)
         print()
     return 0
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = new_parser("Continue a prompt with the trained language model.")
-    parser.add_argument("--prompt", default="", help="text to continue; empty starts a new text")
-    parser.add_argument(
-        "--checkpoint", type=Path, default=Path("models/model_weights.pth"), help="base model"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=300, help="most tokens to generate")
-    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
-    parser.add_argument("--top-p", type=float, default=TOP_P, help="draw from this share only")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

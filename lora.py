@@ -1,13 +1,14 @@
 """Low-rank adaptation (LoRA; Hu et al. 2021, https://arxiv.org/abs/2106.09685), also of a base
 quantised to 4 bits (QLoRA; Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
 
-A frozen linear layer W gets a trainable companion of low rank: y = W x + (alpha / r) B A x. One of
-A and B starts at zero, so that training starts from the model as it was; afterwards the product can
-be added to W. Only A, B and a classification head are trained and saved: the adapter.
+A frozen linear layer W gets a trainable low-rank companion: y = W x + (alpha / r) B A x. One of A
+and B starts at zero, so training starts from the unchanged model, and afterwards the product can be
+added to W. Only A, B and a classification head are trained and saved: the adapter.
 
-Shapes: r rank; A (r, in), B (out, r).
+Shapes: r rank, A (r, in), B (out, r); B batch, T time (tokens), C channels, V vocabulary.
 """
 
+import functools
 import json
 import logging
 import math
@@ -15,29 +16,26 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-HEAD = "classifier_head"  # trains and is saved with the adapter
+HEAD = "classifier_head"  # trained and saved with the adapter
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Which layers get an adapter, and how large.
+    """Which layers get an adapter, and its size.
 
     Attributes:
-        r: Rank of the change to a weight.
-        lora_alpha: The change is scaled by lora_alpha / r.
-        lora_dropout: Share of a linear layer's inputs hidden from its adapter in training.
-        target_modules: Last parts of the names of the layers to adapt, linear ones or embeddings,
-            such as "qkv" or "blocks.2.attn.proj".
-
-    Raises:
-        ValueError: A value is out of range.
+        r: Rank of the weight update.
+        lora_alpha: The update is scaled by lora_alpha / r.
+        lora_dropout: Dropout rate of the adapter's inputs; embeddings have none.
+        target_modules: Linear layers and embeddings to adapt, by the end of their names, such as
+            "qkv" or "blocks.2.attn.proj".
     """
 
     r: int = 8
@@ -55,8 +53,8 @@ class LoRAConfig:
             raise ValueError("target_modules names no layer")
 
 
-class LoRALayer(nn.Module):
-    """A linear layer, frozen, and its low-rank companion."""
+class LoRALinear(nn.Module):
+    """A frozen linear layer and its low-rank update."""
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
         super().__init__()
@@ -71,18 +69,18 @@ class LoRALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         low_rank = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A)
-        change = F.linear(low_rank, self.lora_B)
-        return torch.add(self.base_layer(x), change, alpha=self.scale)
+        update = F.linear(low_rank, self.lora_B)
+        return torch.add(self.base_layer(x), update, alpha=self.scale)
 
-    def weight_change(self) -> Tensor:
-        """What the adapter adds to the weight: (out, in)."""
+    def delta_weight(self) -> Tensor:
+        """The weight update (out, in)."""
         return self.scale * self.lora_B @ self.lora_A
 
 
 class LoRAEmbedding(nn.Module):
-    """An embedding, frozen, and its low-rank companion: r numbers a token, turned into channels.
+    """A frozen embedding and its low-rank update: r numbers per token, mapped to C channels.
 
-    Here A (r, V) starts at zero and B (C, r) random, as in `peft`, whose names they have.
+    Here A (r, V) starts at zero and B (C, r) at random, as in `peft`, whose names we use.
     """
 
     def __init__(self, base_layer: nn.Embedding, config: LoRAConfig):
@@ -96,40 +94,40 @@ class LoRAEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) to (B, T, C)."""
-        change = F.linear(F.embedding(ids, self.lora_embedding_A.T), self.lora_embedding_B)
-        return torch.add(self.base_layer(ids), change, alpha=self.scale)
+        update = F.linear(F.embedding(ids, self.lora_embedding_A.T), self.lora_embedding_B)
+        return torch.add(self.base_layer(ids), update, alpha=self.scale)
 
-    def weight_change(self) -> Tensor:
-        """What the adapter adds to the weight: (V, C)."""
+    def delta_weight(self) -> Tensor:
+        """The weight update (V, C)."""
         return self.scale * (self.lora_embedding_B @ self.lora_embedding_A).T
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> None:
     """Wraps the target layers of a model, and freezes everything but adapters and head.
 
-    A model that has adapters stays as it is. A target that matches no layer gets a warning.
+    Does nothing to a model that has adapters. A target that matches no layer gets a warning.
     """
     if any(True for _ in lora_layers(model)):
         return
     kinds = nn.Linear | nn.Embedding
     layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
     for target in config.target_modules:
-        found = [name for name in layers if f".{name}".endswith(f".{target}")]
-        if not found:
+        matches = [name for name in layers if f".{name}".endswith(f".{target}")]
+        if not matches:
             warnings.warn(
                 f"LoRA target {target!r} matches no linear layer or embedding", stacklevel=2
             )
-        for name in found:
+        for name in matches:
             layer = layers.pop(name)  # a layer that two targets match is wrapped once
-            adapter = LoRAEmbedding if isinstance(layer, nn.Embedding) else LoRALayer
+            adapter = LoRAEmbedding if isinstance(layer, nn.Embedding) else LoRALinear
             model.set_submodule(name, adapter(layer, config))
     for name, parameter in model.named_parameters():
         parameter.requires_grad = _is_adapter(name)
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer | LoRAEmbedding]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmbedding]]:
     """Name and module of each adapted layer."""
-    kinds = LoRALayer | LoRAEmbedding
+    kinds = LoRALinear | LoRAEmbedding
     return ((n, m) for n, m in list(model.named_modules()) if isinstance(m, kinds))
 
 
@@ -140,166 +138,225 @@ def _is_adapter(name: str) -> bool:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Adds each adapter to its layer's weight and removes it: the same function, no extra cost.
+    """Adds each adapter to its layer's weight and removes it: an equivalent, faster model.
 
-    A weight of 4 bits becomes one of full precision, which the sum needs.
+    4-bit weights are dequantised first.
     """
     for name, module in lora_layers(model):
         layer = dequantize(module.base_layer)
-        # A new tensor: the head's weight may be the embedding's, too.
-        layer.weight = nn.Parameter(layer.weight + module.weight_change(), requires_grad=False)
+        # A new tensor, because the head may share the weight of the embedding.
+        layer.weight = nn.Parameter(layer.weight + module.delta_weight(), requires_grad=False)
         model.set_submodule(name, layer)
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter: tensors of the low-rank layers and of the head, chosen by name."""
+    """The tensors of adapters and head, selected by name."""
     return {n: t.detach().clone() for n, t in model.state_dict().items() if _is_adapter(n)}
 
 
 def load_lora_state_dict(model: nn.Module, adapter: dict[str, Tensor]) -> None:
-    """Puts a saved adapter into a model that `apply_lora` prepared.
-
-    Raises:
-        RuntimeError: Tensors are missing, too many, or of other shapes.
-    """
-    places = {name for name in model.state_dict() if _is_adapter(name)}
-    if different := sorted(places ^ adapter.keys()):
+    """Loads a saved adapter into a model that `apply_lora` prepared with the same config."""
+    expected = {name for name in model.state_dict() if _is_adapter(name)}
+    if different := sorted(expected ^ adapter.keys()):
         raise RuntimeError(f"{different[0]} is in the adapter or in the model, not in both")
     model.load_state_dict(adapter, strict=False)
 
 
-# ---- 4-bit weights
+# ---- NF4: 4-bit weights
 
 
-@dataclass(frozen=True)
-class QuantizedSize:
-    """What quantisation came to.
+class NF4Weight(NamedTuple):
+    """A quantised weight of n elements."""
 
-    Attributes:
-        parameters: Weights that were quantised.
-        bits_per_parameter: Of these, scales included.
-        bytes_before: Of the whole model.
-        bytes_after: Of the whole model.
+    codes: Tensor  # (n / 2,): indices of NF4 levels, two in a byte
+    scale_codes: Tensor  # (n / 64,): indices of 8-bit levels, one per block of weights
+    scale_scales: Tensor  # (n / 64 / 256,): one per block of scales
+    scale_mean: Tensor  # subtracted from the scales before they are quantised
+    shape: torch.Size  # (out, in)
+
+
+def quantize_nf4(weight: Tensor) -> NF4Weight:
+    """Rounds each weight to one of 16 levels times the largest magnitude of its block of 64.
+
+    The levels are quantiles of a normal distribution, so each is used about equally often. The
+    scales, 32 bits per 64 weights, are themselves quantised to 8 bits in blocks of 256 (double
+    quantisation): 4.13 bits per weight (Dettmers et al. 2023).
     """
+    codes, scales = _quantize_blocks(weight.detach().float().flatten(), nf4_levels(), 64)
+    mean = scales.mean()
+    scale_codes, scale_scales = _quantize_blocks(scales - mean, dynamic_levels(), 256)
+    codes = F.pad(codes, (0, len(codes) % 2))
+    packed = codes[::2] << 4 | codes[1::2]
+    return NF4Weight(packed, scale_codes, scale_scales, mean, weight.shape)
 
-    parameters: int
-    bits_per_parameter: float
-    bytes_before: int
-    bytes_after: int
+
+def dequantize_nf4(q: NF4Weight) -> Tensor:
+    """The rounded weight in float32."""
+    scales = _dequantize_blocks(q.scale_codes, q.scale_scales, dynamic_levels(), 256) + q.scale_mean
+    codes = torch.stack([q.codes >> 4, q.codes & 15], dim=1).flatten()[: q.shape.numel()]
+    return _dequantize_blocks(codes, scales, nf4_levels(), 64).view(q.shape)
 
 
-def quantize_4bit(model: nn.Module, dtype: torch.dtype = torch.float32) -> QuantizedSize:
-    """Stores the linear layers of the blocks in 4 bits; embeddings, norms and head stay.
+def _quantize_blocks(x: Tensor, levels: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Index of the nearest level for each x / scale (n,), and the scale of each block."""
+    blocks = F.pad(x, (0, -len(x) % block)).view(-1, block)
+    scales = blocks.abs().amax(dim=1)
+    normalised = (blocks * (1 / scales.clamp(min=1e-38))[:, None]).flatten()[: len(x)]
+    boundaries = ((levels[:-1] + levels[1:]) / 2).to(x.device)
+    return torch.bucketize(normalised, boundaries, out_int32=True).to(torch.uint8), scales
 
-    Each weight becomes one of the 16 values of NF4, quantiles of a normal distribution, times the
-    scale of its block of 64; the scales are 8-bit numbers themselves (double quantisation). A
-    model that is quantised stays as it is.
 
-    Args:
-        model: Holds the trained weights, which the 4-bit layers take over.
-        dtype: In which the layers compute.
+def _dequantize_blocks(codes: Tensor, scales: Tensor, levels: Tensor, block: int) -> Tensor:
+    values = levels.to(codes.device)[codes.int()]
+    return values * scales.repeat_interleave(block)[: len(values)]
 
-    Raises:
-        ValueError: bitsandbytes cannot be loaded.
+
+@functools.cache
+def nf4_levels() -> Tensor:
+    """The 16 levels (16,) from -1 to 1: 8 quantiles below zero, zero, and 7 above."""
+
+    def quantiles(n: int) -> Tensor:
+        return torch.special.ndtri(torch.linspace(0.9677083, 0.5, n).double())[:-1]
+
+    levels = torch.cat([-quantiles(8), torch.zeros(1), quantiles(9)]).sort().values.float()
+    return levels / levels.max()
+
+
+@functools.cache
+def dynamic_levels() -> Tensor:
+    """256 levels (256,) with more exponent the fewer fraction bits they have, for 8-bit scales
+    (Dettmers et al. 2021, https://arxiv.org/abs/2110.02861)."""
+    levels = [torch.tensor([0.0, 1.0])]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        magnitudes = 10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
+        levels += [magnitudes, -magnitudes]
+    return torch.cat(levels).sort().values
+
+
+class NF4Linear(nn.Linear):
+    """A frozen linear layer with 4-bit weights, dequantised at each call: what runs where
+    bitsandbytes does not."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        q = quantize_nf4(layer.weight)
+        self.weight = nn.Parameter(q.codes, requires_grad=False)
+        self.bias = layer.bias
+        self.quant_state = q._replace(codes=self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return F.linear(x, dequantize_nf4(self.quant_state).to(x.dtype), self.bias)
+
+
+def quantize_4bit(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Stores the linear layers of the blocks as NF4; embeddings, norms and head stay.
+
+    Uses bitsandbytes, which computes in `dtype`, or where it does not run `NF4Linear`, after a
+    warning: the same values, slower. The model must be on the device that it will be used on.
     """
-    bitsandbytes = _load_bitsandbytes()
+    reason = ""
     for name, layer in list(model.named_modules()):
         in_block = "blocks" in name.split(".")
         if not in_block or not isinstance(layer, nn.Linear) or is_quantized(layer):
             continue
-        quantized = bitsandbytes.nn.Linear4bit(
-            layer.in_features,
-            layer.out_features,
-            bias=False,
-            compute_dtype=dtype,
-            device="meta",  # no random weights
-        )
-        quantized.weight = bitsandbytes.nn.Params4bit(
-            layer.weight.detach().clone().cpu(),
-            quant_type="nf4",  # the default is another 4-bit type
-            compress_statistics=True,
-        )
-        if layer.bias is not None:
-            quantized.bias = layer.bias.requires_grad_(False)
-        # Without gradients such CPUs would pack the weights anew, in a layout from which the
-        # gradients of later training come out wrong.
-        quantized.support_avx512bf16_for_cpu = False
         try:
-            quantized.to(layer.weight.device)  # quantises, also where it moves nothing
-        except RuntimeError as error:  # no library for this GPU
-            raise ValueError(_no_bitsandbytes(error)) from None
+            quantized = _bitsandbytes_layer(layer, dtype)
+        except Exception as error:  # the package or a library of it is missing, or this device
+            quantized, reason = NF4Linear(layer), str(error).strip().split("\n")[0]
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
         model.set_submodule(name, quantized.train(layer.training))
-    layers = [layer for layer in model.modules() if is_quantized(layer)]
-    for layer in layers:  # the tables of 16 and 256 values are the same for all: hold them once
-        state, first = layer.weight.quant_state, layers[0].weight.quant_state
-        state.code, state.state2.code = first.code, first.state2.code
-    return _quantized_size(model, layers)
+    if reason:
+        warnings.warn(f"no bitsandbytes ({reason}): slower NF4 in plain PyTorch", stacklevel=2)
+    states = [m.weight.quant_state for m in model.modules() if _is_bitsandbytes(m)]
+    for state in states:  # the level tables are the same for all: keep one copy
+        state.code, state.state2.code = states[0].code, states[0].state2.code
 
 
-def _load_bitsandbytes() -> Any:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of faster kernels it could use
-    try:
-        import bitsandbytes
-    except Exception as error:  # a missing package, or a library of it that the system lacks
-        raise ValueError(_no_bitsandbytes(error)) from None
-    return bitsandbytes
+def _bitsandbytes_layer(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    if layer.in_features % 64:  # its CPU kernel takes no block that spans two rows
+        raise ValueError(f"it would misread rows of {layer.in_features} weights, not n x 64")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # hints about optional kernels
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
-
-def _no_bitsandbytes(error: Exception) -> str:
-    first_line = str(error).strip().split("\n")[0]
-    return (
-        f"bitsandbytes cannot be loaded ({first_line}): `pip install bitsandbytes`, or train "
-        "without 4-bit weights: --no-quantize"
+    quantized = Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=False,
+        compute_dtype=dtype,
+        device="meta",  # no random weights
     )
+    quantized.weight = Params4bit(
+        layer.weight.detach().clone().cpu(),
+        quant_type="nf4",  # the default is FP4
+        compress_statistics=True,
+    )
+    quantized.bias = layer.bias
+    # Without gradients, CPUs with AVX512-BF16 would re-pack the weights into a layout that gives
+    # wrong gradients when training continues.
+    quantized.support_avx512bf16_for_cpu = False
+    return quantized.to(layer.weight.device)  # quantises, even if it is there already
 
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether a layer holds 4-bit weights."""
-    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+    return isinstance(layer, NF4Linear) or _is_bitsandbytes(layer)
+
+
+def _is_bitsandbytes(layer: nn.Module) -> bool:
+    return hasattr(getattr(layer, "weight", None), "quant_state")
 
 
 def dequantize(layer: nn.Module) -> nn.Module:
     """A linear layer in full precision with a 4-bit layer's weights; any other layer itself."""
     if not is_quantized(layer):
         return layer
-    functional = _load_bitsandbytes().functional
-    weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    if isinstance(layer, NF4Linear):
+        weight = dequantize_nf4(layer.quant_state)
+    else:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    plain.weight = nn.Parameter(weight.float(), requires_grad=False)
+    plain.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.float(), requires_grad=False)
     return plain
 
 
-def _quantized_size(model: nn.Module, layers: list[nn.Linear]) -> QuantizedSize:
-    held: dict[int, Tensor] = {}
-    for layer in layers:
-        state = layer.weight.quant_state
-        parts = (layer.weight, state.absmax, state.code, state.state2.absmax, state.state2.code)
-        held |= {id(tensor): tensor for tensor in (*parts, state.offset)}
-    quantized = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
-    n = sum(layer.weight.quant_state.shape.numel() for layer in layers)
-    rest = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in held)
-    return QuantizedSize(n, 8 * quantized / n if n else 0.0, rest + 4 * n, rest + quantized)
-
-
-# ---- what is trained and saved
+# ---- sizes and export
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Number of trainable parameters and of all; a byte of 4-bit weights is two."""
+    """Number of trainable parameters and of all; a byte of 4-bit weights counts as two."""
     sizes = [
-        (p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel(), p.requires_grad)
+        (2 * p.numel() if p.dtype == torch.uint8 else p.numel(), p.requires_grad)
         for p in model.parameters()
     ]
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+    return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
 
 
-def export_peft(model: nn.Module, config: LoRAConfig, folder: Path) -> None:
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all weights, and of the scales and level tables of the quantised ones."""
+    tensors = {id(p): p for p in model.parameters()}
+    for layer in filter(is_quantized, model.modules()):
+        if isinstance(layer, NF4Linear):
+            scales = layer.quant_state[1:4]
+        else:
+            state = layer.weight.quant_state
+            nested = state.state2
+            scales = (state.absmax, state.code, state.offset, nested.absmax, nested.code)
+        tensors |= {id(tensor): tensor for tensor in scales}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def export_peft(model: nn.Module, config: LoRAConfig, folder: str | Path) -> None:
     """Writes the adapter as `peft` reads it: `adapter_config.json`, `adapter_model.safetensors`.
 
-    `peft.PeftModel.from_pretrained(model, folder)` puts it on a classifier of this repository that
-    has the base weights and no adapter.
+    `peft.PeftModel.from_pretrained(model, folder)` loads it onto a classifier of this repository
+    that has the base weights and no adapter.
     """
     settings = {
         "peft_type": "LORA",
@@ -312,5 +369,5 @@ def export_peft(model: nn.Module, config: LoRAConfig, folder: Path) -> None:
         f"base_model.model.{n}" + (".weight" if n.endswith(("lora_A", "lora_B")) else ""): t
         for n, t in lora_state_dict(model).items()
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    Path(folder, "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")

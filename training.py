@@ -1,14 +1,13 @@
 """One training loop for every model of this repository.
 
-    best, made = train(model, batches, loss_fn, TrainConfig(steps=1000), ...)
+    best, provenance = train(model, batches, loss_fn, TrainConfig(steps=1000), ...)
 
-The caller says what a batch and its loss are. The loop does the rest: AdamW or Muon, learning-rate
-schedule, gradient accumulation and clipping, mixed precision, validation, log, checkpoints,
-resuming, Ctrl-C, and several processes under torchrun. It knows nothing of GPT; the losses and the
-flags that the scripts share stand below it.
+The caller defines batches and loss. The loop adds AdamW and Muon, a learning-rate schedule,
+gradient accumulation and clipping, mixed precision, validation, logging, checkpoints, resuming,
+Ctrl-C, and several processes under torchrun.
 
-Nothing random is kept between steps: the batches, and the dropout masks, of step n follow from the
-seed and n alone. That is why a run that was killed and resumed ends with the very same weights.
+The loop carries no RNG state: batches and dropout masks derive from (seed, step). A run that was
+killed and resumed therefore ends with exactly the weights of an uninterrupted one.
 """
 
 import argparse
@@ -29,25 +28,22 @@ import time
 import timeit
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from data_loader import atomic_write, is_rank_zero, log0
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LOG_EVERY = 10  # steps
-CACHED_ROWS = 512  # tokens whose logits in float32 stay in a processor's cache
 
 T = TypeVar("T")
 Batch = tuple[Tensor, ...]
@@ -61,20 +57,17 @@ class TrainConfig:
     Attributes:
         steps: Optimizer steps.
         optimizer: "muon" (Muon for the matrices inside the network, AdamW for embeddings, head and
-            norms; Jordan 2024, https://kellerjordan.github.io/posts/muon) or "adamw" for
-            everything.
+            norms) or "adamw" for everything.
         learning_rate: AdamW's peak rate.
         muon_learning_rate: Muon's peak rate.
         weight_decay: Of matrices; norms and biases have none.
         warmup_steps: Steps in which the rates rise from zero.
-        decay_share: Share of the steps, at the end, in which the rates fall linearly to zero.
-        max_grad_norm: Gradients are scaled down to this norm.
-        grad_accumulation: Parts a step's batch is cut into, one after the other, to save memory.
-        eval_every: Steps between two validations, each with a resumable state written.
+        decay_fraction: Fraction of the steps, at the end, in which the rates fall linearly to zero.
+        max_grad_norm: Gradients are clipped to this norm.
+        grad_accumulation: Micro-batches per step, processed one after the other to save memory.
+        eval_every: Steps between validations, each followed by writing a resumable state; 0 is one
+            epoch, in fine-tunings only.
         seed: Of initial weights, batches and dropout.
-
-    Raises:
-        ValueError: A value is out of range.
     """
 
     steps: int
@@ -83,7 +76,7 @@ class TrainConfig:
     muon_learning_rate: float = 0.014
     weight_decay: float = 0.1
     warmup_steps: int = 50
-    decay_share: float = 0.6
+    decay_fraction: float = 0.6
     max_grad_norm: float = 1.0
     grad_accumulation: int = 1
     eval_every: int = 200
@@ -96,240 +89,8 @@ class TrainConfig:
         check_range(self, 0, math.inf, "learning_rate", "muon_learning_rate", "weight_decay")
         check_range(self, 0, math.inf, "warmup_steps")
         check_range(self, 0, 2**32, "seed")
-        if not 0 <= self.decay_share <= 1 or not self.max_grad_norm > 0:
-            raise ValueError("decay_share must lie in [0, 1] and max_grad_norm above 0")
-
-
-def check_range(config: Any, least: float, below: float, *names: str) -> None:
-    """Raises ValueError for the fields of a config that are under `least`, or not under `below`."""
-    for name in names:
-        if not least <= getattr(config, name) < below:
-            raise ValueError(f"{name} must lie in [{least}, {below}), not {getattr(config, name)}")
-
-
-# ---- device, precision, processes
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Where and how precisely to compute, chosen once at the entry point.
-
-    Attributes:
-        device: CUDA, else MPS, else CPU.
-        dtype: Of matrix products under autocast: bfloat16 where that is faster, else float32.
-        rank: Number of this process under torchrun; 0 writes the files.
-        world_size: Number of processes.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    rank: int = 0
-    world_size: int = 1
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """Context in which matrix products run in `dtype`."""
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
-        )
-
-    def describe(self) -> str:
-        """One line for the log and the terminal, such as "cpu, bfloat16, 2 threads"."""
-        precision = str(self.dtype).removeprefix("torch.")
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        processes = f", {self.world_size} processes" if self.world_size > 1 else ""
-        return f"{self.device}, {precision}{threads}{processes}"
-
-
-CPU = Runtime(torch.device("cpu"), torch.float32)  # where nothing is gained by more
-
-
-@contextlib.contextmanager
-def start_runtime() -> Iterator[Runtime]:
-    """Chooses device and precision and, under torchrun, joins the other processes."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"{world_size} processes need a GPU each, there are {torch.cuda.device_count()}"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    dtype = torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
-    if world_size == 1:
-        yield Runtime(device, dtype)
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # one may encode a large corpus
-    try:
-        choice = [dtype]
-        dist.broadcast_object_list(choice, src=0)
-        yield Runtime(device, choice[0], rank, world_size)
-    finally:
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def first_process_first(runtime: Runtime) -> Iterator[None]:
-    """Lets the first process go through the body before the others, so that these find its files.
-
-    If it fails there, the others end quietly.
-    """
-    done = [False]
-    if runtime.rank:
-        dist.broadcast_object_list(done, src=0)
-        if not done[0]:
-            raise SystemExit(2)
-    try:
-        yield
-        done = [True]
-    finally:
-        if runtime.rank == 0 and runtime.world_size > 1:
-            dist.broadcast_object_list(done, src=0)
-
-
-@contextlib.contextmanager
-def training_in(folder: Path, runtime: Runtime) -> Iterator[None]:
-    """Keeps other trainings out of a folder; the system frees the lock of a process that died.
-
-    Raises:
-        ValueError: Another process trains there; the message names it.
-    """
-    with contextlib.ExitStack() as held:
-        with first_process_first(runtime):
-            if runtime.rank == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                _lock(held.enter_context((folder / ".training.lock").open("a+")), folder)
-        yield
-
-
-def _lock(file: TextIO, folder: Path) -> None:
-    file.seek(0)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"process {file.read()} is training in {folder}: wait for it, or choose another "
-            "--out-dir"
-        ) from None
-    except (OSError, AttributeError):  # some network file systems; Windows, which has no fcntl
-        print(f"warning: {folder} cannot be locked: train once at a time", file=sys.stderr)
-    file.truncate()
-    file.write(str(os.getpid()))
-    file.flush()
-
-
-def bfloat16_is_faster(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 matrices faster than float32 ones; on a CPU, timed."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = {"x": torch.ones(512, 512, dtype=dtype)}
-        seconds[dtype] = min(timeit.repeat("x @ x", globals=matrix, number=1, repeat=20))
-    return seconds[torch.bfloat16] * 1.3 < seconds[torch.float32]
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process has held: on the GPU if there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # Linux, where `ru_maxrss` may be a larger parent's
-    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
-        return 1024 * int(found[1])
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-# ---- checkpoints
-
-
-def weights_sha256(weights: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values of tensors: the identity of a checkpoint."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def half_precision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as they are saved: in float16, half the bytes, on the CPU."""
-    return {n: t.detach().to("cpu", torch.float16, copy=True) for n, t in weights.items()}
-
-
-def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Writes a checkpoint whole or not at all: a temporary file, flushed to disk, then renamed.
-
-    The format version and the hash of its "weights" go with it.
-
-    Raises:
-        OSError: The disk is full or the folder cannot be written; an older file stays as it was.
-    """
-    sha256 = weights_sha256(checkpoint["weights"])
-    checkpoint = {"format": FORMAT_VERSION, **checkpoint, "weights_sha256": sha256}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from None
-
-
-def load_checkpoint(
-    path: Path, kind: str | tuple[str, ...], hint: str = "python main.py"
-) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU, tensors and plain values only.
-
-    Args:
-        path: The file.
-        kind: What the file must be, such as "base", or several that it may be.
-        hint: Command that makes such a file, for the error messages.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, of another kind, or of another format version.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: make it with `{hint}`")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the check sums
-            if damaged := archive.testzip():
-                raise ValueError(f"wrong check sum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        kinds = (kind,) if isinstance(kind, str) else kind
-        if (found := checkpoint.get("kind")) not in kinds:
-            raise ValueError(f"of kind {found}, not {' or '.join(kinds)}")
-        if (found := checkpoint.get("format")) != FORMAT_VERSION:
-            raise ValueError(f"of format {found}, not {FORMAT_VERSION}")
-        if weights_sha256(checkpoint["weights"]) != checkpoint["weights_sha256"]:
-            raise ValueError("with other weights than it says")
-    except Exception as error:  # torch.load has no error class of its own: zip, pickle, EOF, ...
-        first_line = str(error).split("\n")[0]
-        raise ValueError(
-            f"{path} is damaged or another file ({first_line}): make one with `{hint}`"
-        ) from None
-    return checkpoint
-
-
-# ---- the loop
-
-
-class Interrupted(Exception):
-    """A signal, the argument, ended a training early; a resumable state is on disk."""
+        if not 0 <= self.decay_fraction <= 1 or not self.max_grad_norm > 0:
+            raise ValueError("decay_fraction must lie in [0, 1] and max_grad_norm above 0")
 
 
 def train(
@@ -338,89 +99,136 @@ def train(
     loss_fn: LossFn,
     config: TrainConfig,
     *,
-    runtime: Runtime,
+    runtime: "Runtime",
     validate: Callable[[], dict[str, float]],
-    criterion: str = "val_loss",
     path: Path,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
+    monitor: str = "val_loss",
+    maximize: bool = False,
     resume: bool = False,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Trains `model` in place; it ends with the best weights.
+    """Trains `model` in place and leaves it with its best weights.
 
     Args:
-        model: Parameters that require gradients are trained, and alone kept in the states.
-        batches: `batches(step, parts)` is the batch of a step, cut into that many parts (some may
-            be empty); it must not depend on anything else.
-        loss_fn: `loss_fn(model, batch)` is (sum of losses, number of things summed): the step
-            follows the mean over all parts on all processes.
-        config: How.
-        runtime: Where.
-        validate: Figures of the model as it is, called on every process.
-        criterion: The figure whose lowest value, the last one of equals, marks the weights to keep.
-        path: Where the caller will save the result. Beside it, with the suffix `.log.jsonl`, a log
-            gets a line every few steps ("tokens" there are the things that `loss_fn` counts), and
-            `state_path` holds a resumable state, which the caller removes once the result is saved.
-        facts: What the run was started with (data, tokenizer, model); `resume` refuses others.
-        resume: Whether to go on from that state.
+        model: Parameters that require gradients are trained and stored in the resumable states.
+        batches: `batches(step, n)` splits the batch of a step into n micro-batches, some of which
+            may be empty; it must not depend on anything else.
+        loss_fn: `loss_fn(model, batch)` is (summed loss, number of terms); gradients are averaged
+            over all terms.
+        config: How to train.
+        runtime: Where to train.
+        validate: Metrics of the current model; called on every process.
+        path: Of the result, which the caller saves; beside it lie `.log.jsonl` and `.resume.pth`.
+        metadata: What the run started from (data, tokenizer, model); `resume` refuses others.
+        monitor: Metric whose minimum, or maximum, selects the weights; ties go to the later step.
+        maximize: Whether a higher value of it is better.
+        resume: Whether to continue from the resumable state.
 
     Returns:
-        Step and validation figures of the best weights, and how they were made; "seconds" there are
-        those of training, validation included, over all sessions of the run.
+        Metrics at the best step, and the provenance: command, settings, versions, seconds of
+        training (all sessions, with validation) and peak memory.
 
     Raises:
-        FileNotFoundError: `resume` without a state to resume.
-        FloatingPointError: The loss or a gradient is not finite; the states on disk are good.
-        Interrupted: This process, or another of the run, got SIGINT (Ctrl-C) or SIGTERM.
-        ValueError: The state to resume is of a run with another configuration.
+        FloatingPointError: The loss or a gradient is not finite.
+        Interrupted: A process of this run received SIGINT (Ctrl-C) or SIGTERM.
     """
-    run = _Run(model, config, runtime, facts, path, criterion)
-    if resume:
-        run.load()
-    if runtime.world_size > 1:
-        for parameter in run.parameters:
-            dist.broadcast(parameter.data, src=0)
-    progress = tqdm(
-        total=config.steps, initial=run.step, unit="step", disable=runtime.rank > 0, mininterval=0.5
-    )
-    model.train()
-    with _SignalCatcher() as signals, progress:
-        if not resume:
-            run.write(log=False, state=True)  # from here on there is something to resume
-        while run.step < config.steps:
-            run.take_step(batches, loss_fn)
+    run = _Run(model, config, runtime, path, metadata, monitor, maximize)
+    with _stop_signals() as caught, run.start(resume) as bar:
+        for step in range(run.step, config.steps):
+            started = time.perf_counter()
+            set_learning_rates(run.optimizers, step, config)
+            torch.manual_seed(step_seed(config.seed, step, runtime.rank))  # of the dropout masks
+            totals = torch.zeros(2, device=runtime.device)
+            micro_batches = batches(step, config.grad_accumulation * runtime.world_size)
+            for micro_batch in micro_batches[runtime.rank :: runtime.world_size]:
+                if len(micro_batch[0]):
+                    with runtime.autocast():
+                        loss, n_terms = loss_fn(model, to_device(micro_batch, runtime.device))
+                    loss.backward()
+                    totals += torch.stack([loss.detach(), n_terms])
+            loss_sum, n_terms = all_reduce_(run.parameters, totals, runtime.world_size)
+            if n_terms:
+                scale_and_clip_(run.parameters, loss_sum, n_terms, step, config.max_grad_norm)
+                for optimizer in run.optimizers:
+                    optimizer.step()
+            model.zero_grad(set_to_none=True)
+            run.advance(loss_sum, n_terms, time.perf_counter() - started)
             if validated := run.step % config.eval_every == 0 or run.step == config.steps:
-                run.validate(validate)
-            stop = run.told_to_stop(signals.caught)
-            run.write(log=validated or run.step % LOG_EVERY == 0, state=validated or bool(stop))
-            progress.set_postfix(run.figures(), refresh=False)
-            progress.update()
+                run.keep_best(validate)
+            stop = _any_signal(caught, runtime)
+            run.write(bar, log=validated or run.step % LOG_EVERY == 0, state=validated or stop)
             if stop:
-                raise Interrupted(stop)
-    if stop := run.told_to_stop(signals.caught):
+                break
+    if stop := _any_signal(caught, runtime):
         raise Interrupted(stop)
-    model.load_state_dict(run.best_weights, strict=False)  # those that are trained
-    model.eval()
+    model.eval().load_state_dict(run.best_weights, strict=False)  # the trained parameters only
     return run.best, _provenance(config, runtime, run.seconds)
 
 
-def state_path(path: Path) -> Path:
-    """Where the resumable state of a training lies whose result goes to `path`."""
-    return path.with_suffix(".resume.pth")
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of the dropout masks of one step on one process."""
+    return (seed * 1_000_003 + step) * 4096 + rank
+
+
+def set_learning_rates(
+    optimizers: Iterable[torch.optim.Optimizer], step: int, config: TrainConfig
+) -> None:
+    """Sets each group's rate for a step."""
+    factor = learning_rate_factor(step, config)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Share of the peak rate at a step: linear warm-up, constant, linear decay to zero."""
+    """Fraction of the peak rate at a step: linear warm-up, constant, linear decay to zero."""
     warmup = (step + 1) / config.warmup_steps if config.warmup_steps else 1.0
-    decay_steps = config.decay_share * config.steps
+    decay_steps = config.decay_fraction * config.steps
     decay = (config.steps - step) / decay_steps if decay_steps else 1.0
     return min(1.0, warmup, decay)
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Optimizers over the parameters that require gradients; each group knows its peak rate.
+def all_reduce_(
+    parameters: list[nn.Parameter], totals: Tensor, world_size: int
+) -> tuple[float, float]:
+    """Sums the gradients and the totals (2,) over all processes, in one message; returns these."""
+    if world_size == 1:
+        return tuple(totals.tolist())
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    tensors = [totals, *(parameter.grad for parameter in parameters)]
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(summed.view_as(tensor))
+    return tuple(totals.tolist())
 
-    Raises:
-        ValueError: No parameter requires gradients.
+
+def scale_and_clip_(
+    parameters: list[nn.Parameter], loss_sum: float, n_terms: float, step: int, max_norm: float
+) -> None:
+    """Turns gradients of the summed loss into those of the mean loss, with at most `max_norm`."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients).item() / n_terms
+    if not math.isfinite(loss_sum) or not math.isfinite(norm):
+        raise _diverged(f"loss {loss_sum / n_terms} and gradient norm {norm}", step)
+    torch._foreach_mul_(gradients, min(1.0, max_norm / (norm + 1e-6)) / n_terms)
+
+
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW and Muon over the parameters that require gradients.
+
+    AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) scales each element of the
+    momentum by its own history. Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) makes
+    the whole matrix orthogonal, so that all its directions move equally. Newton-Schulz iterations
+    push the singular values towards one, without a decomposition:
+
+        X = momentum / momentum.norm()
+        for _ in range(5):
+            A = X @ X.T
+            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+        weight -= learning_rate * X
     """
     modules = dict(model.named_modules())
     groups: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": [], "undecayed": []}
@@ -429,8 +237,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
             continue
         owner = name.rpartition(".")[0]
         inside = isinstance(modules[owner], nn.Linear) and not owner.endswith("head")
-        adapts = getattr(modules[owner], "base_layer", None)  # of a low-rank adapter
-        by_muon = config.optimizer == "muon" and (inside or isinstance(adapts, nn.Linear))
+        adapted = getattr(modules[owner], "base_layer", None)  # by a low-rank adapter
+        by_muon = config.optimizer == "muon" and (inside or isinstance(adapted, nn.Linear))
         kind = "undecayed" if parameter.ndim < 2 else "muon" if by_muon else "adamw"
         groups[kind].append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
@@ -450,124 +258,50 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
 
 
 def mean_loss(
-    model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, runtime: Runtime
+    model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, runtime: "Runtime"
 ) -> float:
-    """Mean loss over fixed batches, shared out among the processes.
-
-    Returns:
-        Sum of losses divided by the sum of counts; NaN where nothing is counted.
-    """
-    sums = torch.zeros(2, dtype=torch.float64)
+    """Mean loss over fixed batches, which the processes share; NaN without a single term."""
+    totals = torch.zeros(2, dtype=torch.float64)
     with torch.inference_mode(), runtime.autocast():
         for batch in batches[runtime.rank :: runtime.world_size]:
-            loss, count = loss_fn(model, _to(batch, runtime.device))
-            sums += torch.stack([loss, count]).cpu().double()
+            loss, n_terms = loss_fn(model, to_device(batch, runtime.device))
+            totals += torch.stack([loss, n_terms]).cpu().double()
     if runtime.world_size > 1:
-        sums = sums.to(runtime.device if runtime.device.type == "cuda" else "cpu")
-        dist.all_reduce(sums)
-    return (sums[0] / sums[1]).item()
+        totals = totals.to(runtime.device if runtime.device.type == "cuda" else "cpu")
+        dist.all_reduce(totals)
+    return (totals[0] / totals[1]).item()
 
 
-def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy in nats, and the number of targets that count.
-
-    Args:
-        model: Maps token ids (B, T) to logits (B, T, V).
-        batch: Inputs and targets, each (B, T); targets of -100 carry no loss.
-    """
-    inputs, targets = batch
-    logits = model(inputs).flatten(0, 1)
-    parts = zip(logits.split(CACHED_ROWS), targets.flatten().split(CACHED_ROWS))
-    losses = [F.cross_entropy(part.float(), wanted, reduction="sum") for part, wanted in parts]
-    return torch.stack(losses).sum(), (targets != -100).sum()
-
-
-def prefix_classification_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy in nats, half of it asked of each token, and the number of texts.
-
-    A causal model has read a prefix of the text at each token: all of them are examples. The mean
-    over the tokens is weighted by their place, since a beginning says less.
-
-    Args:
-        model: Also has `token_logits`, which maps token ids (B, T) to logits (B, T, classes).
-        batch: Token ids, lengths and class probabilities to learn (B, classes).
-    """
-    ids, lengths, targets = batch
-    B, T = ids.shape
-    logits = model.token_logits(ids).float()
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), targets.repeat_interleave(T, dim=0), reduction="none"
-    ).view(B, T)
-    places = torch.arange(1, T + 1, device=ids.device).expand(B, T)
-    weights = places * (places <= lengths[:, None])
-    everywhere = (losses * weights).sum(1) / weights.sum(1)
-    last = losses.gather(1, lengths[:, None] - 1).squeeze(1)
-    return (everywhere + last).sum() / 2, torch.tensor(B, device=ids.device)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The tensors of a batch on a device."""
     return tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
 
-def _sum_over_processes(parameters: list[nn.Parameter], sums: Tensor) -> None:
-    """Adds up `sums` and the gradients of all processes, in one message."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    held = [sums, *(parameter.grad for parameter in parameters)]
-    flat = torch.cat([tensor.flatten() for tensor in held])
-    dist.all_reduce(flat)
-    for tensor, total in zip(held, flat.split([tensor.numel() for tensor in held])):
-        tensor.copy_(total.view_as(tensor))
+class Interrupted(Exception):
+    """A signal, the argument, ended a training early; a resumable state is on disk."""
 
 
-def _diverged(what: str, step: int) -> str:
-    return (
+def _diverged(what: str, step: int) -> FloatingPointError:
+    return FloatingPointError(
         f"{what} at step {step}: lower the learning rates and start again; the states written so "
         "far are good"
     )
 
 
-class _SignalCatcher:
-    """Notes the first Ctrl-C or SIGTERM instead of dying; a second one acts as usual."""
-
-    def __enter__(self) -> "_SignalCatcher":
-        self.caught: signal.Signals | None = None
-        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.caught = signal.Signals(number)
-        self.__exit__()
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+# ---- what a run remembers and writes
 
 
 class _Run:
-    """A training under way: its steps, its place, its best weights, its files."""
+    """Progress, best weights and files of a training."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: TrainConfig,
-        runtime: Runtime,
-        facts: dict[str, Any],
-        path: Path,
-        criterion: str,
-    ):
-        self.model, self.config, self.runtime = model, config, runtime
-        self.criterion = criterion
+    def __init__(self, model, config, runtime, path, metadata, monitor, maximize):
+        self.model, self.runtime = model, runtime
+        self.monitor, self.sign = monitor, -1 if maximize else 1
         self.optimizers = make_optimizers(model, config)
-        self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.parameters = list(self.named.values())
-        self.facts = {
-            **facts,
-            "world_size": runtime.world_size,
-            "precision": str(runtime.dtype),
-            "train_config": asdict(config),
-        }
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.trained.values())
+        world = {"world_size": runtime.world_size, "precision": str(runtime.dtype)}
+        self.metadata = {**metadata, **world, "train_config": asdict(config)}
         self.state_path, self.log_path = state_path(path), path.with_suffix(".log.jsonl")
         self.step, self.seconds, self.tokens, self.log_bytes = 0, 0.0, 0.0, 0
         self.best: dict[str, float] = {}
@@ -575,99 +309,57 @@ class _Run:
         self.recent_losses: list[float] = []
         self.validation: dict[str, float] = {}  # not yet logged
 
-    def take_step(self, batches: Callable[[int, int], Sequence[Batch]], loss_fn: LossFn) -> None:
-        """One optimizer step."""
-        started = time.perf_counter()
-        factor = learning_rate_factor(self.step, self.config)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-        loss, count = self._accumulate_gradients(batches, loss_fn)
-        if count:
-            self._scale_gradients(count, loss)
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.recent_losses = [*self.recent_losses, loss][-LOG_EVERY:]
-        self.step += 1
-        self.tokens += count
-        self.seconds += time.perf_counter() - started
+    def start(self, resume: bool) -> tqdm:
+        """Loads the state to resume, or writes the first one; returns the progress bar."""
+        if resume:
+            self._load_state()
+        if self.runtime.world_size > 1:  # all ranks start from equal weights
+            for parameter in self.parameters:
+                dist.broadcast(parameter.data, src=0)
+        if not resume and not self.runtime.rank:  # from here on there is something to resume
+            save_checkpoint(self.state_path, self._state())
+        self.model.train()
+        steps, rank = self.metadata["train_config"]["steps"], self.runtime.rank
+        return tqdm(total=steps, initial=self.step, unit="step", disable=rank > 0, mininterval=0.5)
 
-    def _accumulate_gradients(
-        self, batches: Callable[[int, int], Sequence[Batch]], loss_fn: LossFn
-    ) -> tuple[float, float]:
-        """Leaves the gradient of the summed loss of the whole step in `.grad`, on every process.
+    def advance(self, loss_sum: float, n_terms: float, seconds: float) -> None:
+        """Counts a step; one without terms changed nothing and has no loss."""
+        if n_terms:
+            self.recent_losses = [*self.recent_losses, loss_sum / n_terms][-LOG_EVERY:]
+        self.step, self.tokens = self.step + 1, self.tokens + n_terms
+        self.seconds += seconds
 
-        Returns:
-            Mean loss, and the count it was divided by.
-        """
-        rank, world_size = self.runtime.rank, self.runtime.world_size
-        for parameter in self.parameters:
-            parameter.grad = None
-        torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 4096 + rank)  # dropout
-        sums = torch.zeros(2, device=self.runtime.device)
-        parts = batches(self.step, self.config.grad_accumulation * world_size)
-        for batch in parts[rank::world_size]:
-            if not len(batch[0]):
-                continue
-            with self.runtime.autocast():
-                loss, count = loss_fn(self.model, _to(batch, self.runtime.device))
-            loss.backward()
-            sums += torch.stack([loss.detach(), count])
-        if world_size > 1:
-            _sum_over_processes(self.parameters, sums)
-        loss, count = sums.tolist()
-        return (loss / count if count else math.nan), count
-
-    def _scale_gradients(self, count: float, loss: float) -> None:
-        """Turns gradients of the sum into gradients of the mean, and clips their norm."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item() / count
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise FloatingPointError(_diverged(f"loss {loss} and gradient norm {norm}", self.step))
-        scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6)) / count
-        torch._foreach_mul_(gradients, scale)
-
-    def validate(self, validate: Callable[[], dict[str, float]]) -> None:
-        """Takes the figures of the model as it is; keeps the weights if they are the best."""
+    def keep_best(self, validate: Callable[[], dict[str, float]]) -> None:
+        """Measures the model, and keeps its weights if they are the best so far."""
         started = time.perf_counter()
         self.model.eval()
         self.validation = validate()
         self.model.train()
-        found = self.validation[self.criterion]
-        if not math.isfinite(found):
-            raise FloatingPointError(_diverged(f"{self.criterion} {found}", self.step))
-        if not self.best or found <= self.best[self.criterion]:
+        value = self.validation[self.monitor]
+        if not math.isfinite(value):
+            raise _diverged(f"{self.monitor} {value}", self.step)
+        if not self.best or self.sign * value <= self.sign * self.best[self.monitor]:
             self.best = {"step": self.step, **self.validation}
-            self.best_weights = {n: p.detach().clone() for n, p in self.named.items()}
+            self.best_weights = {n: p.detach().clone() for n, p in self.trained.items()}
         self.seconds += time.perf_counter() - started
-
-    def told_to_stop(self, caught: signal.Signals | None) -> signal.Signals | None:
-        """The signal that any process has caught."""
-        number = torch.tensor(int(caught or 0), device=self.runtime.device)
-        if self.runtime.world_size > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        return signal.Signals(number.item()) if number else None
-
-    def figures(self) -> dict[str, str]:
-        """What the progress bar shows."""
-        shown = {"loss": self._recent_loss(), "best": self.best.get(self.criterion)}
-        return {name: f"{value:.4f}" for name, value in shown.items() if value is not None}
 
     def _recent_loss(self) -> float | None:
         losses = self.recent_losses
         return sum(losses) / len(losses) if losses else None
 
-    def write(self, log: bool, state: bool) -> None:
-        """Writes a log line and the resumable state, if asked to and the first process."""
-        if self.runtime.rank:
-            return
-        if log:
+    def write(self, bar: tqdm, log: bool, state: object) -> None:
+        """Advances the progress bar; rank 0 also writes a log line and the resumable state."""
+        metrics = {"loss": self._recent_loss(), "best": self.best.get(self.monitor)}
+        shown = {name: f"{value:.4f}" for name, value in metrics.items() if value is not None}
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+        if log and not self.runtime.rank:
             self._log()
-        if state:
-            self._save()
+        if state and not self.runtime.rank:
+            save_checkpoint(self.state_path, self._state())
 
     def _log(self) -> None:
-        """Appends a line behind those of this run; the first one replaces an older run's log."""
+        """Appends a line to those of this run; the first one replaces an older run's log."""
         line = {
             "step": self.step,
             "tokens": self.tokens,
@@ -682,28 +374,21 @@ class _Run:
             file.seek(self.log_bytes)
             self.log_bytes += file.write(json.dumps(line).encode() + b"\n")
 
-    def _save(self) -> None:
-        state = {
+    def _state(self) -> dict[str, Any]:
+        return {
             "kind": "resume",
-            "facts": self.facts,
-            "weights": {n: p.detach() for n, p in self.named.items()},
+            "metadata": self.metadata,
+            "weights": {n: p.detach() for n, p in self.trained.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "best": self.best,
             "best_weights": self.best_weights,
-            "place": [self.step, self.seconds, self.tokens, self.log_bytes],
+            "progress": [self.step, self.seconds, self.tokens, self.log_bytes],
             "recent_losses": self.recent_losses,
         }
-        save_checkpoint(self.state_path, state)
 
-    def load(self) -> None:
-        """Goes on from the state on disk.
-
-        Raises:
-            FileNotFoundError: There is none.
-            ValueError: It is damaged or of another run.
-        """
+    def _load_state(self) -> None:
         state = load_checkpoint(self.state_path, "resume", hint="the same command without --resume")
-        if differences := _differences(state["facts"], self.facts):
+        if differences := _differences(state["metadata"], self.metadata):
             timed = any(difference.startswith("precision") for difference in differences)
             raise ValueError(
                 f"{self.state_path} is of another run ({'; '.join(differences)}): give the same "
@@ -714,52 +399,146 @@ class _Run:
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         self.best, self.best_weights = state["best"], state["best_weights"]
-        self.step, self.seconds, self.tokens, log_bytes = state["place"]
-        held = self.log_path.read_bytes()[:log_bytes] if self.log_path.is_file() else b""
-        self.log_bytes = held.rfind(b"\n") + 1  # a log that was cut off goes on at a whole line
+        self.step, self.seconds, self.tokens, log_bytes = state["progress"]
+        log = self.log_path.read_bytes()[:log_bytes] if self.log_path.is_file() else b""
+        self.log_bytes = log.rfind(b"\n") + 1  # a log that was cut continues at a whole line
         self.recent_losses = state["recent_losses"]
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
+    different = []
     for key in sorted(before.keys() | now.keys()):
         a, b = before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
+            different += _differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key} was {a}, is {b}")
-    return found
+            different.append(f"{prefix}{key} was {a}, is {b}")
+    return different
 
 
-# ---- command lines
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects the first Ctrl-C or SIGTERM instead of dying; a second one acts as usual."""
+    caught: list[int] = []
+
+    def record(number: int, _frame: object) -> None:
+        caught.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    previous = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        restore()
 
 
-def leave(code: int) -> NoReturn:
-    """Ends a script with an exit code.
+def _any_signal(caught: list[int], runtime: "Runtime") -> signal.Signals | None:
+    """The signal that any process has received."""
+    number = torch.tensor(max(caught, default=0), device=runtime.device)
+    if runtime.world_size > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return signal.Signals(number.item()) if number else None
 
-    Under torchrun at once: taking down the threads of the process group aborts, now and then, a
-    process that has done all its work.
+
+# ---- checkpoint files
+
+
+def state_path(path: Path) -> Path:
+    """Where the resumable state of a training lies whose result goes to `path`."""
+    return path.with_suffix(".resume.pth")
+
+
+def check_states(paths: list[Path], resume: bool) -> None:
+    """Makes sure that there is a state to resume, or deletes that of an abandoned run.
+
+    Args:
+        paths: Of the result, and of others that are trained on the way.
+        resume: Whether to continue.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "RANK" in os.environ:
-        os._exit(code)
-    sys.exit(code)
+    states = [state_path(path) for path in paths]
+    if resume and not any(state.is_file() for state in states):
+        raise FileNotFoundError(f"there is no {states[0]} to resume: omit --resume")
+    if not resume and is_rank_zero():
+        states[0].unlink(missing_ok=True)
 
 
-def command_line() -> str:
-    """The command that started this process, to be shown and recorded."""
-    n = os.environ.get("WORLD_SIZE", "1")
-    launcher = ["python"] if n == "1" else ["torchrun", f"--nproc_per_node={n}"]
-    return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
+def save_result(path: Path, kind: str, weights: dict[str, Tensor], **contents: Any) -> str:
+    """Saves a trained model in half precision, then deletes the resumable state.
+
+    Returns:
+        A line for the terminal.
+    """
+    weights = half_precision(weights)
+    seconds, memory = (contents["provenance"][key] for key in ("seconds", "peak_memory_bytes"))
+    save_checkpoint(path, {"kind": kind, **contents, "weights": weights})
+    state_path(path).unlink(missing_ok=True)
+    return (
+        f"wrote {path}: {path.stat().st_size:,} bytes, {math.ceil(seconds)} s of training, "
+        f"{memory / 2**30:.2f} GiB peak memory"
+    )
 
 
-def relative_path(path: Path, folder: Path) -> str:
-    """Where a file lies, seen from a folder: for files that name each other."""
-    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+def half_precision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors in float16 on the CPU, as they are saved."""
+    return {n: t.detach().to("cpu", torch.float16, copy=True) for n, t in weights.items()}
 
 
-def _provenance(config: TrainConfig, runtime: Runtime, seconds: float) -> dict[str, Any]:
+def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
+    """Writes a checkpoint atomically, with the format version and the hash of its "weights"."""
+    sha256 = weights_sha256(checkpoint["weights"])
+    with atomic_write(path) as file:
+        torch.save({"format": FORMAT_VERSION, **checkpoint, "weights_sha256": sha256}, file)
+
+
+def load_checkpoint(
+    path: str | Path, kinds: str | tuple[str, ...], hint: str = "python main.py"
+) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU: tensors and plain values only, verified.
+
+    Args:
+        path: The file.
+        kinds: What the file may be, such as "base".
+        hint: Command that creates such a file, for the error messages.
+
+    Raises:
+        ValueError: The file is damaged, of another kind, or of another format version.
+    """
+    path, kinds = Path(path), (kinds,) if isinstance(kinds, str) else kinds
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: create it with `{hint}`")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if (kind := checkpoint.get("kind")) not in kinds:
+            raise ValueError(f"of kind {kind}, not {' or '.join(kinds)}")
+        if (version := checkpoint.get("format")) != FORMAT_VERSION:
+            raise ValueError(f"of format {version}, not {FORMAT_VERSION}")
+        if weights_sha256(checkpoint["weights"]) != checkpoint["weights_sha256"]:
+            raise ValueError("weights do not match the recorded SHA-256")
+    except Exception as error:  # torch.load has no error class of its own: zip, pickle, EOF, ...
+        first_line = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} is damaged or another file ({first_line}): create one with `{hint}`"
+        ) from None
+    return checkpoint
+
+
+def weights_sha256(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values of tensors: the identity of a checkpoint."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _provenance(config: TrainConfig, runtime: "Runtime", seconds: float) -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     for name in ("torch", "numpy", "bitsandbytes"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -774,93 +553,224 @@ def _provenance(config: TrainConfig, runtime: Runtime, seconds: float) -> dict[s
     }
 
 
+# ---- device, precision, processes
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how precisely to compute, chosen once at the entry point.
+
+    Attributes:
+        device: CUDA, else MPS, else CPU.
+        dtype: Of matrix products under autocast: bfloat16 where that is faster, else float32.
+        rank: Index of this process under torchrun; rank 0 writes the files.
+        world_size: Number of processes.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    rank: int = 0
+    world_size: int = 1
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Context in which matrix products run in `dtype`."""
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
+
+    def describe(self) -> str:
+        """One line for log and terminal, such as "cpu, bfloat16, 2 threads"."""
+        precision = str(self.dtype).removeprefix("torch.")
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        processes = f", {self.world_size} processes" if self.world_size > 1 else ""
+        return f"{self.device}, {precision}{threads}{processes}"
+
+
+CPU = Runtime()  # default for small jobs
+
+
+@contextlib.contextmanager
+def start_runtime() -> Iterator[Runtime]:
+    """Chooses device and precision and, under torchrun, joins the other processes."""
+    variables = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    rank, local_rank, world_size = (int(os.environ.get(name, x)) for name, x in variables)
+    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if torch.cuda.is_available():
+        if local_rank >= (n_gpus := torch.cuda.device_count()):
+            raise ValueError(f"{world_size} processes need a GPU each, there are {n_gpus}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    dtype = torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
+    if world_size == 1:
+        yield Runtime(device, dtype)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # encoding a corpus takes long
+    try:
+        choice = [dtype]
+        dist.broadcast_object_list(choice, src=0)
+        yield Runtime(device, choice[0], rank, world_size)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def rank_zero_first(runtime: Runtime) -> Iterator[None]:
+    """Runs the body on rank 0 first, so that the others find its files; if it fails there, the
+    others exit quietly."""
+    done = [False]
+    if runtime.rank:
+        dist.broadcast_object_list(done, src=0)
+        if not done[0]:
+            raise SystemExit(2)
+    try:
+        yield
+        done = [True]
+    finally:
+        if runtime.rank == 0 and runtime.world_size > 1:
+            dist.broadcast_object_list(done, src=0)
+
+
+@contextlib.contextmanager
+def lock_output_dir(folder: Path, runtime: Runtime) -> Iterator[None]:
+    """Keeps other trainings out of a folder; the lock of a process that died is released.
+
+    Raises:
+        ValueError: Another process trains there.
+    """
+    with contextlib.ExitStack() as stack:
+        with rank_zero_first(runtime):
+            if runtime.rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(FileLock(folder / ".training.lock", timeout=0))
+                except Timeout:
+                    raise ValueError(
+                        f"another training is running in {folder}: wait for it, or choose another "
+                        "--out-dir"
+                    ) from None
+                except NotImplementedError:  # some network file systems
+                    log0(f"warning: {folder} cannot be locked: run one training at a time")
+        yield
+
+
+def bfloat16_is_faster(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 matrices faster than float32 ones; on a CPU, timed."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = {"x": torch.ones(512, 512, dtype=dtype)}
+        seconds[dtype] = min(timeit.repeat("x @ x", globals=matrix, number=1, repeat=20))
+    return seconds[torch.bfloat16] * 1.3 < seconds[torch.float32]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process: on the GPU if there is one, else resident; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # Linux, where `ru_maxrss` may be a larger parent's
+    if status.is_file() and (match := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+        return 1024 * int(match[1])
+    if sys.platform != "darwin":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# ---- command lines
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default but None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action.default, tuple):
+            return f"{action.help} (default: {' '.join(action.default)})"
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def new_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+def new_parser(description: str, **options: Any) -> argparse.ArgumentParser:
     """A parser whose help shows defaults."""
     return argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=HelpFormatter
+        description=description, formatter_class=HelpFormatter, **options
     )
 
 
 def add_run_flags(
     parser: argparse.ArgumentParser, data_sets: Iterable[str], data_help: str, max_examples: int = 0
 ) -> None:
-    """Adds the flags that every training has: its data, its folder, resuming; a fine-tuning, which
-    has `max_examples`, also the flag of its base."""
+    """Adds the flags that all trainings share, and with `max_examples` those of fine-tunings."""
     add = parser.add_argument
-    text = "auto: the first of the others that can be had"
+    text = "auto: the first available one of the others"
     add("--dataset", choices=("auto", *data_sets), default="auto", help=text)
-    add("--data", type=Path, help=f"of your own instead: {data_help}")
-    add("--data-dir", type=Path, help="folder of downloads; else $GPT_DATA_DIR, else data")
-    add("--out-dir", type=Path, default=Path("models"), help="where to write")
-    add("--resume", action="store_true", help="go on from an interrupted run with the same options")
+    add("--data", type=Path, help=f"your own data instead: {data_help}")
+    add("--data-dir", type=Path, help="folder of downloads (default: $GPT_DATA_DIR, else data)")
+    add("--out-dir", type=Path, default=Path("models"), help="folder to write to")
+    add("--resume", action="store_true", help="continue an interrupted run of the same options")
     if max_examples:
-        add("--max-examples", type=int, default=max_examples, help="most examples to use")
-        add("--base", type=Path, default=Path("models/model_weights.pth"), help="base model")
+        add("--max-examples", type=int, default=max_examples, help="maximum number of examples")
+        text = "base model (default: models/model_weights.pth, else that of models/shipped)"
+        add("--base", type=Path, help=text)
 
 
-def add_config_flags(
-    parser: argparse.ArgumentParser, config_class: type, defaults: dict[str, Any]
-) -> None:
-    """Adds a `--kebab-case` flag for each field of a config dataclass.
-
-    Args:
-        parser: Gets the flags; a flag not given leaves no trace in the parsed arguments.
-        config_class: Its field types, defaults and "Attributes:" lines make the flags.
-        defaults: Values to show instead of the dataclass's own defaults.
-    """
+def add_config_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Adds a `--kebab-case` flag for each field of a config dataclass, with its default and its
+    line under "Attributes:". `parser.set_defaults` changes defaults, and the help shows it."""
     group = parser.add_argument_group(config_class.__name__)
-    for field in fields(config_class):
-        default = defaults.get(field.name, field.default)
-        if field.type is bool:
-            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-        elif field.type == tuple[str, ...]:
-            kind, default = {"nargs": "+", "metavar": "NAME"}, " ".join(default)
-        else:
-            kind = {"type": field.type, "metavar": field.type.__name__.upper()}
-        text = f"{_attribute_help(config_class, field.name)} (default: {default})"
-        flag = "--" + field.name.replace("_", "-")
-        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
+    for config_field in fields(config_class):
+        name, kind = config_field.name, config_field.type
+        options: dict[str, Any] = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif kind == tuple[str, ...]:
+            options = {"nargs": "+", "metavar": "NAME"}
+        text = re.search(  # the text of an attribute in a Google-style docstring
+            rf"^ {{4}}{name}: (.*(?:\n {{8}}.*)*)", inspect.getdoc(config_class), re.MULTILINE
+        )
+        help_text = " ".join(text[1].split()).replace("%", "%%").rstrip(".")
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, default=config_field.default, help=help_text, **options)
 
 
 def from_options(config_class: type[T], options: dict[str, Any]) -> T:
-    """A config dataclass with those of the options that are fields of it.
-
-    Raises:
-        ValueError: A value is out of range.
-    """
+    """A config dataclass from those of the options that are its fields."""
     return config_class(
         **{f.name: options[f.name] for f in fields(config_class) if f.name in options}
     )
 
 
-def fine_tuning_config(options: dict[str, Any], config: Any, n_examples: int) -> TrainConfig:
-    """How to train for `config.epochs` passes at most, validating after each by default."""
-    steps_per_epoch = max(1, n_examples // config.batch_size)
-    steps = min(options["steps"], config.epochs * steps_per_epoch)
-    return from_options(TrainConfig, {"eval_every": steps_per_epoch, **options, "steps": steps})
+def fine_tuning_config(options: dict[str, Any], steps_per_epoch: int) -> TrainConfig:
+    """How to train for at most `epochs`, validating after each one by default."""
+    steps = min(options["steps"], options["epochs"] * steps_per_epoch)
+    eval_every = options["eval_every"] or steps_per_epoch
+    return from_options(TrainConfig, {**options, "steps": steps, "eval_every": eval_every})
 
 
-def _attribute_help(config_class: type, name: str) -> str:
-    """The text of an attribute in a Google-style docstring, for `--help`."""
-    found = re.search(rf"^ {{4}}{name}: (.*(?:\n {{8}}.*)*)", inspect.getdoc(config_class), re.M)
-    return " ".join(found[1].split()).replace("%", "%%").rstrip(".")
+def check_range(config: Any, minimum: float, below: float, *names: str) -> None:
+    """Raises ValueError for fields of a config that are not in [minimum, below)."""
+    for name in names:
+        if not minimum <= (value := getattr(config, name)) < below:
+            raise ValueError(f"{name} must lie in [{minimum}, {below}), not {value}")
 
 
-def one_line_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
-    """Makes a script's `main` report in a line on stderr what a user got wrong, with exit code 2,
-    or how an interrupted training goes on, with 130 or 143."""
+def command_line() -> str:
+    """The command that started this process, to show and to record."""
+    n = os.environ.get("WORLD_SIZE", "1")
+    launcher = ["python"] if n == "1" else ["torchrun", f"--nproc_per_node={n}"]
+    return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+    """Decorates a script's `main`: user errors become one line on stderr and exit code 2, an
+    interrupted training the command that continues it and 130 or 143."""
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
-        """As `main`, without tracebacks."""
-        if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character shows "?"
+        if hasattr(sys.stdout, "reconfigure"):  # terminals that lack a character show "?"
             sys.stdout.reconfigure(errors="replace")
         try:
             return main(argv)
@@ -874,8 +784,42 @@ def one_line_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[s
             code = 128 + stop.args[0]
         except KeyboardInterrupt:
             message, code = "interrupted", 130
-        if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process speaks
-            print(message, file=sys.stderr)
+        log0(message)
         return code
 
     return wrapped
+
+
+def exit_process(code: int) -> NoReturn:
+    """Ends a script with an exit code.
+
+    Under torchrun immediately: tearing down the threads of the process group occasionally aborts a
+    process that has done all its work.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ:
+        os._exit(code)
+    sys.exit(code)
+
+
+# ---- the loss of language models
+
+CACHED_ROWS = 512  # tokens whose float32 logits fit in the processor's cache
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy in nats, and the number of targets.
+
+    The plain equivalent is `F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")`.
+    In slices of rows the float32 logits stay in the cache, which is faster and saves memory.
+
+    Args:
+        model: Maps token ids (B, T) to logits (B, T, V).
+        batch: Inputs and targets, each (B, T); targets of -100 carry no loss.
+    """
+    inputs, targets = batch
+    logits = model(inputs).flatten(0, 1)
+    slices = zip(logits.split(CACHED_ROWS), targets.flatten().split(CACHED_ROWS))
+    losses = [F.cross_entropy(rows.float(), wanted, reduction="sum") for rows, wanted in slices]
+    return torch.stack(losses).sum(), (targets != -100).sum()

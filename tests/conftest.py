@@ -27,7 +27,7 @@ from tokenizer import BPETokenizer
 from training import Runtime, save_checkpoint
 
 # Options of trainings that take a second.
-TINY_SENTIMENT = """--context-length 24 --batch-size 8 --steps 12 --language-steps 6
+TINY_SENTIMENT = """--context-length 24 --batch-size 8 --steps 12 --review-lm-steps 6
     --eval-every 4""".split()  # noqa: SIM905
 TINY_LORA = [*TINY_SENTIMENT, "--target-modules", "token_embedding", "qkv"]
 TINY_INSTRUCTIONS = """--context-length 64 --batch-size 8 --steps 12 --eval-every 4
@@ -123,7 +123,7 @@ def save_base(path: Path, model: GPTModel, tokenizer: BPETokenizer) -> None:
         "model_config": asdict(model.config),
         "weights": model.state_dict(),
         "tokenizer_sha256": tokenizer.sha256,
-        "made": {"seconds": 1.0, "peak_memory_bytes": 2**30},
+        "provenance": {"seconds": 1.0, "peak_memory_bytes": 2**30},
     }
     save_checkpoint(path, checkpoint)
     tokenizer.save(path.with_name("tokenizer.json"))

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,12 +11,12 @@ from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 import app
-import evaluate
-from evaluate import class_probabilities, load_classifier
-from generation import continue_prompt, load_language_model
+from data_loader import LABELS
+from generation import BASE, LORA_CLASSIFIER, class_probabilities, continue_prompt, load_model
 from tokenizer import BPETokenizer
 from training import load_checkpoint, save_checkpoint
 
+ROOT = Path(__file__).parents[1]
 PAGES = ["generate", "sentiment", "instructions", "tokenizer", "training"]
 
 
@@ -64,7 +63,7 @@ def test_generated_text_is_that_of_the_command_line(models: Path):
     at.slider[1].set_value(30)
     at.button[0].click().run()
     assert_quiet(at)
-    model, tokenizer, _ = load_language_model(models / "model_weights.pth")
+    model, tokenizer, _ = load_model(models / "model_weights.pth")
     ids = continue_prompt(model, tokenizer, "ROMEO:\nO", 30, temperature=1.0)
     expected = "ROMEO:\nO" + "".join(tokenizer.decode_stream(ids))
     assert at.code[0].value == expected
@@ -86,14 +85,14 @@ def test_probabilities_are_those_of_the_classifiers(models: Path):
     assert_quiet(at)
     assert [m.label for m in at.metric] == list(app.CLASSIFIERS)
     for metric, name in zip(at.metric[:2], ("finetuned_classifier", "lora_classifier")):
-        model, tokenizer, _ = load_classifier(models / f"{name}_weights.pth")
-        (found,) = class_probabilities(model, tokenizer, ["I love it"], app.CPU)
-        assert metric.value == evaluate.CLASSES[int(found[1] >= 0.5)]
+        model, tokenizer, _ = load_model(models / f"{name}_weights.pth")
+        (found,) = class_probabilities(model, tokenizer, ["I love it"])
+        assert metric.value == LABELS[int(found[1] >= 0.5)]
         assert metric.delta == f"{found.max():.0%} sure"
 
 
 def test_a_refused_adapter_is_a_message_beside_the_others(models: Path):
-    path = models / "review_model_weights.pth"
+    path = models / "review_lm_weights.pth"
     checkpoint = load_checkpoint(path, "base")
     weights = {n: w + 1 if n == "head.weight" else w for n, w in checkpoint["weights"].items()}
     save_checkpoint(path, {**checkpoint, "weights": weights})
@@ -110,7 +109,8 @@ def test_damaged_files_are_messages(name: str, shown: str, models: Path):
     at = page(shown)
     assert not at.exception
     assert all("python " in error.value for error in at.error)
-    uses_it = shown != "training" and (shown != "tokenizer" or name == "tokenizer.json")
+    reads_base = shown in ("generate", "instructions")
+    uses_it = reads_base or (name == "tokenizer.json" and shown != "training")
     assert bool(at.error) == uses_it
 
 
@@ -125,33 +125,64 @@ def test_an_adapter_is_refused_as_soon_as_its_base_changes(models: Path):
     assert not at.exception and "was trained on another base" in at.error[0].value
 
 
-def test_files_of_reviews():
-    csv = app.read_table(b'\xef\xbb\xbftitle,content\nGood,"a, b"\n,only\n', csv=True)
-    assert app.review_texts(csv) == ["Good\na, b", "only"]
-    lines = app.read_table(b'{"text": "x\\u2028y", "n": 1}\n\n{"text": "z", "n": null}', csv=False)
-    assert app.review_texts(lines) == ["x\u2028y", "z"] and lines["n"].iloc[0] == 1
-    for csv, content, message in (
-        (True, b"", "cannot be read"),
-        (True, b"\xff\xfe", "cannot be read"),
-        (True, b"text\nI love it, really\n", "more fields than its first line"),
-        (False, b"{", "cannot be read"),
-        (False, b'{"text": "a"}\nnull', "each line must be a JSON object"),
-        (True, b"text\n", "has 0 rows"),
-        (True, b"text\n" + b"x\n" * (app.MAX_ROWS + 1), "10,001 rows"),
+def test_uploads_are_read_as_the_scripts_read_files():
+    rows, texts = app.read_upload(b'\xef\xbb\xbftitle,content\nGood,"a, b"\n,only\n', ".csv")
+    assert texts == ["Good\na, b", "only"] and rows[1] == {"title": "", "content": "only"}
+    lines = b'{"text": "x\\u2028y", "n": 1}\n\n{"text": "z", "n": null}'
+    rows, texts = app.read_upload(lines, ".JSONL")
+    assert texts == ["x\u2028y", "z"] and [row["n"] for row in rows] == [1, None]
+    assert app.read_upload(b"good\t1\nbad\t0\n", ".tsv")[1] == ["good", "bad"]
+    for suffix, content, message in (
+        (".csv", b"", "has no rows"),
+        (".csv", b"\xff\xfe", "not UTF-8"),
+        (".csv", b"text\nI love it, really\n", "row 2: 2 fields instead of 1"),
+        (".jsonl", b"{", "row 1: not JSON"),
+        (".jsonl", b'{"text": "a"}\nnull', "row 2: not an object"),
+        (".jsonl", b'{"text": "a"}\n{"text": " "}', "row 2: no text"),
+        (".csv", b"text\n", "has no rows"),
+        (".csv", b"text\n" + b"x\n" * (app.MAX_ROWS + 1), "10,001 rows"),
     ):
         with pytest.raises(ValueError, match=message):
-            app.read_table(content, csv)
-    with pytest.raises(ValueError, match="needs a column text"):
-        app.review_texts(pd.DataFrame({"review": ["x"]}))
-    with pytest.raises(ValueError, match="1 rows have no text, the first is row 2"):
-        app.review_texts(pd.DataFrame({"text": ["x", " "]}))
+            app.read_upload(content, suffix)
+
+
+def test_the_shipped_models_stand_in_until_the_user_has_trained(
+    all_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As after a fresh `python main.py`: a base of one's own and nothing else."""
+    shutil.copytree(all_models, tmp_path / "shipped")
+    for name in ("tokenizer.json", BASE):
+        shutil.copy(all_models / name, tmp_path)
+    monkeypatch.setattr(app, "MODELS", tmp_path)
+    for name in PAGES:
+        at = page(name)
+        assert_quiet(at)
+        captions = [caption.value for caption in at.caption]
+        stands_in = any("showing shipped/" in caption for caption in captions)
+        assert stands_in == (name in ("sentiment", "instructions")), captions
+
+
+def test_the_sidebar_chooses_the_model_set(
+    all_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("shipped", "other"):
+        shutil.copytree(all_models, tmp_path / name)
+    (tmp_path / "cache").mkdir()  # holds no model
+    (tmp_path / "other" / LORA_CLASSIFIER).unlink()
+    monkeypatch.setenv("GPT_MODELS_DIR", str(tmp_path))
+    at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+    assert_quiet(at)
+    chooser = at.sidebar.selectbox[0]
+    assert chooser.options == ["other/", "shipped/"] and chooser.value.name == "shipped"
+    assert_quiet(at.sidebar.selectbox[0].select_index(0).run())
+    assert at.session_state["model_set"] == tmp_path / "other"
 
 
 def test_a_file_is_judged_once(models: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
     judge = app.classify
     monkeypatch.setattr(app, "classify", lambda n, t: (calls.append(len(t)), judge(n, t))[1])
-    script = 'import app\napp.classify_all("LoRA", ["good", "bad"])'
+    script = 'import app\napp.classify_once("LoRA", ["good", "bad"])'
     at = AppTest.from_string(script, default_timeout=60).run()
     at.run()
     assert_quiet(at)
@@ -173,9 +204,9 @@ def test_a_word_is_built_by_its_merges(models: Path):
     assert_quiet(at)
     tokenizer = BPETokenizer.load(models / "tokenizer.json")
     frame = at.dataframe[0].value
-    assert frame["parts"].iloc[0] == "\u00b7  k  i  n  g"
+    assert frame["tokens"].iloc[0] == "\u00b7  k  i  n  g"
     expected = "  ".join(app.printable(tokenizer.vocab[i]) for i in tokenizer.encode(" king"))
-    assert frame["parts"].iloc[-1] == expected
+    assert frame["tokens"].iloc[-1] == expected
 
 
 def test_what_a_user_writes_is_shown_as_text(models: Path):
@@ -263,31 +294,31 @@ def test_a_report_of_another_shape_is_a_message(content: str, models: Path):
     (models / "report.json").write_text(content)
     at = page("training")
     assert not at.exception
-    assert "make it again with `python evaluate.py`" in at.error[0].value
+    assert "recreate it with `python evaluate.py`" in at.error[0].value
 
 
 def test_no_page_changes_what_another_shows(models: Path):
-    model, tokenizer, _ = load_classifier(models / "lora_classifier_weights.pth")
-    before = class_probabilities(model, tokenizer, ["a", "good one"], app.CPU)
+    model, tokenizer, _ = load_model(models / "lora_classifier_weights.pth")
+    before = class_probabilities(model, tokenizer, ["a", "good one"])
     for name in (*PAGES, *reversed(PAGES)):
         at = page(name)
         if at.button:
             at.button[0].click().run()
         assert_quiet(at)
-    cached, _, _ = app.loaded(load_classifier, "lora_classifier_weights.pth")
-    assert (class_probabilities(cached, tokenizer, ["a", "good one"], app.CPU) == before).all()
-    base, _, _ = app.loaded(load_language_model, "model_weights.pth")
-    fresh, _, _ = load_language_model(models / "model_weights.pth")
+    cached, _, _ = app.loaded(LORA_CLASSIFIER)
+    assert (class_probabilities(cached, tokenizer, ["a", "good one"]) == before).all()
+    base, _, _ = app.loaded(BASE)
+    fresh, _, _ = load_model(models / "model_weights.pth")
     ids = torch.arange(20)[None]
     assert torch.equal(base(ids), fresh(ids))
 
 
 def test_a_new_checkpoint_is_taken_up(models: Path):
     path = models / "model_weights.pth"
-    first, _, _ = app.loaded(load_language_model, path.name)
-    assert app.loaded(load_language_model, path.name)[0] is first
+    first, _, _ = app.loaded(path.name)
+    assert app.loaded(path.name)[0] is first
     checkpoint = load_checkpoint(path, "base")
     weights = {n: w * 1.5 for n, w in checkpoint["weights"].items()}
     save_checkpoint(path, {**checkpoint, "weights": weights})
-    second, _, _ = app.loaded(load_language_model, path.name)
+    second, _, _ = app.loaded(path.name)
     assert torch.equal(second.head.weight, first.head.weight * 1.5)

@@ -13,7 +13,7 @@ import requests
 from playwright.sync_api import Page, expect, sync_playwright
 
 from app import printable
-from generation import continue_prompt, load_language_model
+from generation import continue_prompt, load_model
 from tokenizer import BPETokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -180,7 +180,7 @@ def test_an_instruction_is_answered(address: str, page: Page, pictures: Path):
 
 
 def test_two_sessions_at_once_get_their_own_text(address: str, page: Page):
-    model, tokenizer, _ = load_language_model(ROOT / "models" / "model_weights.pth")
+    model, tokenizer, _ = load_model(ROOT / "models" / "model_weights.pth")
     other = page.context.browser.new_page()
     tabs = {"KING:": page, "Nurse:": other}
     for prompt, tab in tabs.items():

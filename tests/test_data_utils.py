@@ -11,11 +11,11 @@ from data_utils import (
     IGNORE,
     TokenBatches,
     count_bytes,
-    merge_halves,
+    merge_children,
     prepare_token_ids,
     prepare_tokenizer,
+    resegment,
     scoring_windows,
-    split_tokens,
 )
 from tokenizer import END_OF_TEXT, BPETokenizer
 
@@ -72,10 +72,10 @@ def test_token_files_are_written_once(
 
 def test_split_tokens_spell_the_same_text(tokenizer: BPETokenizer, play: str):
     ids = np.array(tokenizer.encode(play[:3000]))
-    halves = merge_halves(tokenizer)
+    halves = merge_children(tokenizer)
     lengths = []
     for probability in (0.0, 0.1, 0.5, 1.0):
-        split = split_tokens(ids, halves, probability, np.random.default_rng(0))
+        split = resegment(ids, halves, probability, np.random.default_rng(0))
         assert tokenizer.decode(split) == play[:3000]
         lengths.append(len(split))
     assert lengths[0] == len(ids) and lengths[-1] == 3000 and lengths == sorted(lengths)
@@ -83,8 +83,8 @@ def test_split_tokens_spell_the_same_text(tokenizer: BPETokenizer, play: str):
 
 def test_split_tokens_split_as_often_as_said(tokenizer: BPETokenizer):
     merged = next(m for left, right, m in tokenizer.merges if max(left, right) < 256)  # two bytes
-    split = split_tokens(
-        np.full(20_000, merged), merge_halves(tokenizer), 0.1, np.random.default_rng(0)
+    split = resegment(
+        np.full(20_000, merged), merge_children(tokenizer), 0.1, np.random.default_rng(0)
     )
     assert len(split) - 20_000 == pytest.approx(2000, abs=5 * (20_000 * 0.1 * 0.9) ** 0.5)
 
@@ -120,7 +120,7 @@ def test_an_epoch_goes_over_the_text_once(tokenizer: BPETokenizer):
 
 
 def test_parts_make_up_the_batch(tokenizer: BPETokenizer):
-    batches = batches_of(tokenizer, split_probability=0.2, steps=100)
+    batches = batches_of(tokenizer, resegment_probability=0.2, steps=100)
     whole = batches(2)[0][0]
     for parts in (2, 3, 8):  # more parts than rows leave some empty
         pieces = batches(2, parts)
@@ -130,7 +130,7 @@ def test_parts_make_up_the_batch(tokenizer: BPETokenizer):
 
 def test_tokens_are_split_less_and_less(tokenizer: BPETokenizer, play: str):
     ids = np.array(tokenizer.encode(play))
-    batches = TokenBatches(ids, tokenizer, 64, 16, seed=0, split_probability=0.5, steps=100)
+    batches = TokenBatches(ids, tokenizer, 64, 16, seed=0, resegment_probability=0.5, steps=100)
     bytes_seen = [count_bytes(batches(step)[0][0].numpy(), tokenizer) for step in (0, 50, 99, 100)]
     assert bytes_seen == sorted(bytes_seen) and bytes_seen[0] < 0.8 * bytes_seen[-1]
     start = batches._starts(100 // batches.steps_per_epoch)

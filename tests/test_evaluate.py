@@ -21,7 +21,7 @@ def test_a_model_that_guesses_evenly(tokenizer: BPETokenizer, runtime: Runtime):
     uniform = GPTModel(tiny_config(400)).eval()  # a fresh head is all zeros
     text = "Speak, speak. " * 20
     ids = np.array(tokenizer.encode(text))
-    found = evaluate.perplexity(uniform, tokenizer, ids, runtime)
+    found = evaluate.language_model_metrics(uniform, tokenizer, ids, runtime)
     assert found["perplexity"] == pytest.approx(400, rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(math.log2(400) * len(ids) / len(text), rel=1e-5)
     assert found["tokens"] == len(ids) and found["bytes"] == len(text)
@@ -41,7 +41,7 @@ def test_perplexity_equals_a_plain_loop(
         with torch.no_grad():
             logits = model(torch.tensor([sequence[covered:position]]))[0, -1]
         nats -= logits.log_softmax(-1)[sequence[position]].item()
-    found = evaluate.perplexity(model, tokenizer, np.array(ids), runtime)
+    found = evaluate.language_model_metrics(model, tokenizer, np.array(ids), runtime)
     assert found["nats_per_byte"] == pytest.approx(nats / 400, rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(nats / 400 / math.log(2), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nats / len(ids)), rel=1e-4)

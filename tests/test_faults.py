@@ -28,7 +28,7 @@ import main
 import training
 from data_loader import Corpus
 from data_utils import prepare_token_ids
-from generation import continue_prompt, load_language_model
+from generation import continue_prompt
 from model import GPTModel
 from tokenizer import BPETokenizer
 from training import load_checkpoint, save_checkpoint
@@ -170,7 +170,7 @@ def test_killed_trainings_end_with_the_same_weights(
         assert_whole(folder)
         assert (folder / name).exists(), "the older checkpoint is lost"
         if not code:
-            (folder / "review_model_weights.pth").unlink(missing_ok=True)
+            (folder / "review_lm_weights.pth").unlink(missing_ok=True)
     resume = ["--resume"] * any(folder.glob("*.resume.pth"))
     process = start(name, options_of(name, all_models, own, folder, *resume))
     assert process.wait(timeout=120) == 0, process.said.read_text()
@@ -201,7 +201,9 @@ def test_a_signal_leaves_a_state_and_the_command_that_goes_on(
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", [(main, "perplexity"), (training, "save_checkpoint")])
+@pytest.mark.parametrize(
+    "moment", [(finetune_classifier, "validation_metrics"), (training, "save_checkpoint")]
+)
 def test_an_interruption_at_the_very_end_is_not_lost(
     sent: signal.Signals,
     moment: tuple[ModuleType, str],
@@ -217,7 +219,8 @@ def test_an_interruption_at_the_very_end_is_not_lost(
     act, last_step = getattr(*moment), 6
 
     def interrupted(*arguments: Any) -> Any:
-        if moment[1] == "perplexity" or arguments[1].get("place", [0])[0] == last_step:
+        saving = moment[1] == "save_checkpoint"
+        if not saving or arguments[1].get("progress", [0])[0] == last_step:
             os.kill(os.getpid(), sent)
         return act(*arguments)
 
@@ -268,7 +271,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(
     folder = tmp_path / "models"
     save_checkpoint(folder / name, {"format": 2, "kind": kind, "weights": {"old": torch.ones(3)}})
     older = (folder / name).read_bytes()
-    steps = ["--steps", "6", "--language-steps", "3"][: 2 if script is main else None]
+    steps = ["--steps", "6", "--review-lm-steps", "3"][: 2 if script is main else None]
     options = options_of(name, all_models, own, folder, *steps[: 4 if "class" in name else 2])
     with largest_file(size):
         code = script.main(options)
@@ -293,7 +296,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
         out.write_text("")
     elif place == "its name is a folder":
         (out / name).mkdir(parents=True)
-    steps = ["--steps", "2", *(["--language-steps", "2"] if "classifier" in name else [])]
+    steps = ["--steps", "2", *(["--review-lm-steps", "2"] if "classifier" in name else [])]
     assert TRAININGS[name][0].main(options_of(name, all_models, own, out, *steps)) == 2
     said = capsys.readouterr().err
     errors = [line for line in said.split("\n") if line.startswith("error: ")]
@@ -350,7 +353,7 @@ def test_a_second_training_in_a_folder_is_refused(
     wait_for(folder / "model_weights.resume.pth", first)
     for second in ("model_weights.pth", "lora_classifier_weights.pth"):
         assert TRAININGS[second][0].main(options_of(second, all_models, own, folder)) == 2
-        assert f"error: process {first.pid} is training in {folder}" in capsys.readouterr().err
+        assert f"error: another training is running in {folder}" in capsys.readouterr().err
     first.kill()
     first.wait()
     assert main.main(options_of(name, all_models, own, folder, "--steps", "3")) == 0
@@ -375,7 +378,7 @@ def test_a_killed_worker_ends_the_job_which_resumes(
     assert "world_size was 2, is 1" in capsys.readouterr().err
     job = start(name, [*options, "--resume"], TORCHRUN)
     assert job.wait(timeout=120) == 0, job.said.read_text()
-    assert load_checkpoint(folder / name, "base")["made"]["command"].startswith("torchrun")
+    assert load_checkpoint(folder / name, "base")["provenance"]["command"].startswith("torchrun")
     assert not state.exists()
 
 
@@ -396,10 +399,10 @@ def test_the_app_reads_whole_models_while_they_are_overwritten(
     writer.start()
     try:
         while len(seen) < 2 and writer.is_alive():
-            model, _, _ = app.loaded(load_language_model, "model_weights.pth")
+            model, _, _ = app.loaded("model_weights.pth")
             seen.add(sign_of(model, checkpoint["weights"]))
         for _ in range(30):
-            model, _, _ = app.loaded(load_language_model, "model_weights.pth")
+            model, _, _ = app.loaded("model_weights.pth")
             seen.add(sign_of(model, checkpoint["weights"]))
         assert writer.is_alive()
     finally:

@@ -17,7 +17,7 @@ import finetune_lora_classifier
 from lora import (
     LoRAConfig,
     LoRAEmbedding,
-    LoRALayer,
+    LoRALinear,
     apply_lora,
     count_parameters,
     export_peft,
@@ -57,14 +57,14 @@ def adapted(model: nn.Module, config: LoRAConfig = CONFIG) -> nn.Module:
 
 def test_a_layer_by_hand():
     base = nn.Linear(2, 2, bias=False)
-    layer = LoRALayer(base, LoRAConfig(r=1, lora_alpha=3.0))
+    layer = LoRALinear(base, LoRAConfig(r=1, lora_alpha=3.0))
     with torch.no_grad():
         base.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
         layer.lora_A.copy_(torch.tensor([[1.0, -1.0]]))
         layer.lora_B.copy_(torch.tensor([[2.0], [0.5]]))
     # W x = (5, 11); A x = -1; (alpha / r) B A x = 3 * (-2, -0.5)
     assert layer(torch.tensor([[1.0, 2.0]])).tolist() == [[-1.0, 9.5]]
-    assert layer.weight_change().tolist() == [[6.0, -6.0], [1.5, -1.5]]
+    assert layer.delta_weight().tolist() == [[6.0, -6.0], [1.5, -1.5]]
 
 
 def test_an_adapted_embedding_by_hand():
@@ -76,7 +76,7 @@ def test_an_adapted_embedding_by_hand():
         layer.lora_embedding_B.copy_(torch.tensor([[2.0], [0.5]]))
     # token 1: (3, 4) + 3 * 1 * (2, 0.5); token 0 has a zero in A
     assert layer(torch.tensor([[1, 0]])).tolist() == [[[9.0, 5.5], [1.0, 2.0]]]
-    assert layer.weight_change().tolist() == [[0.0, 0.0], [6.0, 1.5], [-6.0, -1.5]]
+    assert layer.delta_weight().tolist() == [[0.0, 0.0], [6.0, 1.5], [-6.0, -1.5]]
 
 
 def test_a_new_adapter_changes_nothing_and_starts_as_lora_does(classifier, batch):
@@ -117,7 +117,7 @@ def test_the_default_trains_under_one_percent_of_the_default_model():
     classifier = GPTClassificationModel(GPTModel(GPTConfig()), 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # every target is found
-        apply_lora(classifier, from_options(LoRAConfig, finetune_lora_classifier.DEFAULTS))
+        apply_lora(classifier, from_options(LoRAConfig, finetune_lora_classifier.RECIPE))
     trained, total = count_parameters(classifier)
     assert trained == 8 * (2048 + 192) + 8 * (192 + 576) + 2 * 192 + 2
     assert total == sum(p.numel() for p in classifier.parameters())
@@ -192,7 +192,7 @@ def test_values_out_of_range_are_refused(wrong: dict):
 
 def test_lora_dropout_hides_inputs_from_the_adapter_alone():
     torch.manual_seed(0)
-    layer = LoRALayer(nn.Linear(64, 4), LoRAConfig(r=2, lora_dropout=0.5))
+    layer = LoRALinear(nn.Linear(64, 4), LoRAConfig(r=2, lora_dropout=0.5))
     nn.init.normal_(layer.lora_B)
     x = torch.ones(1, 64)
     assert not torch.equal(layer(x), layer(x))

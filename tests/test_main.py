@@ -89,9 +89,9 @@ def test_a_second_run_reuses_tokenizer_and_ids(
         (["--n-head", "3"], "not a multiple of n_head 3"),
         (["--vocab-size", "100"], "vocab_size 100 is too small"),
         (["--context-length", "100000"], "train the base with a smaller --context-length"),
-        (["--split-probability", "1"], "split_probability must lie in [0, 1)"),
+        (["--resegment-probability", "1"], "resegment_probability must lie in [0, 1)"),
         (["--steps", "0"], "steps must lie in [1, inf), not 0"),
-        (["--resume"], "make it with `the same command without --resume`"),
+        (["--resume"], "create it with `the same command without --resume`"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -149,7 +149,7 @@ def test_a_gigabyte_trains_in_bounded_memory(tmp_path: Path, play: str):
     command = [sys.executable, "main.py", *arguments, "--preset", "tiny", "--steps", "50"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
-    made = load_checkpoint(tmp_path / "out" / "model_weights.pth", "base")["made"]
+    made = load_checkpoint(tmp_path / "out" / "model_weights.pth", "base")["provenance"]
     print(f"peak resident memory {made['peak_memory_bytes'] / 2**30:.2f} GiB")
     assert made["peak_memory_bytes"] < 1.5 * 2**30
 

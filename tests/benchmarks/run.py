@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # 
 from data_loader import fetch_tiny_shakespeare, find_data_dir, sample_texts  # noqa: E402
 from generation import generate  # noqa: E402
 from model import GPTConfig, GPTModel  # noqa: E402
-from tokenizer import _PRE_TOKEN, BPETokenizer  # noqa: E402
+from tokenizer import _PRE_TOKEN, BPETokenizer, plain_bpe  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results.json")
 BIG_BYTES = 20_000_000
@@ -97,7 +96,7 @@ def format_row(row: dict) -> str:
 
 
 def summary(rows: list[dict]) -> str:
-    """A Markdown table with a line for each contest; README quotes it."""
+    """A Markdown table with a line for each contest; its README quotes it."""
     lines = ["| what | ours | others, and the ratio |", "|---|---|---|"]
     for what in dict.fromkeys(row["what"] + row["unit"] for row in rows):
         ours, *others = (row for row in rows if row["what"] + row["unit"] == what)
@@ -109,23 +108,6 @@ def summary(rows: list[dict]) -> str:
 
 
 # ---- tokenizer
-
-
-def textbook_bpe(text: str, vocab_size: int) -> list[tuple[int, int]]:
-    """BPE as in a lecture: count every pair in the whole text, merge the best, begin again."""
-    words = [list(word.encode()) for word in _PRE_TOKEN.findall(text)]
-    merges = []
-    for new in range(256, vocab_size):
-        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
-        best = max(counts, key=counts.get)
-        for word in words:
-            i = 0
-            while i < len(word) - 1:
-                if (word[i], word[i + 1]) == best:
-                    word[i : i + 2] = [new]
-                i += 1
-        merges.append(best)
-    return merges
 
 
 def train_with_tokenizers(text: str, vocab_size: int) -> Tokenizer:
@@ -181,7 +163,7 @@ def benchmark_tokenizer(table: Table, shakespeare: str) -> None:
         "s",
         repeats=1,
         ours=lambda: BPETokenizer.train([part], 1024 + 256, special_tokens=()),
-        textbook=lambda: textbook_bpe(part, 1024 + 256),
+        textbook=lambda: plain_bpe(part, 1024 + 256),
     )
     for size, text in sizes.items():
         text = text[:4_000_000]

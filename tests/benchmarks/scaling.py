@@ -56,7 +56,7 @@ def measure(width: int, text: str, validation: Path, steps: int, folder: Path) -
         "corpus bytes": int(0.9 * len(text.encode())),  # main.py validates on the rest
         "bits per byte": found["bits_per_byte"],
         "seconds a step": (last["seconds"] - first["seconds"]) / (last["step"] - first["step"]),
-        "peak memory (GiB)": checkpoint["made"]["peak_memory_bytes"] / 2**30,
+        "peak memory (GiB)": checkpoint["provenance"]["peak_memory_bytes"] / 2**30,
     }
 
 

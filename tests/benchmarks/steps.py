@@ -27,6 +27,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import finetune_lora_classifier  # noqa: E402
 import finetune_qlora_instructions  # noqa: E402
+from finetune_classifier import prefix_classification_loss  # noqa: E402
 from lora import LoRAConfig, apply_lora, lora_state_dict, quantize_4bit  # noqa: E402
 from model import GPTClassificationModel, GPTConfig, GPTModel  # noqa: E402
 from training import (  # noqa: E402
@@ -37,7 +38,6 @@ from training import (  # noqa: E402
     make_optimizers,
     next_token_loss,
     peak_memory_bytes,
-    prefix_classification_loss,
     start_runtime,
 )
 
@@ -106,7 +106,7 @@ def with_peft(model: nn.Module, config: LoRAConfig) -> nn.Module:
 def adapter_task(task: str, method: str, runtime: Runtime) -> Task:
     """One of our fine-tunings, or the same with adapters by `peft`."""
     model = GPTModel(GPTConfig(vocab_size=2048, context_length=256)).to(runtime.device)
-    config, device = from_options(LoRAConfig, SCRIPTS[task].DEFAULTS), runtime.device
+    config, device = from_options(LoRAConfig, SCRIPTS[task].RECIPE), runtime.device
     if task == "instructions":
         batch = tuple(torch.randint(2048, (2, 16, 256), device=device))
         loss_fn = next_token_loss
