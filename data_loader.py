@@ -20,7 +20,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,8 +29,6 @@ from typing import Any, BinaryIO, Generic, TypeVar
 import requests
 import urllib3
 from tqdm import tqdm
-
-T = TypeVar("T")
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 CHUNK_BYTES = 1 << 20
@@ -66,6 +64,11 @@ class Corpus:
     name: str
     paths: tuple[Path, ...]
 
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return sum(path.stat().st_size for path in self.paths)
+
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the lengths and bytes of the files."""
@@ -77,7 +80,7 @@ class Corpus:
 
     def split(self, fraction: float = 0.9) -> tuple[list[ByteRange], list[ByteRange]]:
         """The first `fraction` of the bytes, for training, and the rest, for validation."""
-        cut = int(fraction * sum(path.stat().st_size for path in self.paths))
+        cut = int(fraction * self.size)
         splits: tuple[list[ByteRange], list[ByteRange]] = ([], [])
         for path in self.paths:
             size = path.stat().st_size
@@ -106,25 +109,20 @@ def load_corpus(dataset: str, data: str | Path | None, data_dir: Path) -> Corpus
 def corpus_from_path(data: str | Path) -> Corpus:
     """A text file, or the `.txt` files of a folder."""
     data = Path(data)
-    if data.is_dir():
-        paths = tuple(sorted(path for path in data.rglob("*.txt") if path.is_file()))
-        if not paths:
-            raise FileNotFoundError(f"the folder {data} holds no .txt file")
-    elif data.is_file():
-        paths = (data,)
-    else:
+    if not (data.is_file() or data.is_dir()):
         raise FileNotFoundError(f"no such file or folder: {data}")
-    if not sum(path.stat().st_size for path in paths):
+    paths = [data] if data.is_file() else sorted(filter(Path.is_file, data.rglob("*.txt")))
+    if not paths:
+        raise FileNotFoundError(f"the folder {data} holds no .txt file")
+    corpus = Corpus(data.resolve().name, tuple(paths))
+    if not corpus.size:
         raise ValueError(f"{data} is empty")
-    return Corpus(data.resolve().name, paths)
+    return corpus
 
 
 def read_text(byte_range: ByteRange) -> Iterator[str]:
-    """Yields the text of a byte range in chunks of about a mebibyte.
-
-    Raises:
-        ValueError: The bytes are not UTF-8 text; the message gives the position.
-    """
+    """Yields the text of a byte range in chunks of about a mebibyte; bytes that are not UTF-8 are
+    an error that gives their position."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     path, stop = byte_range.path, byte_range.stop
     with path.open("rb") as file:
@@ -248,12 +246,9 @@ def read_reviews(path: str | Path) -> list[Review]:
     other: fields between tabs, never quoted. A first line with the column names `text`, or `title`
     and `content`, and `label` is a header; without one the columns are label, title, content (as
     in Kaggle's files) or text, label (as in UCI's). Labels are 0 and 1, or 1 and 2, or negative
-    and positive.
-
-    Raises:
-        ValueError: It is not UTF-8 text, no row is valid, or the labels are of two kinds.
+    and positive, never a mixture of the two numberings.
     """
-    rows = _parse_records(path, _read_records(path), _review_fields)
+    rows = _valid_rows(path, _review_fields)
     labels = {label for _, label in rows}
     if {"0", "2"} <= labels:
         raise ValueError(f"{path} has labels 0 and 2: use 0 and 1, or 1 and 2")
@@ -264,21 +259,14 @@ def read_reviews(path: str | Path) -> list[Review]:
 
 
 def read_unlabelled(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a file as `read_reviews` takes it, labels optional, and the text of each.
-
-    Raises:
-        ValueError: A row is invalid; the message names the first one.
-    """
-    records, texts = [], []
-    for number, record in _read_records(path):
-        try:
-            texts.append(review_text(_checked(record)))
-        except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from None
-        records.append(record)
-    if not texts:
+    """The rows of a file as `read_reviews` takes it, labels optional, and the text of each; the
+    first invalid row is an error."""
+    rows, problems = _parse_file(path, lambda record: (record, review_text(record)))
+    if problems:
+        raise ValueError(problems[0])
+    if not rows:
         raise ValueError("the file has no rows")
-    return records, texts
+    return [record for record, _ in rows], [text for _, text in rows]
 
 
 def review_text(record: dict[str, Any]) -> str:
@@ -304,7 +292,7 @@ def _review_fields(record: dict[str, Any]) -> tuple[str, str]:
 def read_instructions(path: str | Path) -> list[Instruction]:
     """Reads JSON Lines with the fields instruction and response, and optionally context and
     category; invalid rows are skipped and reported by row number."""
-    return _parse_records(path, _json_records(_read_whole(path)), _instruction_fields)
+    return _valid_rows(path, _instruction_fields, ".jsonl")
 
 
 def _instruction_fields(record: dict[str, Any]) -> Instruction:
@@ -331,18 +319,11 @@ def sample_texts() -> list[str]:
     ]
 
 
-# ---- file formats: records are (row number, fields by name), or an error in place of the fields
+# ---- file formats
 
 
-def _parse_records(
-    path: str | Path, records: Iterable[tuple[int, object]], parse: Callable[[dict], T]
-) -> list[T]:
-    rows, problems = [], []
-    for number, record in records:
-        try:
-            rows.append(parse(_checked(record)))
-        except ValueError as error:
-            problems.append(f"row {number}: {error}")
+def _valid_rows(path, parse, suffix=None):
+    rows, problems = _parse_file(path, parse, suffix)
     shown = "; ".join(problems[:MAX_REPORTED_ROWS])
     if not rows:
         raise ValueError(f"{path} has no valid row" + (f": {shown}" if shown else ""))
@@ -353,10 +334,26 @@ def _parse_records(
     return rows
 
 
-def _checked(record: object) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise record if isinstance(record, ValueError) else ValueError("not an object with fields")
-    return record
+def _parse_file(path, parse, suffix=None):
+    """The rows that `parse` makes of valid records, and what is wrong with the others. The suffix
+    gives the format: the argument, else that of the path."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    text = "".join(read_text(ByteRange(path, 0, path.stat().st_size))).removeprefix("\ufeff")
+    suffix = suffix or path.suffix.lower()
+    records = _json_records(text) if suffix == ".jsonl" else _table_records(text, suffix == ".csv")
+    rows, problems = [], []
+    for number, record in records:
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            if not isinstance(record, dict):
+                raise ValueError("not an object with fields")
+            rows.append(parse(record))
+        except ValueError as error:
+            problems.append(f"row {number}: {error}")
+    return rows, problems
 
 
 def _check_characters(text: str) -> str:
@@ -365,19 +362,8 @@ def _check_characters(text: str) -> str:
     return text
 
 
-def _read_records(path: str | Path) -> Iterator[tuple[int, object]]:
-    text, suffix = _read_whole(path), Path(path).suffix.lower()
-    return _json_records(text) if suffix == ".jsonl" else _table_records(text, suffix == ".csv")
-
-
-def _read_whole(path: str | Path) -> str:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    return "".join(read_text(ByteRange(path, 0, path.stat().st_size))).removeprefix("\ufeff")
-
-
 def _json_records(text: str) -> Iterator[tuple[int, object]]:
+    """Row numbers, and the JSON value of each row or an error in its place."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -387,15 +373,16 @@ def _json_records(text: str) -> Iterator[tuple[int, object]]:
 
 
 def _table_records(text: str, is_csv: bool) -> Iterator[tuple[int, object]]:
+    """Row numbers, and the fields of each row by column or an error in their place."""
     if is_csv:
         csv.field_size_limit(1 << 30)
         reader = csv.reader(io.StringIO(text, newline=""))
-        numbered = ((reader.line_num, fields) for fields in reader)
+        rows = ((reader.line_num, fields) for fields in reader)
     else:
         lines = (line.removesuffix("\r").split("\t") for line in text.split("\n"))
-        numbered = enumerate(lines, 1)
+        rows = enumerate(lines, 1)
     names: list[str] = []
-    for number, fields in numbered:
+    for number, fields in rows:
         if not any(field.strip() for field in fields):
             continue
         if not names:
@@ -455,6 +442,7 @@ SNIPPETS = RemoteFile(
     "package vaderSentiment",
     "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
 )
+DOLLY, DOLLY_ROWS = "databricks/databricks-dolly-15k", 15_011
 NEUTRAL_RATING = 0.5  # ratings from -0.5 to 0.5 are skipped
 
 # How to get the file with a number of rows into the data directory, and how to read it.
@@ -471,7 +459,7 @@ def read_snippets(path: Path) -> list[Review]:
 
 REVIEW_SOURCES: dict[str, Source[Review]] = {
     "amazon_polarity": (
-        lambda n, folder: _fetch_rows("fancyzhx/amazon_polarity", "amazon_polarity", n, folder),
+        lambda n, folder: _fetch_rows("amazon_polarity", "fancyzhx/amazon_polarity", n, folder),
         read_reviews,
     ),
     "amazon_cells": (lambda _, folder: fetch(AMAZON_CELLS, folder), read_reviews),
@@ -480,9 +468,7 @@ REVIEW_SOURCES: dict[str, Source[Review]] = {
 }
 INSTRUCTION_SOURCES: dict[str, Source[Instruction]] = {
     "dolly": (
-        lambda n, folder: _fetch_rows(
-            "databricks/databricks-dolly-15k", "dolly", min(n, 15_011), folder
-        ),
+        lambda n, folder: _fetch_rows("dolly", DOLLY, min(n, DOLLY_ROWS), folder),
         read_instructions,
     ),
     "sample": (lambda *_: SAMPLES / "instructions.jsonl", read_instructions),
@@ -496,21 +482,19 @@ def fetch_tiny_shakespeare(data_dir: Path) -> Path:
     the package index."""
     try:
         return fetch(TINY_SHAKESPEARE, data_dir)
-    except SourceError as error:
-        log0(f"{error}; trying the copy in the package dm-sonnet")
-        first = error
-    try:
-        return fetch(replace(TINY_SHAKESPEARE, url="package dm-sonnet"), data_dir, _read_sonnet)
-    except SourceError as error:
-        raise SourceError(f"{first}; {error}") from None
+    except SourceError as first:
+        log0(f"{first}; trying the copy in the package dm-sonnet")
+        copy = replace(TINY_SHAKESPEARE, url="package dm-sonnet")
+        try:
+            return fetch(copy, data_dir, _read_sonnet)
+        except SourceError as second:
+            raise SourceError(f"{first}; {second}") from None
 
 
 def fetch(file: RemoteFile, data_dir: Path, get: Callable[[], bytes] | None = None) -> Path:
     """Path of a file in the data directory; a missing one is downloaded, or comes from `get`.
 
-    Raises:
-        SourceError: It is unavailable, or its content differs.
-        ValueError: The content of the file in the data directory differs.
+    Unexpected content is a SourceError if it has just been downloaded, else a ValueError.
     """
     path = data_dir / file.name
     if path.is_file():
@@ -525,15 +509,12 @@ def fetch(file: RemoteFile, data_dir: Path, get: Callable[[], bytes] | None = No
     return path
 
 
-def _fetch_rows(repository: str, name: str, limit: int, data_dir: Path) -> Path:
+def _fetch_rows(name: str, repository: str, limit: int, data_dir: Path) -> Path:
     """Path of a JSON Lines file with the first rows of a data set of the hub: a file
     `NAME_ROWS.jsonl` of the data directory with enough rows, else a new download, else the largest
     file there is."""
-    cached = {
-        int(path.stem.rsplit("_", 1)[1]): path
-        for path in data_dir.glob(f"{name}_[0-9]*.jsonl")
-        if path.stem.rsplit("_", 1)[1].isdigit()
-    }
+    files = {path.stem.rpartition("_")[2]: path for path in data_dir.glob(f"{name}_[0-9]*.jsonl")}
+    cached = {int(rows): path for rows, path in files.items() if rows.isdigit()}
     if enough := [rows for rows in cached if rows >= limit]:
         return cached[min(enough)]
     try:
@@ -546,7 +527,7 @@ def _fetch_rows(repository: str, name: str, limit: int, data_dir: Path) -> Path:
         return cached[most]
     path = data_dir / f"{name}_{limit}.jsonl"
     with atomic_write(path) as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
     return path
 
 
@@ -574,17 +555,14 @@ def _stream_from_hub(repository: str, limit: int) -> list[dict]:
 CONNECT_TIMEOUT, READ_TIMEOUT, DOWNLOAD_TIMEOUT = 2.0, 3.0, 120.0
 PAUSES = (0.5, 1.5)  # between the tries
 LAST_TRY = 10.0  # no try starts later than this after the first one
-PIP_TIMEOUT = 12.0  # for a wheel; a source package takes longer, because pip builds its metadata
-PIP_SOURCE_TIMEOUT = 90.0
 PIP_OPTIONS = ["--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
+# Kinds of packages: file name, option of pip, timeout. pip builds the metadata of a source package.
+WHEEL = ("*.whl", "--only-binary=:all:", 12.0)
+SOURCE_PACKAGE = ("*.zip", "--no-binary=:all:", 90.0)
 
 
 def download(url: str, member: str = "") -> bytes:
-    """Downloads a file, or one member of a zip archive, in three tries with growing pauses.
-
-    Raises:
-        SourceError: No answer, an error status, or no such archive, after at most two minutes.
-    """
+    """Downloads a file, or one member of a zip archive, in three tries and at most two minutes."""
     started = time.monotonic()
     for pause in (*PAUSES, None):
         try:
@@ -592,9 +570,9 @@ def download(url: str, member: str = "") -> bytes:
             break
         except (OSError, urllib3.exceptions.HTTPError) as error:
             response = getattr(error, "response", None)
-            status = getattr(response, "status_code", None)
-            is_final = status is not None and 400 <= status < 500 and status not in (408, 429)
-            retry_after = "" if response is None else response.headers.get("Retry-After", "")
+            status = getattr(response, "status_code", 0)
+            retry_after = getattr(response, "headers", {}).get("Retry-After", "")
+            is_final = 400 <= status < 500 and status not in (408, 429)
             pause = pause and max(pause, int(retry_after) if retry_after.isdigit() else 0)
             if pause is None or is_final or time.monotonic() + pause > started + LAST_TRY:
                 reason = f"status {status}" if status else type(error).__name__
@@ -624,41 +602,34 @@ def _get(url: str, deadline: float) -> bytes:
 
 
 def _read_sonnet() -> bytes:
-    return _read_package(
-        SONNET_REQUIREMENT, "*.whl", lambda wheel: b"".join(map(wheel.read, SONNET_MEMBERS))
-    )
+    with _open_package(SONNET_REQUIREMENT, WHEEL) as wheel:
+        return b"".join(map(wheel.read, SONNET_MEMBERS))
 
 
 def _read_vader() -> bytes:
-    def read(archive: zipfile.ZipFile) -> bytes:
-        (inner,) = (name for name in archive.namelist() if name.endswith(VADER_ARCHIVE))
-        with tarfile.open(fileobj=io.BytesIO(archive.read(inner))) as tar:
+    with _open_package(VADER_REQUIREMENT, SOURCE_PACKAGE) as package:
+        (inner,) = (name for name in package.namelist() if name.endswith(VADER_ARCHIVE))
+        with tarfile.open(fileobj=io.BytesIO(package.read(inner))) as tar:
             (member,) = (m for m in tar.getmembers() if m.name.endswith("/" + SNIPPETS.name))
             return tar.extractfile(member).read()
 
-    return _read_package(VADER_REQUIREMENT, "*.zip", read)
 
-
-def _read_package(requirement: str, pattern: str, read: Callable[[zipfile.ZipFile], T]) -> T:
-    """What `read` returns for the archive of a package that pip downloads and does not install;
-    `pattern` is "*.whl", or "*.zip" for a source package."""
-    is_wheel = pattern == "*.whl"
+@contextlib.contextmanager
+def _open_package(requirement: str, kind: tuple[str, str, float]) -> Iterator[zipfile.ZipFile]:
+    """The archive of a package, which pip downloads but does not install."""
+    pattern, option, timeout = kind
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "requirements.txt").write_text(requirement)
-        command = [sys.executable, "-m", "pip", "download", *PIP_OPTIONS, "--dest", folder]
-        kind = "--only-binary=:all:" if is_wheel else "--no-binary=:all:"
+        requirements = Path(folder, "requirements.txt")
+        requirements.write_text(requirement)
+        command = [sys.executable, "-m", "pip", "download", option, *PIP_OPTIONS]
+        command += ["--dest", folder, "-r", str(requirements)]
         try:
-            subprocess.run(
-                [*command, kind, "-r", str(Path(folder, "requirements.txt"))],
-                check=True,
-                capture_output=True,
-                timeout=PIP_TIMEOUT if is_wheel else PIP_SOURCE_TIMEOUT,
-            )
+            subprocess.run(command, check=True, capture_output=True, timeout=timeout)
             (package,) = Path(folder).glob(pattern)
             with zipfile.ZipFile(package) as archive:
-                return read(archive)
-        except Exception as error:  # of pip, of the archive, of what `read` expects in it
-            name = requirement.split("==")[0]
+                yield archive
+        except Exception as error:  # of pip, the archive, or whoever reads it
+            name = requirement.partition("==")[0]
             raise SourceError(f"pip cannot fetch {name} ({type(error).__name__})") from None
 
 

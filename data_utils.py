@@ -3,6 +3,7 @@
 Shapes: B batch, T time (tokens), V vocabulary; N examples.
 """
 
+import functools
 import hashlib
 import itertools
 import re
@@ -16,20 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_loader import (
-    CHUNK_BYTES,
-    ByteRange,
-    Corpus,
-    Example,
-    Examples,
-    Instruction,
-    Review,
-    atomic_write,
-    file_sha256,
-    log0,
-    read_text,
-    sample_texts,
-)
+import data_loader
+from data_loader import ByteRange, Corpus, Example, Examples, Instruction, Review, log0, read_text
 from tokenizer import END_OF_TEXT, PAD, BPETokenizer
 
 IGNORE = -100  # target that carries no loss: `ignore_index` of PyTorch's cross entropy
@@ -40,18 +29,19 @@ SAMPLE_WEIGHT = 3  # how often the bundled reviews and instructions count in the
 
 
 def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETokenizer:
-    """The shared vocabulary: learned from the training split of the corpus and, so that these
-    compress as well, the bundled reviews and instructions; cached in `cache_dir`."""
-    samples = sample_texts()
+    """The shared vocabulary, cached in `cache_dir`: learned from the training split of the corpus
+    and, so that these compress as well, the bundled reviews and instructions."""
+    samples = data_loader.sample_texts()
     key = "\0".join([corpus.sha256, str(vocab_size), str(SAMPLE_WEIGHT), *samples])
     stem = f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if path := _cached_file(cache_dir, stem, ".json"):
         log0(f"tokenizer: from {path}")
         return BPETokenizer.load(path)
-    fraction = min(0.9, TOKENIZER_BYTES / sum(path.stat().st_size for path in corpus.paths))
+    fraction = min(0.9, TOKENIZER_BYTES / corpus.size)
     if fraction < 0.9:
         log0(f"tokenizer: learning from the first {TOKENIZER_BYTES >> 20} MiB of the text")
-    texts = itertools.chain(SAMPLE_WEIGHT * samples, *map(read_text, corpus.split(fraction)[0]))
+    train, _ = corpus.split(fraction)
+    texts = itertools.chain(SAMPLE_WEIGHT * samples, *map(read_text, train))
     tokenizer = BPETokenizer.train(texts, vocab_size)
     tokenizer.save(cache_dir / f"{stem}-{tokenizer.sha256[:16]}.json")
     return tokenizer
@@ -60,39 +50,31 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETo
 def prepare_token_ids(
     split: str, ranges: list[ByteRange], corpus: Corpus, tokenizer: BPETokenizer, cache_dir: Path
 ) -> np.ndarray:
-    """Token ids (N,) of a split of the corpus, as a memory-mapped file that is written once.
-
-    Args:
-        split: Its name, such as "train".
-        ranges: Its bytes; `<|endoftext|>` separates two files.
-        corpus: Identifies the file, together with the tokenizer.
-        tokenizer: Encodes chunk by chunk, so memory does not grow with the text.
-        cache_dir: Where the file is kept.
-    """
+    """Token ids (N,) of a split of the corpus, as a memory-mapped file that is written once, chunk
+    by chunk; `<|endoftext|>` separates two byte ranges."""
     stem = f"{split}-{corpus.sha256[:16]}-{tokenizer.sha256[:16]}"
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     if path := _cached_file(cache_dir, stem, ".bin"):
         log0(f"{split} tokens: from {path}")
     else:
         new_path = cache_dir / f"{stem}.bin"
-        with atomic_write(new_path) as file:
+        with data_loader.atomic_write(new_path) as file:
             for i, byte_range in enumerate(ranges):
                 if i:
                     file.write(np.array([tokenizer.special_tokens[END_OF_TEXT]], dtype).data)
-                n_chunks = -(-(byte_range.stop - byte_range.start) // CHUNK_BYTES)
+                n_chunks = -(-(byte_range.stop - byte_range.start) // data_loader.CHUNK_BYTES)
                 text = tqdm(read_text(byte_range), f"{split} tokens", n_chunks, unit="MiB")
                 for ids in tokenizer.encode_stream(text):
                     file.write(np.array(ids, dtype).data)
-        path = new_path.replace(cache_dir / f"{stem}-{file_sha256(new_path)[:16]}.bin")
-    if not path.stat().st_size:
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype, mode="r")
+        sha256 = data_loader.file_sha256(new_path)
+        path = new_path.replace(cache_dir / f"{stem}-{sha256[:16]}.bin")
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
 
 def _cached_file(cache_dir: Path, stem: str, suffix: str) -> Path | None:
     """The cached file whose name starts with `stem` and ends with the hash of its content."""
     for path in cache_dir.glob(f"{stem}-*{suffix}"):
-        if path.stem == f"{stem}-{file_sha256(path)[:16]}":
+        if path.stem == f"{stem}-{data_loader.file_sha256(path)[:16]}":
             return path
         log0(f"{path} is damaged: recreating it")
         path.unlink()
@@ -136,22 +118,18 @@ class TokenBatches:
         self.batch_size = min(batch_size, self.n_windows)
         self.steps_per_epoch = self.n_windows // self.batch_size
         self.steps = steps if max_epochs is None else min(steps, max_epochs * self.steps_per_epoch)
-        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._starts = functools.lru_cache(maxsize=1)(self._starts)  # once per epoch
 
     def __call__(self, step: int, n_micro: int = 1) -> list[tuple[Tensor, Tensor]]:
         """Inputs and targets of a step, each (B, T), split into micro-batches along B."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch[0]:
-            self._epoch = (epoch, self._starts(epoch))
-        starts = self._epoch[1][index * self.batch_size : (index + 1) * self.batch_size]
+        starts = self._starts(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
         rng = np.random.default_rng([self.seed, 1, step])
         probability = self.resegment_probability * max(0.0, 1 - step / self.steps)
-        T = self.context_length
-        rows = [
-            resegment(self.ids[s : s + T + 1].astype(np.int64), self.children, probability, rng)
-            for s in starts
-        ]
-        tokens = torch.from_numpy(np.stack([row[: T + 1] for row in rows]))
+        n = self.context_length + 1
+        windows = [self.ids[start : start + n].astype(np.int64) for start in starts]
+        rows = [resegment(ids, self.children, probability, rng)[:n] for ids in windows]
+        tokens = torch.from_numpy(np.stack(rows))
         return [(chunk[:, :-1], chunk[:, 1:]) for chunk in tokens.tensor_split(n_micro)]
 
     def _starts(self, epoch: int) -> np.ndarray:
@@ -197,10 +175,7 @@ def scoring_windows(
 
     Windows advance by half a context, and each scores the tokens that no earlier one scored, so
     after the first window every token has at least half a context before it. The first token is
-    predicted from `start_id`.
-
-    Returns:
-        Batches of inputs and targets (B, T); targets that are already scored are IGNORE.
+    predicted from `start_id`. Inputs and targets are (B, T); targets already scored are IGNORE.
     """
     sequence = np.concatenate([[start_id], ids]).astype(np.int64)
     n, T = len(ids), min(context_length, len(ids))
@@ -209,9 +184,7 @@ def scoring_windows(
     targets = np.stack([sequence[s + 1 : s + T + 1] for s in starts])
     for row in range(1, len(starts)):
         targets[row, : starts[row - 1] + T - starts[row]] = IGNORE
-    return list(
-        zip(torch.from_numpy(inputs).split(batch_size), torch.from_numpy(targets).split(batch_size))
-    )
+    return list(zip(*(torch.from_numpy(x).split(batch_size) for x in (inputs, targets))))
 
 
 def count_bytes(ids: np.ndarray, tokenizer: BPETokenizer) -> int:
@@ -263,23 +236,19 @@ def split_reviews(reviews: Examples[Review]) -> Split[Review]:
     split = split_examples(reviews)
     for name, rows in vars(split).items():
         if len({row.label for row in rows}) < 2:
-            raise ValueError(
-                f"{reviews.name} has too few rows: its {name} split, {len(rows)} rows, needs both "
-                "labels"
-            )
+            problem = f"its {name} split, {len(rows)} rows, needs both labels"
+            raise ValueError(f"{reviews.name} has too few rows: {problem}")
     return split
 
 
-def _sample(
-    rows: list[Example], fraction: float, rng: np.random.Generator
-) -> tuple[list[Example], list[Example]]:
+def _sample(rows: list[Example], fraction: float, rng: np.random.Generator):
     """The other rows, and a sample: with the keys sorted by group, every 1/fraction-th one."""
     first_rows = {row.key: row for row in reversed(rows)}
     ordered = sorted(first_rows)
-    keys = [ordered[i] for i in rng.permutation(len(ordered))]
-    by_group = sorted(keys, key=lambda key: first_rows[key].group)
+    shuffled = [ordered[i] for i in rng.permutation(len(ordered))]
+    keys = sorted(shuffled, key=lambda key: first_rows[key].group)
     counts = np.floor(np.arange(len(keys) + 1) * fraction + rng.random())
-    sampled = {key for key, count in zip(by_group, np.diff(counts)) if count}
+    sampled = {key for key, count in zip(keys, np.diff(counts)) if count}
     return [r for r in rows if r.key not in sampled], [r for r in rows if r.key in sampled]
 
 
@@ -291,6 +260,8 @@ class ExampleBatches:
     batch.
 
     Examples of similar length share a batch, which saves padding. Batches derive from (seed, step).
+    `collate` makes tensors with first dimension B of the examples with given indices; `lengths` are
+    in tokens.
     """
 
     POOL = 8  # batches that are sorted by length together
@@ -302,20 +273,16 @@ class ExampleBatches:
         batch_size: int,
         seed: int,
     ):
-        """`collate` makes tensors with first dimension B of the examples with given indices;
-        `lengths` are theirs, in tokens."""
         self.lengths, self.collate, self.seed = np.array(lengths), collate, seed
         self.batch_size = min(batch_size, len(lengths))
         self.steps_per_epoch = len(lengths) // self.batch_size
-        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
+        self._groups = functools.lru_cache(maxsize=1)(self._groups)  # once per epoch
 
     def __call__(self, step: int, n_micro: int = 1) -> list[tuple[Tensor, ...]]:
         """Tensors of a step, split into micro-batches along B."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch[0]:
-            self._epoch = (epoch, self._groups(epoch))
         rng = np.random.default_rng([self.seed, 1, step])
-        tensors = self.collate(self._epoch[1][index], rng)
+        tensors = self.collate(self._groups(epoch)[index], rng)
         return list(zip(*(tensor.tensor_split(n_micro) for tensor in tensors)))
 
     def _groups(self, epoch: int) -> list[np.ndarray]:
@@ -359,10 +326,8 @@ def reviews_as_text(reviews: list[Review], tokenizer: BPETokenizer) -> np.ndarra
 
 def truncate_middle(ids: np.ndarray, max_length: int) -> np.ndarray:
     """Drops the middle of a longer text: opinions cluster at the start and the end."""
-    if len(ids) <= max_length:
-        return ids
-    head = (max_length + 1) // 2
-    return np.concatenate([ids[:head], ids[len(ids) - (max_length - head) :]])
+    head, n_dropped = (max_length + 1) // 2, max(0, len(ids) - max_length)
+    return np.delete(ids, slice(head, head + n_dropped))
 
 
 def text_batches(
@@ -410,13 +375,11 @@ def review_batches(
 
 # ---- instructions
 
-# The prompt template. An empty context is omitted with its heading. What a user writes can become
-# neither a heading nor `<|endoftext|>`.
-INSTRUCTION_HEADING, CONTEXT_HEADING = "### Instruction\n", "\n\n### Context\n"
-RESPONSE_HEADING = "\n\n### Response\n"
-PROMPT_TEMPLATE = (
-    f"{INSTRUCTION_HEADING}{{instruction}}{CONTEXT_HEADING}{{context}}{RESPONSE_HEADING}"
-)
+# An empty context is omitted with its heading. What a user writes can become neither a heading nor
+# `<|endoftext|>`.
+PROMPT_TEMPLATE = "### Instruction\n{instruction}\n\n### Context\n{context}\n\n### Response\n"
+HEADINGS = re.split(r"\{\w+\}", PROMPT_TEMPLATE)
+INSTRUCTION_HEADING, CONTEXT_HEADING, RESPONSE_HEADING = HEADINGS
 MIN_PROMPT = 32  # tokens of a long instruction and context that are always kept
 
 
@@ -426,6 +389,9 @@ class EncodedInstruction:
 
     prompt: list[int]
     response: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
 
 
 def escape_headings(text: str) -> str:
@@ -441,14 +407,12 @@ def encode_prompt(
     `max_tokens` cuts the end of the context, then of the instruction, never a heading.
     """
     task, text = (tokenizer.encode(escape_headings(x.strip())) for x in (instruction, context))
-    headings = [
-        tokenizer.encode(h) for h in (INSTRUCTION_HEADING, CONTEXT_HEADING, RESPONSE_HEADING)
-    ]
+    before_task, before_context, end = map(tokenizer.encode, HEADINGS)
     if max_tokens is not None:
-        room = max(0, max_tokens - len(headings[0]) - len(headings[2]))
+        room = max(0, max_tokens - len(before_task) - len(end))
         task = task[:room]
-        text = text[: max(0, room - len(task) - len(headings[1]))]
-    return headings[0] + task + (headings[1] + text if text else []) + headings[2]
+        text = text[: max(0, room - len(task) - len(before_context))]
+    return before_task + task + (before_context + text if text else []) + end
 
 
 def encode_instruction(
@@ -497,11 +461,9 @@ def instruction_batches(
     examples: list[EncodedInstruction], tokenizer: BPETokenizer, context_length: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Fixed batches of up to 32 for measuring, shortest examples first."""
-    ordered = sorted(examples, key=lambda example: len(example.prompt) + len(example.response))
-    return [
-        collate_instructions(ordered[i : i + 32], tokenizer, context_length)
-        for i in range(0, len(ordered), 32)
-    ]
+    ordered = sorted(examples, key=len)
+    batches = [ordered[start : start + 32] for start in range(0, len(ordered), 32)]
+    return [collate_instructions(batch, tokenizer, context_length) for batch in batches]
 
 
 def instruction_training_batches(
@@ -516,5 +478,4 @@ def instruction_training_batches(
     def collate(indices: np.ndarray, _: np.random.Generator) -> tuple[Tensor, ...]:
         return collate_instructions([examples[i] for i in indices], tokenizer, context_length)
 
-    lengths = [len(example.prompt) + len(example.response) for example in examples]
-    return ExampleBatches(lengths, collate, batch_size, seed)
+    return ExampleBatches([len(example) for example in examples], collate, batch_size, seed)

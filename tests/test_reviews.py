@@ -146,7 +146,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise SourceError("no network")
 
-    for name in ("_stream_from_hub", "_read_package", "download"):
+    for name in ("_stream_from_hub", "_open_package", "download"):
         monkeypatch.setattr(data_loader, name, fail)
 
 
