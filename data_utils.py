@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
@@ -259,23 +259,16 @@ class ExampleBatches:
     """Batches of examples: each epoch visits them in random order, without the incomplete last
     batch.
 
-    Examples of similar length share a batch, which saves padding. Batches derive from (seed, step).
-    `collate` makes tensors with first dimension B of the examples with given indices; `lengths` are
-    in tokens.
+    Examples of similar length, in tokens, share a batch, which saves padding. Batches derive from
+    (seed, step). `collate(indices, rng)` returns a tuple of tensors whose first dimension is B.
     """
 
     POOL = 8  # batches that are sorted by length together
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        collate: Callable[[np.ndarray, np.random.Generator], tuple[Tensor, ...]],
-        batch_size: int,
-        seed: int,
-    ):
-        self.lengths, self.collate, self.seed = np.array(lengths), collate, seed
-        self.batch_size = min(batch_size, len(lengths))
-        self.steps_per_epoch = len(lengths) // self.batch_size
+    def __init__(self, lengths: Iterable[int], collate: Callable, batch_size: int, seed: int):
+        self.lengths, self.collate, self.seed = np.array([*lengths]), collate, seed
+        self.batch_size = min(batch_size, len(self.lengths))
+        self.steps_per_epoch = len(self.lengths) // self.batch_size
         self._groups = functools.lru_cache(maxsize=1)(self._groups)  # once per epoch
 
     def __call__(self, step: int, n_micro: int = 1) -> list[tuple[Tensor, ...]]:
@@ -335,10 +328,9 @@ def text_batches(
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """Indices of texts, their token ids (B, T) and lengths (B,), shortest texts first."""
     rows = [truncate_middle(np.array(tokenizer.encode(text)), context_length) for text in texts]
-    order = np.argsort([len(row) for row in rows], kind="stable")
+    order, pad_id = np.argsort([*map(len, rows)], kind="stable"), tokenizer.special_tokens[PAD]
     for start in range(0, len(texts), batch_size):
         indices = order[start : start + batch_size]
-        pad_id = tokenizer.special_tokens[PAD]
         yield indices, *pad_batch([rows[i] for i in indices], pad_id, context_length)
 
 
@@ -370,7 +362,7 @@ def review_batches(
         ids, lengths = pad_batch([augment(rows[i], rng) for i in indices], pad_id, context_length)
         return ids, lengths, labels[indices]
 
-    return ExampleBatches([len(ids) for ids in rows], collate, batch_size, seed)
+    return ExampleBatches(map(len, rows), collate, batch_size, seed)
 
 
 # ---- instructions
@@ -423,11 +415,10 @@ def encode_instruction(
     A long example loses the end of its context, then of its instruction down to `MIN_PROMPT`
     tokens, and only then the end of its response.
     """
-    response = tokenizer.encode(row.response.strip())
-    bare = len(encode_prompt("", "", tokenizer))
-    room = max(context_length - len(response), bare + MIN_PROMPT)
+    response = [*tokenizer.encode(row.response.strip()), tokenizer.special_tokens[END_OF_TEXT]]
+    min_prompt = len(encode_prompt("", "", tokenizer)) + MIN_PROMPT
+    room = max(context_length + 1 - len(response), min_prompt)
     prompt = encode_prompt(row.instruction, row.context, tokenizer, room)
-    response = [*response, tokenizer.special_tokens[END_OF_TEXT]]
     return EncodedInstruction(prompt, response[: max(0, context_length + 1 - len(prompt))])
 
 
@@ -478,4 +469,4 @@ def instruction_training_batches(
     def collate(indices: np.ndarray, _: np.random.Generator) -> tuple[Tensor, ...]:
         return collate_instructions([examples[i] for i in indices], tokenizer, context_length)
 
-    return ExampleBatches([len(example) for example in examples], collate, batch_size, seed)
+    return ExampleBatches(map(len, examples), collate, batch_size, seed)
