@@ -77,7 +77,7 @@ def checkpoint_path(name: str) -> Path:
     path, shipped = model_set() / name, MODELS / "shipped" / name
     if path.is_file() or path.parent != MODELS or not shipped.is_file():
         return path
-    command = generation.COMMANDS.get(name)
+    command = generation.COMMANDS.get(name, "python finetune_classifier.py")
     st.caption(f"Not in {MODELS.name}/ yet (`{command}`): showing {shipped.parent.name}/.")
     return shipped
 

@@ -260,7 +260,7 @@ class ExampleBatches:
     batch.
 
     Examples of similar length, in tokens, share a batch, which saves padding. Batches derive from
-    (seed, step). `collate(indices, rng)` returns a tuple of tensors whose first dimension is B.
+    (seed, step). `collate(indices)` returns a tuple of tensors whose first dimension is B.
     """
 
     POOL = 8  # batches that are sorted by length together
@@ -274,8 +274,7 @@ class ExampleBatches:
     def __call__(self, step: int, n_micro: int = 1) -> list[tuple[Tensor, ...]]:
         """Tensors of a step, split into micro-batches along B."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        rng = np.random.default_rng([self.seed, 1, step])
-        tensors = self.collate(self._groups(epoch)[index], rng)
+        tensors = self.collate(self._groups(epoch)[index])
         return list(zip(*(tensor.tensor_split(n_micro) for tensor in tensors)))
 
     def _groups(self, epoch: int) -> list[np.ndarray]:
@@ -340,27 +339,14 @@ def review_batches(
     context_length: int,
     batch_size: int,
     seed: int,
-    resegment_probability: float = 0.0,
-    word_dropout: float = 0.0,
 ) -> ExampleBatches:
-    """Training batches of token ids (B, T), lengths (B,) and labels (B,).
-
-    Texts differ from epoch to epoch: tokens are resegmented, and some are replaced by
-    `<|endoftext|>` (word dropout, Iyyer et al. 2015, https://aclanthology.org/P15-1162), so that
-    the model does not rely on single words.
-    """
-    rows, children = encode_reviews(reviews, tokenizer), merge_children(tokenizer)
+    """Training batches of token ids (B, T), lengths (B,) and labels (B,)."""
+    rows = [truncate_middle(ids, context_length) for ids in encode_reviews(reviews, tokenizer)]
     labels = torch.tensor([review.label for review in reviews])
-    end, pad_id = (tokenizer.special_tokens[name] for name in (END_OF_TEXT, PAD))
+    pad_id = tokenizer.special_tokens[PAD]
 
-    def augment(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        ids = resegment(ids, children, resegment_probability, rng)
-        ids = truncate_middle(ids, context_length)
-        return np.where(rng.random(len(ids)) < word_dropout, end, ids)
-
-    def collate(indices: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, ...]:
-        ids, lengths = pad_batch([augment(rows[i], rng) for i in indices], pad_id, context_length)
-        return ids, lengths, labels[indices]
+    def collate(indices: np.ndarray) -> tuple[Tensor, ...]:
+        return *pad_batch([rows[i] for i in indices], pad_id, context_length), labels[indices]
 
     return ExampleBatches(map(len, rows), collate, batch_size, seed)
 
@@ -466,7 +452,7 @@ def instruction_training_batches(
 ) -> ExampleBatches:
     """Random batches of inputs and targets (B, T)."""
 
-    def collate(indices: np.ndarray, _: np.random.Generator) -> tuple[Tensor, ...]:
+    def collate(indices: np.ndarray) -> tuple[Tensor, ...]:
         return collate_instructions([examples[i] for i in indices], tokenizer, context_length)
 
     return ExampleBatches(map(len, examples), collate, batch_size, seed)

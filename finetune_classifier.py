@@ -60,7 +60,7 @@ from training import Runtime, TrainConfig
 REVIEW_LM_BATCH = 32  # windows per step
 REVIEW_LM_SEED = 0  # not --seed: classifiers of all seeds start from one language model
 REVIEW_LM_EPOCHS = 6  # at most
-REVIEW_LM_OPTIONS = ("review_lm_steps", "resegment_probability")  # that it depends on
+REVIEW_LM_RESEGMENTATION = 0.1  # probability; see `TokenBatches`
 
 RECIPE = {
     "steps": 450,
@@ -80,8 +80,6 @@ class ReviewConfig:
         batch_size: Reviews per step, over all processes.
         context_length: Tokens of a review that are read; longer ones lose their middle.
         dropout: Dropout rate of embeddings and block outputs.
-        resegment_probability: Probability that a token is split into the two it was merged from.
-        word_dropout: Probability that a token is replaced by `<|endoftext|>`.
         epochs: Maximum number of passes over the reviews; `steps` may end the training sooner.
         review_lm_steps: Maximum number of steps of the language model on the training reviews.
     """
@@ -89,14 +87,11 @@ class ReviewConfig:
     batch_size: int = 32
     context_length: int = 256
     dropout: float = 0.15
-    resegment_probability: float = 0.1
-    word_dropout: float = 0.15
     epochs: int = 4
     review_lm_steps: int = 600
 
     def __post_init__(self) -> None:
         training.check_range(self, 1, math.inf, "batch_size", "epochs", "review_lm_steps")
-        training.check_range(self, 0, 1, "resegment_probability", "word_dropout")
 
 
 @training.report_errors
@@ -156,8 +151,8 @@ def _review_lm(base, tokenizer, split, config, origin, args, runtime):
     """The base, pretrained further on the texts of the training reviews, unless that is on disk;
     and how a classifier names it."""
     path = args.out_dir / REVIEW_LM
-    options = {name: getattr(config, name) for name in REVIEW_LM_OPTIONS}
-    metadata = {"model_config": asdict(base.config), **origin, **options}
+    steps = config.review_lm_steps
+    metadata = {"model_config": asdict(base.config), **origin, "review_lm_steps": steps}
     if not (cached := cached_model(path, metadata)):
         model, state = base.to(runtime.device), training.state_path(path)
         if args.resume and not state.is_file():
@@ -170,8 +165,8 @@ def _review_lm(base, tokenizer, split, config, origin, args, runtime):
             context_length=base.config.context_length,
             batch_size=REVIEW_LM_BATCH,
             seed=REVIEW_LM_SEED,
-            resegment_probability=config.resegment_probability,
-            steps=config.review_lm_steps,
+            resegment_probability=REVIEW_LM_RESEGMENTATION,
+            steps=steps,
             max_epochs=REVIEW_LM_EPOCHS,
         )
         log0(f"language model of the reviews: {batches.steps} steps on {len(train_ids):,} tokens")
@@ -222,8 +217,6 @@ def _train(model, tokenizer, split, config, metadata, path, args, runtime):
         context_length=config.context_length,
         batch_size=config.batch_size,
         seed=args.seed,
-        resegment_probability=config.resegment_probability,
-        word_dropout=config.word_dropout,
     )
     return training.train(
         model,

@@ -27,7 +27,6 @@ RECIPE = {
     "decay_fraction": 0.9,
     "eval_every": 0,
     "dropout": 0.1,
-    "word_dropout": 0.0,
     "lora_alpha": 8.0,
     # Where the new words are, and one layer to combine them: as much as one percent allows.
     "target_modules": ("token_embedding", "blocks.2.attn.qkv"),

@@ -1,5 +1,6 @@
 """The served app in a real browser, as a person uses it, with the models that the clone carries."""
 
+import os
 import re
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from generation import continue_prompt, load_model
 from tokenizer import BPETokenizer
 
 ROOT = Path(__file__).parents[1]
+MODELS = ROOT / "models" / "shipped"  # also where a person has trained models
 PAGES = {
     "generate": "Generate",
     "sentiment": "Sentiment",
@@ -39,6 +41,7 @@ def address() -> Iterator[str]:
     server = subprocess.Popen(
         [*command, "--server.port", str(port), "--browser.gatherUsageStats", "false"],
         cwd=ROOT,
+        env={**os.environ, "GPT_MODELS_DIR": str(MODELS)},
         stdout=subprocess.DEVNULL,
     )
     url = f"http://127.0.0.1:{port}"
@@ -180,7 +183,7 @@ def test_an_instruction_is_answered(address: str, page: Page, pictures: Path):
 
 
 def test_two_sessions_at_once_get_their_own_text(address: str, page: Page):
-    model, tokenizer, _ = load_model(ROOT / "models" / "model_weights.pth")
+    model, tokenizer, _ = load_model(MODELS / "model_weights.pth")
     other = page.context.browser.new_page()
     tabs = {"KING:": page, "Nurse:": other}
     for prompt, tab in tabs.items():
@@ -205,7 +208,7 @@ def test_tokens_are_shown_as_they_are(address: str, page: Page):
     page.get_by_role("textbox", name="Text", exact=True).fill(text)
     page.get_by_role("textbox", name="Text", exact=True).press("Control+Enter")
     settle(page)
-    tokenizer = BPETokenizer.load(ROOT / "models" / "tokenizer.json")
+    tokenizer = BPETokenizer.load(MODELS / "tokenizer.json")
     names = [f"{printable(tokenizer.vocab[i])} {i}" for i in tokenizer.encode(text)]
     badges = page.get_by_test_id("stMain").locator(".stMarkdownBadge").all_inner_texts()
     assert [badge.replace("\u2060", "") for badge in badges] == names

@@ -321,25 +321,3 @@ def test_an_epoch_goes_once_over_the_reviews_in_batches_of_like_length(tokenizer
     assert torch.equal(again(13)[0][0], batches(13)[0][0])
     halves = batches(2, n_micro=2)
     assert torch.equal(torch.cat([part[1] for part in halves]), batches(2)[0][1])
-
-
-def test_split_tokens_spell_the_same_text(tokenizer: BPETokenizer):
-    rows = [Review("the king and the queen", 1)]
-    batches = review_batches(rows, tokenizer, 100, 4, seed=0, resegment_probability=0.5)
-    spellings = set()
-    for step in range(5):
-        ids, lengths, _ = batches(step)[0]
-        assert tokenizer.decode(ids[0, : lengths[0]].tolist()) == rows[0].text
-        spellings.add(tuple(ids[0].tolist()))
-    assert len(spellings) > 1
-
-
-def test_hidden_tokens_are_a_share_and_keep_their_place(tokenizer: BPETokenizer):
-    rows = [Review("the king and the queen of the south " * 20, 1)]
-    whole = torch.tensor(tokenizer.encode(rows[0].text))
-    batches = review_batches(rows, tokenizer, 1000, 1, seed=0, word_dropout=0.25)
-    ids, lengths, _ = batches(0)[0]
-    ids = ids[:, : lengths[0]]
-    hidden = ids[0] == tokenizer.special_tokens["<|endoftext|>"]
-    assert torch.equal(ids[0][~hidden], whole[~hidden])
-    assert 0.15 < hidden.float().mean() < 0.35
