@@ -11,16 +11,16 @@ predict.
 """
 
 import argparse
+import contextlib
 import copy
 import itertools
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,14 +32,11 @@ import generation
 import training
 from data_loader import LABELS, ByteRange, Instruction, Review, log0
 from data_utils import EncodedInstruction, Split
-from generation import BASE, COMMANDS, FULL_CLASSIFIER, QLORA
+from generation import BASE, COMMANDS, FULL_CLASSIFIER, LORA_CLASSIFIER, QLORA, REVIEW_LM
 from lora import count_parameters, merge_lora
 from model import GPTClassificationModel, GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import Runtime
-
-if TYPE_CHECKING:
-    from sklearn.pipeline import Pipeline
 
 INSTRUCTION_CONTEXT = 256  # tokens of prompt and response
 LINEAR_BASELINE = "linear_baseline.pth"
@@ -54,11 +51,7 @@ Metrics = dict[str, Any]
 def language_model_metrics(
     model: GPTModel, tokenizer: BPETokenizer, ids: np.ndarray, runtime: Runtime
 ) -> Metrics:
-    """Scores every token of a text (N,) once, in windows that advance by half a context.
-
-    Returns:
-        "bits_per_byte", "nats_per_byte", "perplexity" (e to the nats per token), "tokens", "bytes".
-    """
+    """Scores every token of a text (N,) once, in windows that advance by half a context."""
     if not len(ids):
         raise ValueError("there is no text to measure")
     n_bytes = data_utils.count_bytes(ids, tokenizer)
@@ -80,8 +73,7 @@ def validation_metrics(
 ) -> Metrics:
     """`language_model_metrics` as a training logs them; its "val_loss" is in nats per byte."""
     metrics = language_model_metrics(model, tokenizer, ids, runtime)
-    named = {f"val_{name}": value for name, value in metrics.items()}
-    return {"val_loss": metrics["nats_per_byte"], **named}
+    return {"val_loss": metrics["nats_per_byte"], **{f"val_{k}": v for k, v in metrics.items()}}
 
 
 def text_metrics(
@@ -94,12 +86,8 @@ def text_metrics(
 
 
 def classification_metrics(predicted: np.ndarray, labels: np.ndarray) -> Metrics:
-    """How well predicted classes (N,) match labels (N,).
-
-    Returns:
-        "accuracy"; "ci95", its 95 % interval (Wilson 1927); "macro_f1", the mean F1 of the classes;
-        "confusion", rows are labels, columns predictions; "n", the number of texts.
-    """
+    """How well predicted classes (N,) match labels (N,); "ci95" is the 95 % interval of the
+    accuracy (Wilson 1927), and the rows of "confusion" are labels."""
     from scipy.stats import binomtest
     from sklearn.metrics import confusion_matrix, f1_score
 
@@ -127,11 +115,7 @@ def classifier_metrics(
 def response_metrics(
     model: GPTModel, tokenizer: BPETokenizer, examples: list[EncodedInstruction], runtime: Runtime
 ) -> Metrics:
-    """Loss on the responses alone, including their final `<|endoftext|>`.
-
-    Returns:
-        "response_bits_per_byte"; "response_perplexity", e to the nats per token; "n", examples.
-    """
+    """Loss on the responses alone, including their final `<|endoftext|>`."""
     batches = data_utils.instruction_batches(examples, tokenizer, model.config.context_length)
     nats = training.mean_loss(model, batches, training.next_token_loss, runtime)
     responses = np.concatenate([np.array(example.response) for example in examples])
@@ -146,7 +130,7 @@ def response_metrics(
 def instruction_metrics(
     model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction], runtime: Runtime
 ) -> Metrics:
-    """`response_metrics` on tasks."""
+    """`response_metrics` on examples that are not encoded yet."""
     examples = data_utils.encode_instructions(rows, tokenizer, model.config.context_length)
     return response_metrics(model, tokenizer, examples, runtime)
 
@@ -170,18 +154,10 @@ def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction])
 
 
 def fit_linear_baseline(split: Split[Review]) -> dict[str, Any]:
-    """The classifier to beat: logistic regression on TF-IDF weights of words and word pairs.
-
-    Returns:
-        "model"; "metrics" on the test split, also of guessing the larger class; "provenance".
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    started, train = time.perf_counter(), [*split.train, *split.validation]
-    features = TfidfVectorizer(ngram_range=(1, 2))
-    linear = make_pipeline(features, LogisticRegression(C=10, max_iter=1000))
+    """Fits the classifier to beat, logistic regression on TF-IDF weights of words and word pairs:
+    its "model", its "metrics" (see `baseline_metrics`) and its "provenance"."""
+    linear, train = _new_linear_model(), [*split.train, *split.validation]
+    started = time.perf_counter()
     linear.fit([row.text for row in train], [row.label for row in train])
     provenance = {
         "command": training.command_line(),
@@ -191,24 +167,31 @@ def fit_linear_baseline(split: Split[Review]) -> dict[str, Any]:
     return {"model": linear, "metrics": baseline_metrics(linear, split), "provenance": provenance}
 
 
-def baseline_metrics(linear: "Pipeline", split: Split[Review]) -> dict[str, Metrics]:
+def _new_linear_model(words: list[str] | None = None) -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    features = TfidfVectorizer(ngram_range=(1, 2), vocabulary=words)
+    return make_pipeline(features, LogisticRegression(C=10, max_iter=1000))
+
+
+def baseline_metrics(linear: Any, split: Split[Review]) -> dict[str, Metrics]:
     """Metrics on the test split of the linear baseline and of guessing the larger class."""
     labels = np.array([row.label for row in split.test])
     seen = [row.label for row in (*split.train, *split.validation)]
     larger = np.full(len(labels), 2 * sum(seen) > len(seen), dtype=int)
-    predicted = linear.predict([row.text for row in split.test])
-    guesses = {LINEAR: predicted, MAJORITY: larger}
+    guesses = {LINEAR: linear.predict([row.text for row in split.test]), MAJORITY: larger}
     return {name: classification_metrics(guess, labels) for name, guess in guesses.items()}
 
 
 def save_linear_baseline(baseline: dict[str, Any], path: str | Path, data: dict[str, Any]) -> None:
     """Writes a fitted baseline as plain tensors and words, which run no code when loaded."""
-    features, model = baseline["model"][0], baseline["model"][-1]
-    words = sorted(features.vocabulary_, key=features.vocabulary_.get)
+    features, model = baseline["model"][0], baseline["model"][1]
     arrays = {"idf": features.idf_, "coef": model.coef_, "intercept": model.intercept_}
     contents = {
         "kind": "linear",
-        "words": "\n".join(words),
+        "words": "\n".join(sorted(features.vocabulary_, key=features.vocabulary_.get)),
         "labels": LABELS,
         **data,
         "metrics": {"test": baseline["metrics"][LINEAR]},
@@ -218,44 +201,35 @@ def save_linear_baseline(baseline: dict[str, Any], path: str | Path, data: dict[
     training.save_checkpoint(path, contents)
 
 
-def load_linear_baseline(path: str | Path) -> tuple["Pipeline", None, dict[str, Any]]:
+def load_linear_baseline(path: str | Path) -> tuple[Any, None, dict[str, Any]]:
     """A baseline that `save_linear_baseline` wrote, no tokenizer, and the checkpoint."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
     checkpoint = training.load_checkpoint(path, "linear", COMMANDS[FULL_CLASSIFIER])
     with generation.checkpoint_errors(Path(path), COMMANDS[FULL_CLASSIFIER]):
         weights = {name: tensor.double().numpy() for name, tensor in checkpoint["weights"].items()}
-        features = TfidfVectorizer(ngram_range=(1, 2), vocabulary=checkpoint["words"].split("\n"))
+        linear = _new_linear_model(checkpoint["words"].split("\n"))
+        features, model = linear[0], linear[1]
         features.idf_ = weights["idf"]
-        model = LogisticRegression()
         model.coef_, model.intercept_ = weights["coef"], weights["intercept"]
         model.classes_ = np.arange(len(LABELS))
-    return make_pipeline(features, model), None, checkpoint
+    return linear, None, checkpoint
 
 
 # ---- the comparison of a model set
 
 
 class Row(NamedTuple):
-    """A row of the report: `measure(model, tokenizer, data(checkpoint, data_dir), runtime)`."""
+    """A row of the report."""
 
     model: str
     file: str
-    data: Callable
-    measure: Callable
+    measure: Callable  # the metrics of (model, tokenizer, checkpoint, data_dir, runtime)
     measured_on: str = ""  # else the name of the data set
     load: Callable = generation.load_model
 
 
 def report(models: Path, data_dir: Path, runtime: Runtime) -> dict[str, list[Metrics]]:
-    """Measures every checkpoint of a model set on its held-out data.
-
-    Returns:
-        For each task a row per model: "model", and either "measured_on", metrics and costs, or
-        "problem": what is missing, and the command that creates it.
-    """
+    """Measures every checkpoint of a model set on its held-out data: for each task a row per model,
+    with metrics and costs, or with a "problem" that names the command to run."""
     return {
         task: [_measure_row(row, models / row.file, data_dir, runtime) for row in rows]
         for task, rows in REPORT.items()
@@ -264,17 +238,14 @@ def report(models: Path, data_dir: Path, runtime: Runtime) -> dict[str, list[Met
 
 def _measure_row(row: Row, path: Path, data_dir: Path, runtime: Runtime) -> Metrics:
     try:
-        if row.load is generation.load_model:
-            model, tokenizer, checkpoint = row.load(path, runtime=runtime)
-        else:
-            model, tokenizer, checkpoint = row.load(path)
-        metrics = row.measure(model, tokenizer, row.data(checkpoint, data_dir), runtime)
+        model, tokenizer, checkpoint = row.load(path, runtime=runtime)
+        metrics = row.measure(model, tokenizer, checkpoint, data_dir, runtime)
     except (ValueError, OSError) as error:
         return {"model": row.model, "problem": str(error)}
-    if tokenizer:
-        trained, total = count_parameters(model)
-    else:
+    if row.file == LINEAR_BASELINE:
         trained = total = sum(tensor.numel() for tensor in checkpoint["weights"].values())
+    else:
+        trained, total = count_parameters(model)
     costs = {
         "trained_parameters": trained,
         "parameters": total,
@@ -288,30 +259,51 @@ def _measure_row(row: Row, path: Path, data_dir: Path, runtime: Runtime) -> Metr
     return {"model": row.model, "measured_on": measured_on, **metrics, **costs}
 
 
-def _load_untouched_base(path: Path) -> tuple[GPTModel, BPETokenizer, dict[str, Any]]:
+def _load_untouched_base(path, runtime):
     """The base of an instruction model, with the same context."""
     tuned = training.load_checkpoint(path, generation.INSTRUCTION_MODELS, COMMANDS[path.name])
     base_path = path.parent / tuned["base"]
     model, tokenizer, base = generation.load_model(base_path, "base")
     model = generation.clone_with(model, tuned["model_config"]["context_length"])
-    return model, tokenizer, {**tuned, "provenance": base["provenance"], "path": base_path}
+    checkpoint = {**tuned, "provenance": base["provenance"], "path": base_path}
+    return model.to(runtime.device), tokenizer, checkpoint
 
 
-def _shakespeare(_: dict[str, Any], data_dir: Path) -> list[ByteRange]:
-    return data_loader.load_corpus("tinyshakespeare", None, data_dir).split()[1]
+def _on_shakespeare(model, tokenizer, _, data_dir, runtime):
+    play = data_loader.load_corpus("tinyshakespeare", None, data_dir)
+    return text_metrics(model, tokenizer, play.split()[1], runtime)
 
 
-def _oz(_: dict[str, Any], data_dir: Path) -> list[ByteRange]:
-    book = data_loader.fetch(data_loader.WIZARD_OF_OZ, data_dir)
-    return data_loader.corpus_from_path(book).split(1.0)[0]
+def _on_oz(model, tokenizer, _, data_dir, runtime):
+    book = data_loader.corpus_from_path(data_loader.fetch(data_loader.WIZARD_OF_OZ, data_dir))
+    return text_metrics(model, tokenizer, book.split(1.0)[0], runtime)
 
 
-def _reviews(checkpoint: dict[str, Any], data_dir: Path) -> Split[Review]:
-    return rebuild_split(checkpoint, data_loader.REVIEW_SOURCES, data_dir)
+def _on_reviews_as_text(model, tokenizer, checkpoint, data_dir, runtime):
+    reviews = rebuild_split(checkpoint, data_loader.REVIEW_SOURCES, data_dir).test
+    ids = data_utils.reviews_as_text(reviews, tokenizer)
+    return language_model_metrics(model, tokenizer, ids, runtime)
 
 
-def _tasks(checkpoint: dict[str, Any], data_dir: Path) -> Split[Instruction]:
-    return rebuild_split(checkpoint, data_loader.INSTRUCTION_SOURCES, data_dir)
+def _on_reviews(model, tokenizer, checkpoint, data_dir, runtime):
+    reviews = rebuild_split(checkpoint, data_loader.REVIEW_SOURCES, data_dir).test
+    return classifier_metrics(model, tokenizer, reviews, runtime)
+
+
+def _on_tasks(model, tokenizer, checkpoint, data_dir, runtime):
+    tasks = rebuild_split(checkpoint, data_loader.INSTRUCTION_SOURCES, data_dir).test
+    metrics = instruction_metrics(model, tokenizer, tasks, runtime)
+    return {**metrics, "stops": stop_rate(model, tokenizer, tasks)}
+
+
+def _baseline_row(name: str) -> Row:
+    def measure(linear, _, checkpoint, data_dir, __):
+        split = rebuild_split(checkpoint, data_loader.REVIEW_SOURCES, data_dir)
+        return baseline_metrics(linear, split)[name]
+
+    return Row(
+        name, LINEAR_BASELINE, measure, load=lambda path, runtime: load_linear_baseline(path)
+    )
 
 
 def rebuild_split(checkpoint: dict[str, Any], sources: dict[str, Any], data_dir: Path) -> Split:
@@ -324,57 +316,23 @@ def rebuild_split(checkpoint: dict[str, Any], sources: dict[str, Any], data_dir:
     raise ValueError(f"the data set {name} that it was trained on is not available")
 
 
-def _on_reviews_as_text(
-    model: GPTModel, tokenizer: BPETokenizer, split: Split[Review], runtime: Runtime
-) -> Metrics:
-    ids = data_utils.reviews_as_text(split.test, tokenizer)
-    return language_model_metrics(model, tokenizer, ids, runtime)
-
-
-def _on_test_reviews(
-    model: GPTClassificationModel, tokenizer: BPETokenizer, split: Split[Review], runtime: Runtime
-) -> Metrics:
-    return classifier_metrics(model, tokenizer, split.test, runtime)
-
-
-def _on_test_tasks(
-    model: GPTModel, tokenizer: BPETokenizer, split: Split[Instruction], runtime: Runtime
-) -> Metrics:
-    metrics = instruction_metrics(model.to(runtime.device), tokenizer, split.test, runtime)
-    return {**metrics, "stops": stop_rate(model, tokenizer, split.test)}
-
-
 REPORT = {
     "language": [
-        Row("base", BASE, _shakespeare, text_metrics, "TinyShakespeare, validation split"),
-        Row("base", BASE, _oz, text_metrics, "The Wizard of Oz"),
-        Row(
-            "after training reviews",
-            generation.REVIEW_LM,
-            _reviews,
-            _on_reviews_as_text,
-            "test reviews",
-        ),
+        Row("base", BASE, _on_shakespeare, "TinyShakespeare, validation split"),
+        Row("base", BASE, _on_oz, "The Wizard of Oz"),
+        Row("after training reviews", REVIEW_LM, _on_reviews_as_text, "test reviews"),
     ],
     "sentiment": [
-        Row("full fine-tuning", FULL_CLASSIFIER, _reviews, _on_test_reviews),
-        Row("LoRA", generation.LORA_CLASSIFIER, _reviews, _on_test_reviews),
-        *(
-            Row(
-                name,
-                LINEAR_BASELINE,
-                _reviews,
-                lambda linear, _, split, __, name=name: baseline_metrics(linear, split)[name],
-                load=load_linear_baseline,
-            )
-            for name in (LINEAR, MAJORITY)
-        ),
+        Row("full fine-tuning", FULL_CLASSIFIER, _on_reviews),
+        Row("LoRA", LORA_CLASSIFIER, _on_reviews),
+        _baseline_row(LINEAR),
+        _baseline_row(MAJORITY),
     ],
     "instructions": [
-        Row("base, untouched", QLORA, _tasks, _on_test_tasks, load=_load_untouched_base),
-        Row("full fine-tuning", generation.FULL, _tasks, _on_test_tasks),
-        Row("LoRA", generation.LORA, _tasks, _on_test_tasks),
-        Row("QLoRA, 4-bit base", QLORA, _tasks, _on_test_tasks),
+        Row("base, untouched", QLORA, _on_tasks, load=_load_untouched_base),
+        Row("full fine-tuning", generation.FULL, _on_tasks),
+        Row("LoRA", generation.LORA, _on_tasks),
+        Row("QLoRA, 4-bit base", QLORA, _on_tasks),
     ],
 }
 
@@ -429,9 +387,11 @@ def _cells(columns: dict[str, str], row: Metrics) -> list[str]:
     if "problem" in row:
         return [row["problem"], *[""] * (len(columns) - 1)]
     kb, gib = row.get("file_bytes", 0) / 1e3, row.get("peak_memory_bytes", 0) / 2**30
-    known = {**row, "kb": kb, "gib": gib}
-    is_known = [re.match(r".*{(\w+)", template)[1] in known for template in columns.values()]
-    return [t.format(**known) if k else "" for t, k in zip(columns.values(), is_known)]
+    cells = dict.fromkeys(columns, "")
+    for name, template in columns.items():
+        with contextlib.suppress(KeyError):  # not measured
+            cells[name] = template.format(**row, kb=kb, gib=gib)
+    return list(cells.values())
 
 
 def markdown_table(columns: dict[str, str], rows: list[Metrics]) -> str:
@@ -523,15 +483,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = training.new_parser("Measure the checkpoints of a model set.")
+    add = parser.add_argument
     text = "model set (default: models if it has a base, else models/shipped)"
-    parser.add_argument("--models", type=Path, help=text)
-    text = "folder of data sets (default: $GPT_DATA_DIR, else data)"
-    parser.add_argument("--data-dir", type=Path, help=text)
+    add("--models", type=Path, help=text)
+    add("--data-dir", type=Path, help="folder of data sets (default: $GPT_DATA_DIR, else data)")
     tasks = parser.add_subparsers(dest="task", metavar="TASK")
     for name, task in TASKS.items():
-        add = tasks.add_parser(
-            name, help=task.text, formatter_class=training.HelpFormatter
-        ).add_argument
+        options = {"help": task.text, "formatter_class": training.HelpFormatter}
+        add = tasks.add_parser(name, **options).add_argument
         add("--checkpoint", type=Path, help=f"(default: {task.file} of the model set)")
         add("--data", type=Path, required=True, help=task.data_help)
         add("--json", action="store_true", help="print one JSON object")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_loader import log0
 from data_utils import encode_prompt, text_batches
@@ -35,20 +35,13 @@ def generate(
     prompt: Tensor,
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     stop_token: int | None = None,
-    generator: torch.Generator | None = None,
+    **sampling: Any,
 ) -> Iterator[Tensor]:
-    """Yields the next token of each row (B,), one step after the other.
+    """Yields the next token of each row (B,) of a prompt (B, T), one step after the other.
 
-    Args:
-        model: In evaluation mode.
-        prompt: Token ids (B, T), T at least 1; may be longer than the context.
-        max_new_tokens: Maximum number of steps.
-        temperature, top_k, top_p, generator: See `sample_next_token`.
-        stop_token: Ends the text, without being yielded, when all rows sample it in the same step.
+    The model is in evaluation mode; the prompt may be longer than the context. The text ends when
+    all rows sample `stop_token`, which is not yielded. `sampling` is passed to `sample_next_token`.
     """
     if prompt.shape[1] == 0 or max_new_tokens < 0:
         raise ValueError("the prompt needs at least one token, and max-new-tokens 0 or more")
@@ -61,9 +54,7 @@ def generate(
             cache.length = 0
         with torch.inference_mode():
             logits = model.head(model.hidden(tokens[:, n_seen:], cache)[:, -1])
-            next_token = sample_next_token(
-                logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-            )
+            next_token = sample_next_token(logits, **sampling)
         n_seen = tokens.shape[1]
         if stop_token is not None and (next_token == stop_token).all():
             return
@@ -93,12 +84,11 @@ def sample_next_token(
     """Samples a token (B,) from each row of logits (B, V).
 
     Args:
-        logits: Scores of the next token.
         temperature: Divides the logits; 0 takes the most probable token.
         top_k: Sample from the k most probable tokens only.
         top_p: Sample from the fewest tokens whose probabilities add up to this (nucleus sampling,
             Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
-        generator: Source of randomness, on the logits' device.
+        generator: On the logits' device.
     """
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or more, not {temperature}")
@@ -124,9 +114,8 @@ def token_probabilities(
     if top_p is not None and top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         preceding = ordered.cumsum(dim=-1) - ordered  # zero for the most probable token
-        probabilities = torch.zeros_like(probabilities).scatter(
-            -1, order, ordered.masked_fill(preceding >= top_p, 0.0)
-        )
+        kept = ordered.masked_fill(preceding >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, kept)
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
     return probabilities
 
@@ -148,27 +137,17 @@ def continue_prompt(
     text; the same seed gives the same tokens.
     """
     device = model.final_norm.weight.device
-    stop_token = tokenizer.special_tokens[END_OF_TEXT]
+    end = tokenizer.special_tokens[END_OF_TEXT]
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    tokens = generate(
-        model,
-        torch.tensor([ids or [stop_token]], device=device),
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_token=stop_token,
-        generator=torch.Generator(device).manual_seed(seed),
-    )
-    return (token.item() for token in tokens)
+    tokens = torch.tensor([ids or [end]], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+    stream = generate(model, tokens, max_new_tokens, stop_token=end, **sampling)
+    return (token.item() for token in stream)
 
 
 def generate_response(
-    model: GPTModel,
-    tokenizer: BPETokenizer,
-    instruction: str,
-    context: str = "",
-    **sampling: Any,
+    model: GPTModel, tokenizer: BPETokenizer, instruction: str, context: str = "", **sampling: Any
 ) -> Iterator[int]:
     """Yields the token ids of a response; see `continue_prompt`. A long context is truncated."""
     prompt = encode_prompt(instruction, context, tokenizer, model.config.context_length // 2)
@@ -177,10 +156,7 @@ def generate_response(
 
 @torch.inference_mode()
 def class_probabilities(
-    model: GPTClassificationModel,
-    tokenizer: BPETokenizer,
-    texts: list[str],
-    runtime: Runtime = CPU,
+    model: GPTClassificationModel, tokenizer: BPETokenizer, texts: list[str], runtime: Runtime = CPU
 ) -> np.ndarray:
     """Probabilities (N, classes) of texts, in their order; model in evaluation mode.
 
@@ -198,9 +174,8 @@ def class_probabilities(
 # ---- from a checkpoint to a model
 
 BASE, REVIEW_LM = "model_weights.pth", "review_lm_weights.pth"
-FULL_CLASSIFIER, LORA_CLASSIFIER = (
-    f"{name}_classifier_weights.pth" for name in ("finetuned", "lora")
-)
+FULL_CLASSIFIER = "finetuned_classifier_weights.pth"
+LORA_CLASSIFIER = "lora_classifier_weights.pth"
 QLORA, LORA, FULL = (f"{name}_instruction_weights.pth" for name in ("qlora", "lora", "full"))
 COMMANDS = {  # the files of a model set, and what creates them
     BASE: "python main.py",
@@ -221,16 +196,9 @@ def load_model(
 ) -> tuple[Any, BPETokenizer, dict[str, Any]]:
     """Opens a checkpoint: the model in evaluation mode, its tokenizer, and the checkpoint itself.
 
-    An adapter is loaded onto its base, which lies where the checkpoint says; for QLoRA the base is
-    quantised again, to exactly the same values.
-
-    Args:
-        path: The checkpoint; `tokenizer.json` lies beside it.
-        kinds: Kinds of checkpoints to accept, such as "base".
-        runtime: Where to put the model.
-
-    Raises:
-        ValueError: A file is damaged, of another kind, or does not match the others.
+    The tokenizer is the `tokenizer.json` beside the checkpoint. An adapter is loaded onto its base,
+    which lies where the checkpoint says; for QLoRA the base is quantised again, to exactly the same
+    values. Files that do not match each other, or are not of one of the `kinds`, are refused.
     """
     path = Path(path)
     hint = COMMANDS.get(path.name, COMMANDS[BASE])
@@ -244,13 +212,14 @@ def load_model(
                     f"{path} was trained on another base than {base_path}: put the right one back, "
                     f"or train again with `{hint}`"
                 )
-        tokenizer = BPETokenizer.load(path.with_name("tokenizer.json"))
+        tokenizer_path = path.with_name("tokenizer.json")
+        tokenizer = BPETokenizer.load(tokenizer_path)
         if tokenizer.sha256 != checkpoint.get("tokenizer_sha256"):
             raise ValueError(
-                f"{path} was trained with another tokenizer than {path.with_name('tokenizer.json')}"
-                ": put the right one back, or train again with `python main.py`"
+                f"{path} was trained with another tokenizer than {tokenizer_path}: put the right "
+                "one back, or train again with `python main.py`"
             )
-        model: nn.Module = GPTModel(GPTConfig(**checkpoint["model_config"]))
+        model = GPTModel(GPTConfig(**checkpoint["model_config"]))
         if lora_config:
             model.load_state_dict(base["weights"])
         if checkpoint["kind"] in CLASSIFIERS:
@@ -267,7 +236,7 @@ def load_model(
 
 
 def cached_model(path: Path, metadata: dict[str, Any]) -> tuple | None:
-    """What `load_model` returns for a base, if the file exists and has all of this metadata."""
+    """What `load_model` returns for a base, if the file exists and matches this metadata."""
     if not path.is_file():
         return None
     try:
@@ -290,35 +259,28 @@ def open_base(
     Returns:
         The model, the tokenizer, which is copied to `out_dir`, and how a checkpoint there names the
         base.
-
-    Raises:
-        ValueError: The base cannot take `context_length`, or models in `out_dir` need another
-            tokenizer.
     """
     path = path or default_path(BASE)
     model, tokenizer, checkpoint = load_model(path, "base")
-    config, copy = model.config, out_dir / "tokenizer.json"
-    if config.position == "learned" and context_length != config.context_length:
-        length = config.context_length
+    length, copy = model.config.context_length, out_dir / "tokenizer.json"
+    if model.config.position == "learned" and context_length != length:
         raise ValueError(f"the base has learned positions: --context-length must be {length}")
     if not copy.is_file():
         tokenizer.save(copy)
     elif BPETokenizer.load(copy).sha256 != tokenizer.sha256:
         raise ValueError(f"{copy} is another tokenizer than the base's: choose another --out-dir")
-    return (
-        model,
-        tokenizer,
-        {
-            "base": Path(os.path.relpath(path.resolve(), out_dir.resolve())).as_posix(),
-            "base_sha256": checkpoint["weights_sha256"],
-            "tokenizer_sha256": tokenizer.sha256,
-        },
-    )
+    origin = {
+        "base": Path(os.path.relpath(path.resolve(), out_dir.resolve())).as_posix(),
+        "base_sha256": checkpoint["weights_sha256"],
+        "tokenizer_sha256": tokenizer.sha256,
+    }
+    return model, tokenizer, origin
 
 
 @contextlib.contextmanager
 def checkpoint_errors(path: Path, hint: str) -> Iterator[None]:
-    """Turns errors of building a model from a checkpoint into a ValueError that names both."""
+    """Turns errors in building a model into a ValueError that names the file and `hint`, the
+    command that creates it."""
     try:
         yield
     except (KeyError, TypeError, RuntimeError) as error:
@@ -357,11 +319,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = new_parser("Continue a prompt with the trained language model.")
     add = parser.add_argument
     add("--prompt", default="", help="text to continue; empty starts a new text")
-    add(
-        "--checkpoint",
-        type=Path,
-        help="base model (default: models/model_weights.pth, else that of models/shipped)",
-    )
+    text = "base model (default: models/model_weights.pth, else that of models/shipped)"
+    add("--checkpoint", type=Path, help=text)
     add("--max-new-tokens", type=int, default=300, help="maximum number of tokens to generate")
     add("--temperature", type=float, default=TEMPERATURE, help="0 is greedy")
     add("--top-k", type=int, help="sample from the k most probable tokens only")
@@ -381,8 +340,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({"text": tokenizer.decode(tokens), "tokens": len(tokens), **speed}))
     else:
         print(args.prompt, end="")
-        for text in tokenizer.decode_stream(ids):
-            print(text, end="", flush=True)
+        for chunk in tokenizer.decode_stream(ids):
+            print(chunk, end="", flush=True)
         print()
     return 0
 

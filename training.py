@@ -10,7 +10,6 @@ The loop carries no RNG state: batches and dropout masks derive from (seed, step
 killed and resumed therefore ends with exactly the weights of an uninterrupted one.
 """
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -27,6 +26,7 @@ import sys
 import time
 import timeit
 import zipfile
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -38,6 +38,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
 from tqdm import tqdm
 
 from data_loader import atomic_write, is_rank_zero, log0
@@ -115,14 +116,10 @@ def train(
             may be empty; it must not depend on anything else.
         loss_fn: `loss_fn(model, batch)` is (summed loss, number of terms); gradients are averaged
             over all terms.
-        config: How to train.
-        runtime: Where to train.
         validate: Metrics of the current model; called on every process.
         path: Of the result, which the caller saves; beside it lie `.log.jsonl` and `.resume.pth`.
         metadata: What the run started from (data, tokenizer, model); `resume` refuses others.
         monitor: Metric whose minimum, or maximum, selects the weights; ties go to the later step.
-        maximize: Whether a higher value of it is better.
-        resume: Whether to continue from the resumable state.
 
     Returns:
         Metrics at the best step, and the provenance: command, settings, versions, seconds of
@@ -170,14 +167,11 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step) * 4096 + rank
 
 
-def set_learning_rates(
-    optimizers: Iterable[torch.optim.Optimizer], step: int, config: TrainConfig
-) -> None:
-    """Sets each group's rate for a step."""
-    factor = learning_rate_factor(step, config)
+def set_learning_rates(optimizers: list[Optimizer], step: int, config: TrainConfig) -> None:
+    """Sets the rates for a step; the default of an optimizer is its peak rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            group["lr"] = optimizer.defaults["lr"] * learning_rate_factor(step, config)
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -188,21 +182,18 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return min(1.0, warmup, decay)
 
 
-def all_reduce_(
-    parameters: list[nn.Parameter], totals: Tensor, world_size: int
-) -> tuple[float, float]:
-    """Sums the gradients and the totals (2,) over all processes, in one message; returns these."""
-    if world_size == 1:
-        return tuple(totals.tolist())
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    tensors = [totals, *(parameter.grad for parameter in parameters)]
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-        tensor.copy_(summed.view_as(tensor))
-    return tuple(totals.tolist())
+def all_reduce_(parameters: list[nn.Parameter], totals: Tensor, world_size: int) -> list[float]:
+    """Sums gradients and totals (2,) over all processes, in one message; returns the totals."""
+    if world_size > 1:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        tensors = [totals, *(parameter.grad for parameter in parameters)]
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(summed.view_as(tensor))
+    return totals.tolist()
 
 
 def scale_and_clip_(
@@ -216,7 +207,7 @@ def scale_and_clip_(
     torch._foreach_mul_(gradients, min(1.0, max_norm / (norm + 1e-6)) / n_terms)
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     """AdamW and Muon over the parameters that require gradients.
 
     AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) scales each element of the
@@ -241,19 +232,14 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
         by_muon = config.optimizer == "muon" and (inside or isinstance(adapted, nn.Linear))
         kind = "undecayed" if parameter.ndim < 2 else "muon" if by_muon else "adamw"
         groups[kind].append(parameter)
-    optimizers: list[torch.optim.Optimizer] = []
+    optimizers: list[Optimizer] = []
     decays = {"adamw": config.weight_decay, "undecayed": 0.0}
     if adamw := [{"params": groups[k], "weight_decay": d} for k, d in decays.items() if groups[k]]:
-        rate, betas = config.learning_rate, (0.9, 0.95)
-        optimizers.append(torch.optim.AdamW(adamw, lr=rate, betas=betas, fused=True))
+        optimizers.append(AdamW(adamw, config.learning_rate, betas=(0.9, 0.95), fused=True))
     if groups["muon"]:
-        rate, decay = config.muon_learning_rate, config.weight_decay
-        optimizers.append(torch.optim.Muon(groups["muon"], lr=rate, weight_decay=decay))
+        optimizers.append(Muon(groups["muon"], config.muon_learning_rate, config.weight_decay))
     if not optimizers:
         raise ValueError("no parameter requires gradients: nothing to train")
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -267,7 +253,7 @@ def mean_loss(
             loss, n_terms = loss_fn(model, to_device(batch, runtime.device))
             totals += torch.stack([loss, n_terms]).cpu().double()
     if runtime.world_size > 1:
-        totals = totals.to(runtime.device if runtime.device.type == "cuda" else "cpu")
+        totals = totals.to(runtime.device)
         dist.all_reduce(totals)
     return (totals[0] / totals[1]).item()
 
@@ -292,8 +278,6 @@ def _diverged(what: str, step: int) -> FloatingPointError:
 
 
 class _Run:
-    """Progress, best weights and files of a training."""
-
     def __init__(self, model, config, runtime, path, metadata, monitor, maximize):
         self.model, self.runtime = model, runtime
         self.monitor, self.sign = monitor, -1 if maximize else 1
@@ -304,19 +288,17 @@ class _Run:
         self.metadata = {**metadata, **world, "train_config": asdict(config)}
         self.state_path, self.log_path = state_path(path), path.with_suffix(".log.jsonl")
         self.step, self.seconds, self.tokens, self.log_bytes = 0, 0.0, 0.0, 0
-        self.best: dict[str, float] = {}
-        self.best_weights: dict[str, Tensor] = {}
-        self.recent_losses: list[float] = []
-        self.validation: dict[str, float] = {}  # not yet logged
+        self.recent_losses, self.best, self.best_weights = [], {}, {}
+        self.validation = {}  # metrics that are not yet logged
 
     def start(self, resume: bool) -> tqdm:
         """Loads the state to resume, or writes the first one; returns the progress bar."""
-        if resume:
-            self._load_state()
         if self.runtime.world_size > 1:  # all ranks start from equal weights
             for parameter in self.parameters:
                 dist.broadcast(parameter.data, src=0)
-        if not resume and not self.runtime.rank:  # from here on there is something to resume
+        if resume:
+            self._load_state()
+        elif not self.runtime.rank:  # from here on there is something to resume
             save_checkpoint(self.state_path, self._state())
         self.model.train()
         steps, rank = self.metadata["train_config"]["steps"], self.runtime.rank
@@ -343,36 +325,30 @@ class _Run:
             self.best_weights = {n: p.detach().clone() for n, p in self.trained.items()}
         self.seconds += time.perf_counter() - started
 
-    def _recent_loss(self) -> float | None:
-        losses = self.recent_losses
-        return sum(losses) / len(losses) if losses else None
-
     def write(self, bar: tqdm, log: bool, state: object) -> None:
         """Advances the progress bar; rank 0 also writes a log line and the resumable state."""
-        metrics = {"loss": self._recent_loss(), "best": self.best.get(self.monitor)}
+        losses = self.recent_losses
+        loss = sum(losses) / len(losses) if losses else None
+        metrics = {"loss": loss, "best": self.best.get(self.monitor)}
         shown = {name: f"{value:.4f}" for name, value in metrics.items() if value is not None}
         bar.set_postfix(shown, refresh=False)
         bar.update()
         if log and not self.runtime.rank:
-            self._log()
+            line = {
+                "step": self.step,
+                "tokens": self.tokens,
+                "seconds": round(self.seconds, 3),
+                "loss": loss,
+                "learning_rate": self.optimizers[0].param_groups[0]["lr"],
+                **self.validation,
+            }
+            self.validation = {}
+            with self.log_path.open("r+b" if self.log_bytes else "wb") as file:
+                file.truncate(self.log_bytes)  # the first line replaces the log of an older run
+                file.seek(self.log_bytes)
+                self.log_bytes += file.write(json.dumps(line).encode() + b"\n")
         if state and not self.runtime.rank:
             save_checkpoint(self.state_path, self._state())
-
-    def _log(self) -> None:
-        """Appends a line to those of this run; the first one replaces an older run's log."""
-        line = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": round(self.seconds, 3),
-            "loss": self._recent_loss(),
-            "learning_rate": self.optimizers[0].param_groups[0]["lr"],
-            **self.validation,
-        }
-        self.validation = {}
-        with self.log_path.open("r+b" if self.log_bytes else "wb") as file:
-            file.truncate(self.log_bytes)
-            file.seek(self.log_bytes)
-            self.log_bytes += file.write(json.dumps(line).encode() + b"\n")
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -389,11 +365,11 @@ class _Run:
     def _load_state(self) -> None:
         state = load_checkpoint(self.state_path, "resume", hint="the same command without --resume")
         if differences := _differences(state["metadata"], self.metadata):
-            timed = any(difference.startswith("precision") for difference in differences)
+            changed = state["metadata"].get("precision") != self.metadata["precision"]
+            where = " on an idle machine, since precision is timed" if changed else ""
             raise ValueError(
                 f"{self.state_path} is of another run ({'; '.join(differences)}): give the same "
-                f"options{' on an idle machine, since precision is timed' if timed else ''}, or "
-                "start over without --resume"
+                f"options{where}, or start over without --resume"
             )
         self.model.load_state_dict(state["weights"], strict=False)
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
@@ -420,45 +396,36 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 def _stop_signals() -> Iterator[list[int]]:
     """Collects the first Ctrl-C or SIGTERM instead of dying; a second one acts as usual."""
     caught: list[int] = []
+    with contextlib.ExitStack() as original_handlers:
 
-    def record(number: int, _frame: object) -> None:
-        caught.append(number)
-        restore()
+        def record(number: int, _frame: object) -> None:
+            caught.append(number)
+            original_handlers.close()  # puts them back
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    previous = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            original_handlers.callback(signal.signal, number, signal.signal(number, record))
         yield caught
-    finally:
-        restore()
 
 
-def _any_signal(caught: list[int], runtime: "Runtime") -> signal.Signals | None:
-    """The signal that any process has received."""
+def _any_signal(caught: list[int], runtime: "Runtime") -> int:
+    """The number of a signal that any process has received, or 0."""
     number = torch.tensor(max(caught, default=0), device=runtime.device)
     if runtime.world_size > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)
-    return signal.Signals(number.item()) if number else None
+    return int(number)
 
 
 # ---- checkpoint files
 
 
 def state_path(path: Path) -> Path:
-    """Where the resumable state of a training lies whose result goes to `path`."""
+    """The file of the resumable state of the training that writes `path`."""
     return path.with_suffix(".resume.pth")
 
 
 def check_states(paths: list[Path], resume: bool) -> None:
-    """Makes sure that there is a state to resume, or deletes that of an abandoned run.
-
-    Args:
-        paths: Of the result, and of others that are trained on the way.
-        resume: Whether to continue.
-    """
+    """Makes sure that there is a state to resume, or deletes that of an abandoned run; `paths` are
+    the result, then whatever is trained on the way to it."""
     states = [state_path(path) for path in paths]
     if resume and not any(state.is_file() for state in states):
         raise FileNotFoundError(f"there is no {states[0]} to resume: omit --resume")
@@ -467,15 +434,10 @@ def check_states(paths: list[Path], resume: bool) -> None:
 
 
 def save_result(path: Path, kind: str, weights: dict[str, Tensor], **contents: Any) -> str:
-    """Saves a trained model in half precision, then deletes the resumable state.
-
-    Returns:
-        A line for the terminal.
-    """
-    weights = half_precision(weights)
-    seconds, memory = (contents["provenance"][key] for key in ("seconds", "peak_memory_bytes"))
-    save_checkpoint(path, {"kind": kind, **contents, "weights": weights})
+    """Saves a trained model in half precision, deletes the resumable state; returns a message."""
+    save_checkpoint(path, {"kind": kind, **contents, "weights": half_precision(weights)})
     state_path(path).unlink(missing_ok=True)
+    seconds, memory = (contents["provenance"][key] for key in ("seconds", "peak_memory_bytes"))
     return (
         f"wrote {path}: {path.stat().st_size:,} bytes, {math.ceil(seconds)} s of training, "
         f"{memory / 2**30:.2f} GiB peak memory"
@@ -497,15 +459,9 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(
     path: str | Path, kinds: str | tuple[str, ...], hint: str = "python main.py"
 ) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU: tensors and plain values only, verified.
+    """Reads and verifies a checkpoint, tensors and plain values only, onto the CPU.
 
-    Args:
-        path: The file.
-        kinds: What the file may be, such as "base".
-        hint: Command that creates such a file, for the error messages.
-
-    Raises:
-        ValueError: The file is damaged, of another kind, or of another format version.
+    `kinds` are those to accept, such as "base"; errors name `hint`, a command that creates one.
     """
     path, kinds = Path(path), (kinds,) if isinstance(kinds, str) else kinds
     if not path.is_file():
@@ -558,25 +514,16 @@ def _provenance(config: TrainConfig, runtime: "Runtime", seconds: float) -> dict
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how precisely to compute, chosen once at the entry point.
+    """Where and how precisely to compute, chosen once at the entry point."""
 
-    Attributes:
-        device: CUDA, else MPS, else CPU.
-        dtype: Of matrix products under autocast: bfloat16 where that is faster, else float32.
-        rank: Index of this process under torchrun; rank 0 writes the files.
-        world_size: Number of processes.
-    """
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
-    rank: int = 0
-    world_size: int = 1
+    device: torch.device = field(default=torch.device("cpu"))
+    dtype: torch.dtype = torch.float32  # of matrix products under autocast
+    rank: int = 0  # index of this process under torchrun; rank 0 writes the files
+    world_size: int = 1  # number of processes
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Context in which matrix products run in `dtype`."""
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
-        )
+        return torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16)
 
     def describe(self) -> str:
         """One line for log and terminal, such as "cpu, bfloat16, 2 threads"."""
@@ -591,7 +538,8 @@ CPU = Runtime()  # default for small jobs
 
 @contextlib.contextmanager
 def start_runtime() -> Iterator[Runtime]:
-    """Chooses device and precision and, under torchrun, joins the other processes."""
+    """Chooses the device (CUDA, else MPS, else CPU) and the faster precision, bfloat16 or float32;
+    under torchrun, joins the other processes."""
     variables = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     rank, local_rank, world_size = (int(os.environ.get(name, x)) for name, x in variables)
     device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -616,8 +564,7 @@ def start_runtime() -> Iterator[Runtime]:
 
 @contextlib.contextmanager
 def rank_zero_first(runtime: Runtime) -> Iterator[None]:
-    """Runs the body on rank 0 first, so that the others find its files; if it fails there, the
-    others exit quietly."""
+    """Runs the body on rank 0 first, so that the others find its files or, if it fails, exit."""
     done = [False]
     if runtime.rank:
         dist.broadcast_object_list(done, src=0)
@@ -633,11 +580,7 @@ def rank_zero_first(runtime: Runtime) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_output_dir(folder: Path, runtime: Runtime) -> Iterator[None]:
-    """Keeps other trainings out of a folder; the lock of a process that died is released.
-
-    Raises:
-        ValueError: Another process trains there.
-    """
+    """Locks a folder against other trainings; a process that dies releases its lock."""
     with contextlib.ExitStack() as stack:
         with rank_zero_first(runtime):
             if runtime.rank == 0:
@@ -656,10 +599,8 @@ def lock_output_dir(folder: Path, runtime: Runtime) -> Iterator[None]:
 
 def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether the hardware multiplies bf16 matrices faster than float32 ones; on a CPU, timed."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
-        return False
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         matrix = {"x": torch.ones(512, 512, dtype=dtype)}
@@ -684,24 +625,22 @@ def peak_memory_bytes(device: torch.device) -> int:
 # ---- command lines
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class HelpFormatter(ArgumentDefaultsHelpFormatter):
     """Shows every default but None."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
+    def _get_help_string(self, action: Action) -> str | None:
         if isinstance(action.default, tuple):
             return f"{action.help} (default: {' '.join(action.default)})"
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def new_parser(description: str, **options: Any) -> argparse.ArgumentParser:
+def new_parser(description: str, **options: Any) -> ArgumentParser:
     """A parser whose help shows defaults."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=HelpFormatter, **options
-    )
+    return ArgumentParser(description=description, formatter_class=HelpFormatter, **options)
 
 
 def add_run_flags(
-    parser: argparse.ArgumentParser, data_sets: Iterable[str], data_help: str, max_examples: int = 0
+    parser: ArgumentParser, data_sets: Iterable[str], data_help: str, max_examples: int = 0
 ) -> None:
     """Adds the flags that all trainings share, and with `max_examples` those of fine-tunings."""
     add = parser.add_argument
@@ -717,30 +656,26 @@ def add_run_flags(
         add("--base", type=Path, help=text)
 
 
-def add_config_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+def add_config_flags(parser: ArgumentParser, config_class: type) -> None:
     """Adds a `--kebab-case` flag for each field of a config dataclass, with its default and its
-    line under "Attributes:". `parser.set_defaults` changes defaults, and the help shows it."""
+    text under "Attributes:". `parser.set_defaults` changes defaults, and the help shows it."""
     group = parser.add_argument_group(config_class.__name__)
+    texts = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(config_class), re.M))
     for config_field in fields(config_class):
-        name, kind = config_field.name, config_field.type
-        options: dict[str, Any] = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif kind == tuple[str, ...]:
+        options = {"type": config_field.type, "metavar": config_field.type.__name__.upper()}
+        if config_field.type is bool:
+            options = {"action": BooleanOptionalAction}
+        elif config_field.type == tuple[str, ...]:
             options = {"nargs": "+", "metavar": "NAME"}
-        text = re.search(  # the text of an attribute in a Google-style docstring
-            rf"^ {{4}}{name}: (.*(?:\n {{8}}.*)*)", inspect.getdoc(config_class), re.MULTILINE
-        )
-        help_text = " ".join(text[1].split()).replace("%", "%%").rstrip(".")
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, default=config_field.default, help=help_text, **options)
+        flag = "--" + config_field.name.replace("_", "-")
+        text = " ".join(texts[config_field.name].split()).replace("%", "%%").rstrip(".")
+        group.add_argument(flag, default=config_field.default, help=text, **options)
 
 
 def from_options(config_class: type[T], options: dict[str, Any]) -> T:
     """A config dataclass from those of the options that are its fields."""
-    return config_class(
-        **{f.name: options[f.name] for f in fields(config_class) if f.name in options}
-    )
+    names = {f.name for f in fields(config_class)}
+    return config_class(**{name: options[name] for name in names & options.keys()})
 
 
 def fine_tuning_config(options: dict[str, Any], steps_per_epoch: int) -> TrainConfig:
@@ -791,11 +726,8 @@ def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends a script with an exit code.
-
-    Under torchrun immediately: tearing down the threads of the process group occasionally aborts a
-    process that has done all its work.
-    """
+    """Ends a script. Under torchrun at once, because tearing down the threads of the process group
+    occasionally aborts a process that has done all its work."""
     sys.stdout.flush()
     sys.stderr.flush()
     if "RANK" in os.environ:
@@ -813,10 +745,7 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     The plain equivalent is `F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")`.
     In slices of rows the float32 logits stay in the cache, which is faster and saves memory.
-
-    Args:
-        model: Maps token ids (B, T) to logits (B, T, V).
-        batch: Inputs and targets, each (B, T); targets of -100 carry no loss.
+    The model maps inputs (B, T) to logits (B, T, V); targets (B, T) of -100 carry no loss.
     """
     inputs, targets = batch
     logits = model(inputs).flatten(0, 1)
