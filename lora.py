@@ -224,8 +224,8 @@ def nf4_levels() -> Tensor:
 
 @functools.cache
 def dynamic_levels() -> Tensor:
-    """256 levels (256,) with more exponent the fewer fraction bits they have, for 8-bit scales
-    (Dettmers et al. 2021, https://arxiv.org/abs/2110.02861)."""
+    """256 levels (256,) for 8-bit scales, dense near zero: each power of ten below one has twice as
+    many as the one before (Dettmers et al. 2021, https://arxiv.org/abs/2110.02861)."""
     levels = [torch.tensor([0.0, 1.0])]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1)
