@@ -2,8 +2,8 @@
 
     streamlit run app.py
 
-Reads checkpoints, logs and `report.json` of a model set: `models/`, `models/shipped/` or another
-folder below the one that the environment variable GPT_MODELS_DIR names. User interface only.
+Shows the model sets in `models/`, or in the folder that the environment variable GPT_MODELS_DIR
+names, and in its subfolders such as `models/shipped/`: checkpoints, logs and `report.json`.
 """
 
 import contextlib
@@ -77,7 +77,8 @@ def checkpoint_path(name: str) -> Path:
     path, shipped = model_set() / name, MODELS / "shipped" / name
     if path.is_file() or path.parent != MODELS or not shipped.is_file():
         return path
-    command = generation.COMMANDS.get(name, "python finetune_classifier.py")
+    creator = generation.FULL_CLASSIFIER if name == LINEAR_BASELINE else BASE
+    command = generation.COMMANDS.get(name, generation.COMMANDS[creator])
     st.caption(f"Not in {MODELS.name}/ yet (`{command}`): showing {shipped.parent.name}/.")
     return shipped
 
@@ -89,8 +90,8 @@ def _cached(path: Path, changed: tuple[int, ...], _load: Callable) -> Any:
 
 
 def loaded(name: str) -> Any:
-    """A file of the chosen model set, loaded: shared by all sessions, changed by none, and loaded
-    again when it, or a file that it is built on, changes."""
+    """Loads a file of the chosen model set once for all sessions, and again when it or a file it
+    depends on changes. Callers must not modify the result."""
     path = checkpoint_path(name)
     paths = [path.with_name(file) for file in (name, "tokenizer.json", BASE, generation.REVIEW_LM)]
     changed = tuple(p.stat().st_mtime_ns if p.is_file() else 0 for p in paths)
@@ -116,12 +117,12 @@ def stream_text(
     key: str, ids: Iterator[int] | None, tokenizer: BPETokenizer, start: str = ""
 ) -> None:
     """Shows text as it is generated; what was shown stays when a button interrupts it."""
-    place, below = st.empty(), st.empty()
+    body, caption = st.empty(), st.empty()
 
     def show(text: str, note: str) -> None:
         st.session_state[key] = text, note
-        place.code(text, language=None, wrap_lines=True)
-        below.caption(note)
+        body.code(text, language=None, wrap_lines=True)
+        caption.caption(note)
 
     if ids is not None:
         text, n_tokens, started = start, 0, time.perf_counter()
@@ -174,7 +175,7 @@ def generate_page() -> None:
         temperature = left.slider("Temperature", 0.0, 2.0, TEMPERATURE, 0.05, help="0 is greedy")
         length = left.slider("Tokens", 10, 500, 200, 10)
         top_p = middle.slider(
-            "Top-p", 0.05, 1.0, TOP_P, 0.05, help="Fraction of probability to sample from"
+            "Top-p", 0.05, 1.0, TOP_P, 0.05, help="Sample from top tokens of this total probability"
         )
         top_k = middle.slider(
             "Top-k", 0, 200, 0, help="Number of most probable tokens to sample from; 0 is all"
@@ -305,10 +306,10 @@ def classify_once(name: str, texts: list[str]) -> list[float]:
 def instructions_page() -> None:
     """The untouched base and the fine-tuned model answer side by side."""
     st.title("Instructions")
-    st.write("The same prompt for the base, which knows only plays, and after QLoRA on Dolly.")
+    st.write("The same prompt, answered by the untouched base and by the model after QLoRA.")
     keys = ("base-response", "qlora-response")
     task = st.text_area("Instruction", "Name three things to take to the beach.", max_chars=500)
-    context = st.text_area("Context, if it is about a text", "", max_chars=MAX_CHARACTERS)
+    context = st.text_area("Context (optional)", "", max_chars=MAX_CHARACTERS)
     left, right = st.columns(2)
     temperature = left.slider("Temperature", 0.0, 2.0, 0.7, 0.05)
     seed = right.number_input("Seed", 0, 2**31, 0)
@@ -401,8 +402,9 @@ def training_page() -> None:
     curves()
     st.subheader("Comparison")
     path = model_set() / "report.json"
+    command = f"python evaluate.py --models {path.parent}"
     if not path.is_file():
-        st.info(f"There is no {path.name} yet: create it with `python evaluate.py`.")
+        st.info(f"There is no {path.name} yet: create it with `{command}`.")
         return
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
@@ -412,7 +414,7 @@ def training_page() -> None:
             st.dataframe(pd.DataFrame(lines, columns=header), hide_index=True)
         show_costs(rows)
     except (KeyError, TypeError, AttributeError, ValueError):
-        st.error(f"{path.name} cannot be read: recreate it with `python evaluate.py`.")
+        st.error(f"{path.name} cannot be read: recreate it with `{command}`.")
 
 
 @st.fragment(run_every=REFRESH_SECONDS)

@@ -2,8 +2,8 @@
 package index, or the bundled samples.
 
 Downloaded files are verified by SHA-256, except rows of the Hugging Face Hub, which arrive one by
-one. A data set requested by name must be available; "auto" takes the first that is, and logs which
-and why.
+one. A data set requested by name must be available; "auto" takes the first available one and logs
+why the others were skipped.
 """
 
 import codecs
@@ -233,7 +233,7 @@ def load_examples(
         except SourceError as error:
             if dataset != "auto":
                 raise
-            log0(f"no {name}: {error}")
+            log0(f"{name} is not available: {error}")
     if dataset == "auto":
         log0(f"data set: {name}, from {path}")
     return Examples(name, read(path)[:max_examples], has_test_split=name == "amazon_polarity")
@@ -335,8 +335,8 @@ def _valid_rows(path, parse, suffix=None):
 
 
 def _parse_file(path, parse, suffix=None):
-    """The rows that `parse` makes of valid records, and what is wrong with the others. The suffix
-    gives the format: the argument, else that of the path."""
+    """Parses a file; returns the valid rows and a message for each invalid one. `suffix`, by
+    default the path's own, gives the format."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -423,7 +423,7 @@ AMAZON_CELLS = RemoteFile(
     "47003fc0a0d4840b00e96e715b6189bad09e7443a3da41c4cbe12ffc79f86ae3",
     "sentiment labelled sentences/amazon_cells_labelled.txt",
 )
-# TinyShakespeare in three parts, inside a package of the Python package index: name and SHA-256.
+# A PyPI package with TinyShakespeare, split into three files: requirement and SHA-256.
 SONNET = ("dm-sonnet==1.36", "afe292a5f2eaed5c3e2be4b30f2a14b67425422457b9a51579d616af6f075dac")
 SONNET_MEMBERS = [f"sonnet/examples/data/ts.{split}.txt" for split in ("train", "valid", "test")]
 # Sentences of Amazon reviews rated by people (Hutto and Gilbert 2014), inside another package.
@@ -437,7 +437,7 @@ SNIPPETS = RemoteFile(
 DOLLY, DOLLY_ROWS = "databricks/databricks-dolly-15k", 15_011
 NEUTRAL_RATING = 0.5  # ratings from -0.5 to 0.5 are skipped
 
-# How to get the file with a number of rows into the data directory, and how to read it.
+# (find, read): `find(n, data_dir)` downloads n rows if need be and returns the path; `read(path)`.
 Source = tuple[Callable[[int, Path], Path], Callable[[Path], list[Example]]]
 
 

@@ -22,15 +22,15 @@ from data_loader import ByteRange, Corpus, Example, Examples, Instruction, Revie
 from tokenizer import END_OF_TEXT, PAD, BPETokenizer
 
 IGNORE = -100  # target that carries no loss: `ignore_index` of PyTorch's cross entropy
-TOKENIZER_BYTES = 32 << 20  # of the training text that the tokenizer learns from
-SAMPLE_WEIGHT = 3  # how often the bundled reviews and instructions count in the vocabulary
+TOKENIZER_BYTES = 32 << 20  # maximum size of the training text that the tokenizer learns from
+SAMPLE_WEIGHT = 3  # copies of the bundled samples that the tokenizer learns from
 
 # ---- a corpus becomes token ids, once
 
 
 def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETokenizer:
-    """The shared vocabulary, cached in `cache_dir`: learned from the training split of the corpus
-    and, so that these compress as well, the bundled reviews and instructions."""
+    """Trains the tokenizer of all models, or loads it from `cache_dir`. It learns from the training
+    split and from the bundled samples, so that reviews and instructions compress well, too."""
     samples = data_loader.sample_texts()
     key = "\0".join([corpus.sha256, str(vocab_size), str(SAMPLE_WEIGHT), *samples])
     stem = f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -215,8 +215,8 @@ class Split(Generic[Example]):
 def split_examples(examples: Examples[Example]) -> Split[Example]:
     """Takes a fifth for testing and a tenth of the rest for validation, always the same.
 
-    The splits are stratified by group, and rows with equal keys stay together. If the last fifth is
-    the data set's own test split, it loses the rows whose keys occur before it.
+    The splits are stratified by group, and rows with equal keys stay together. With
+    `has_test_split` the last fifth is the test split, without rows whose keys occur before it.
     """
     rng = np.random.default_rng(0)
     if examples.has_test_split:
@@ -242,7 +242,7 @@ def split_reviews(reviews: Examples[Review]) -> Split[Review]:
 
 
 def _sample(rows: list[Example], fraction: float, rng: np.random.Generator):
-    """The other rows, and a sample: with the keys sorted by group, every 1/fraction-th one."""
+    """Splits rows into the rest and a sample of `fraction` of the keys, stratified by group."""
     first_rows = {row.key: row for row in reversed(rows)}
     ordered = sorted(first_rows)
     shuffled = [ordered[i] for i in rng.permutation(len(ordered))]

@@ -1,4 +1,4 @@
-"""Sentiment of Amazon reviews: the base model, every weight fine-tuned.
+"""Fine-tunes every weight of the base model to classify the sentiment of Amazon reviews.
 
     python finetune_classifier.py                     # Amazon polarity, eight minutes on two cores
     python finetune_classifier.py --dataset sample    # the small bundled reviews
@@ -9,8 +9,7 @@ pretrained further on the training reviews, whose English is not Shakespeare's (
 Ruder 2018, https://arxiv.org/abs/1801.06146); the result, `review_lm_weights.pth`, is kept, and
 `finetune_lora_classifier.py` starts from it, too. Then a classification head reads the hidden state
 of the last token, and all weights learn from the labels. Writes
-`models/finetuned_classifier_weights.pth` and its log. Ctrl-C keeps a state that `--resume`
-continues from.
+`models/finetuned_classifier_weights.pth` and its log. After Ctrl-C, `--resume` continues the run.
 """
 
 import argparse
@@ -148,15 +147,15 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
 
 
 def _review_lm(base, tokenizer, split, config, origin, args, runtime):
-    """The base, pretrained further on the texts of the training reviews, unless that is on disk;
-    and how a classifier names it."""
+    """Pretrains the base further on the training reviews, or loads the cached result; returns it
+    and the path and hashes by which checkpoints identify it."""
     path = args.out_dir / REVIEW_LM
     steps = config.review_lm_steps
     metadata = {"model_config": asdict(base.config), **origin, "review_lm_steps": steps}
     if not (cached := cached_model(path, metadata)):
         model, state = base.to(runtime.device), training.state_path(path)
         if args.resume and not state.is_file():
-            raise ValueError(f"{path} is of another run: omit --resume, or give the same options")
+            raise ValueError(f"{path} is missing or differs: omit --resume, or give equal options")
         splits = (split.train, split.validation)
         train_ids, validation_ids = (reviews_as_text(rows, tokenizer) for rows in splits)
         batches = TokenBatches(

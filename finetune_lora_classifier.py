@@ -28,7 +28,7 @@ RECIPE = {
     "eval_every": 0,
     "dropout": 0.1,
     "lora_alpha": 8.0,
-    # Where the new words are, and one layer to combine them: as much as one percent allows.
+    # The embedding, to learn modern words, and one layer to combine them: all that 1 % allows.
     "target_modules": ("token_embedding", "blocks.2.attn.qkv"),
 }
 

@@ -1,6 +1,6 @@
 """Following instructions with QLoRA: a 4-bit base, low-rank adapters, loss on responses only.
 
-    python finetune_qlora_instructions.py                   # Dolly-15k, four minutes on two cores
+    python finetune_qlora_instructions.py                   # Dolly-15k, three minutes on two cores
     python finetune_qlora_instructions.py --dataset sample  # the small bundled instructions
     python finetune_qlora_instructions.py --data FILE       # your own: JSONL
     python finetune_qlora_instructions.py --no-quantize     # plain LoRA on the full-precision base
@@ -8,7 +8,7 @@
 
 Needs a base model (`python main.py`; else the one in `models/shipped`). Writes
 `models/qlora_instruction_weights.pth` (with `--no-quantize` `lora_...`, with `--full` `full_...`)
-and its log. Ctrl-C keeps a state that `--resume` continues from.
+and its log. After Ctrl-C, `--resume` continues the run.
 """
 
 import argparse

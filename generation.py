@@ -197,8 +197,8 @@ def load_model(
     """Opens a checkpoint: the model in evaluation mode, its tokenizer, and the checkpoint itself.
 
     The tokenizer is the `tokenizer.json` beside the checkpoint. An adapter is loaded onto its base,
-    which lies where the checkpoint says; for QLoRA the base is quantised again, to exactly the same
-    values. Files that do not match each other, or are not of one of the `kinds`, are refused.
+    at the relative path that the checkpoint records; for QLoRA the base is quantised again, to
+    exactly the same values. Mismatched files, or other `kinds`, raise a ValueError.
     """
     path = Path(path)
     hint = COMMANDS.get(path.name, COMMANDS[BASE])
@@ -206,7 +206,7 @@ def load_model(
         checkpoint = load_checkpoint(path, kinds, hint)
         if lora_config := checkpoint.get("lora_config"):
             base_path = path.parent / checkpoint["base"]
-            base = load_checkpoint(base_path, "base", hint)
+            base = load_checkpoint(base_path, "base", COMMANDS.get(base_path.name, hint))
             if base["weights_sha256"] != checkpoint["base_sha256"]:
                 raise ValueError(
                     f"{path} was trained on another base than {base_path}: put the right one back, "
@@ -254,11 +254,11 @@ def cached_model(path: Path, metadata: dict[str, Any]) -> tuple | None:
 def open_base(
     path: Path | None, out_dir: Path, context_length: int
 ) -> tuple[GPTModel, BPETokenizer, dict[str, Any]]:
-    """Opens a base to fine-tune, by default that of the default model set.
+    """Opens a base to fine-tune, by default that of the default model set, and copies its
+    tokenizer to `out_dir`.
 
     Returns:
-        The model, the tokenizer, which is copied to `out_dir`, and how a checkpoint there names the
-        base.
+        The model, its tokenizer, and the path and hashes by which checkpoints identify the base.
     """
     path = path or default_path(BASE)
     model, tokenizer, checkpoint = load_model(path, "base")
@@ -268,7 +268,7 @@ def open_base(
     if not copy.is_file():
         tokenizer.save(copy)
     elif BPETokenizer.load(copy).sha256 != tokenizer.sha256:
-        raise ValueError(f"{copy} is another tokenizer than the base's: choose another --out-dir")
+        raise ValueError(f"{copy} differs from the base's tokenizer: choose another --out-dir")
     origin = {
         "base": Path(os.path.relpath(path.resolve(), out_dir.resolve())).as_posix(),
         "base_sha256": checkpoint["weights_sha256"],
@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--max-new-tokens", type=int, default=300, help="maximum number of tokens to generate")
     add("--temperature", type=float, default=TEMPERATURE, help="0 is greedy")
     add("--top-k", type=int, help="sample from the k most probable tokens only")
-    add("--top-p", type=float, default=TOP_P, help="sample from this fraction of probability only")
+    add("--top-p", type=float, default=TOP_P, help="sample from tokens of this total probability")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
     add("--json", action="store_true", help="print one JSON object at the end")
     args = parser.parse_args(argv)

@@ -132,8 +132,8 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmbedd
 
 
 def _is_adapter(name: str) -> bool:
-    parts = name.split(".")
-    return parts[-1].startswith("lora_") or HEAD in parts
+    names = name.split(".")
+    return names[-1].startswith("lora_") or HEAD in names
 
 
 @torch.no_grad()
@@ -224,8 +224,9 @@ def nf4_levels() -> Tensor:
 
 @functools.cache
 def dynamic_levels() -> Tensor:
-    """256 levels (256,) for 8-bit scales, dense near zero: each power of ten below one has twice as
-    many as the one before (Dettmers et al. 2021, https://arxiv.org/abs/2110.02861)."""
+    """256 levels (256,) for 8-bit scales, dense near zero: zero, one, and seven decades of each
+    sign, from 1e-7 to 1, each with twice as many levels as the decade below (Dettmers et al. 2021,
+    https://arxiv.org/abs/2110.02861)."""
     levels = [torch.tensor([0.0, 1.0])]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1)
@@ -269,7 +270,8 @@ def quantize_4bit(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
             layer.bias.requires_grad_(False)
         model.set_submodule(name, quantized.train(layer.training))
     if reason:
-        warnings.warn(f"no bitsandbytes ({reason}): slower NF4 in plain PyTorch", stacklevel=2)
+        text = f"bitsandbytes not used ({reason}): slower NF4 in plain PyTorch"
+        warnings.warn(text, stacklevel=2)
     states = [m.weight.quant_state for m in model.modules() if _is_bitsandbytes(m)]
     for state in states:  # the level tables are the same for all: keep one copy
         state.code, state.state2.code = states[0].code, states[0].state2.code

@@ -1,12 +1,12 @@
 """The base model, end to end: tokenizer, training, checkpoint, sample.
 
-    python main.py                                    # TinyShakespeare, ten minutes on two cores
+    python main.py                                    # TinyShakespeare, eight minutes on two cores
     python main.py --preset tiny                      # thirty seconds, for a first look
     python main.py --data my_texts/ --steps 3000      # your own UTF-8 text
     torchrun --nproc_per_node=2 main.py --preset gpu  # several processes
 
 Writes `models/tokenizer.json`, `models/model_weights.pth` and `models/model_weights.log.jsonl`.
-Ctrl-C keeps a state that `--resume` continues from.
+After Ctrl-C, `--resume` continues the run.
 """
 
 import argparse

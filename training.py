@@ -61,14 +61,14 @@ class TrainConfig:
             norms) or "adamw" for everything.
         learning_rate: AdamW's peak rate.
         muon_learning_rate: Muon's peak rate.
-        weight_decay: Of matrices; norms and biases have none.
-        warmup_steps: Steps in which the rates rise from zero.
-        decay_fraction: Fraction of the steps, at the end, in which the rates fall linearly to zero.
+        weight_decay: Weight decay of matrices; norms and biases have none.
+        warmup_steps: Steps over which the rates rise from zero.
+        decay_fraction: Final fraction of the steps, over which the rates fall linearly to zero.
         max_grad_norm: Gradients are clipped to this norm.
         grad_accumulation: Micro-batches per step, processed one after the other to save memory.
-        eval_every: Steps between validations, each followed by writing a resumable state; 0 is one
-            epoch, in fine-tunings only.
-        seed: Of initial weights, batches and dropout.
+        eval_every: Steps between validations, each of which also saves a resumable state; 0 means
+            once per epoch (fine-tuning only).
+        seed: Seed of initial weights, batches and dropout.
     """
 
     steps: int
@@ -118,7 +118,7 @@ def train(
             over all terms.
         validate: Metrics of the current model; called on every process.
         path: Of the result, which the caller saves; beside it lie `.log.jsonl` and `.resume.pth`.
-        metadata: What the run started from (data, tokenizer, model); `resume` refuses others.
+        metadata: Data, tokenizer and model of the run; `resume` refuses a state with others.
         monitor: Metric whose minimum, or maximum, selects the weights; ties go to the later step.
 
     Returns:
@@ -246,7 +246,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
 def mean_loss(
     model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn, runtime: "Runtime"
 ) -> float:
-    """Mean loss over fixed batches, which the processes share; NaN without a single term."""
+    """Mean loss over fixed batches, split among the processes; NaN if there are no terms."""
     totals = torch.zeros(2, dtype=torch.float64)
     with torch.inference_mode(), runtime.autocast():
         for batch in batches[runtime.rank :: runtime.world_size]:
@@ -363,13 +363,16 @@ class _Run:
         }
 
     def _load_state(self) -> None:
-        state = load_checkpoint(self.state_path, "resume", hint="the same command without --resume")
+        if not self.state_path.is_file():
+            raise FileNotFoundError(f"there is no {self.state_path} to resume: omit --resume")
+        state = load_checkpoint(self.state_path, "resume", hint="the command without --resume")
         if differences := _differences(state["metadata"], self.metadata):
             changed = state["metadata"].get("precision") != self.metadata["precision"]
-            where = " on an idle machine, since precision is timed" if changed else ""
+            retry = "try again on an idle machine (precision is chosen by timing)"
+            remedy = retry if changed else "give the same options"
             raise ValueError(
-                f"{self.state_path} is of another run ({'; '.join(differences)}): give the same "
-                f"options{where}, or start over without --resume"
+                f"{self.state_path} belongs to another run ({'; '.join(differences)}): {remedy}, "
+                "or start over without --resume"
             )
         self.model.load_state_dict(state["weights"], strict=False)
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
@@ -424,8 +427,8 @@ def state_path(path: Path) -> Path:
 
 
 def check_states(paths: list[Path], resume: bool) -> None:
-    """Makes sure that there is a state to resume, or deletes that of an abandoned run; `paths` are
-    the result, then whatever is trained on the way to it."""
+    """With `resume`, checks that a state exists; otherwise deletes that of an abandoned run.
+    `paths` are the result, then the intermediate models."""
     states = [state_path(path) for path in paths]
     if resume and not any(state.is_file() for state in states):
         raise FileNotFoundError(f"there is no {states[0]} to resume: omit --resume")
@@ -644,12 +647,12 @@ def add_run_flags(
 ) -> None:
     """Adds the flags that all trainings share, and with `max_examples` those of fine-tunings."""
     add = parser.add_argument
-    text = "auto: the first available one of the others"
+    text = "data set; auto takes the first available one"
     add("--dataset", choices=("auto", *data_sets), default="auto", help=text)
     add("--data", type=Path, help=f"your own data instead: {data_help}")
     add("--data-dir", type=Path, help="folder of downloads (default: $GPT_DATA_DIR, else data)")
     add("--out-dir", type=Path, default=Path("models"), help="folder to write to")
-    add("--resume", action="store_true", help="continue an interrupted run of the same options")
+    add("--resume", action="store_true", help="continue an interrupted run with the same options")
     if max_examples:
         add("--max-examples", type=int, default=max_examples, help="maximum number of examples")
         text = "base model (default: models/model_weights.pth, else that of models/shipped)"

@@ -294,7 +294,7 @@ def test_a_report_of_another_shape_is_a_message(content: str, models: Path):
     (models / "report.json").write_text(content)
     at = page("training")
     assert not at.exception
-    assert "recreate it with `python evaluate.py`" in at.error[0].value
+    assert "recreate it with `python evaluate.py --models " in at.error[0].value
 
 
 def test_no_page_changes_what_another_shows(models: Path):

@@ -150,7 +150,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_auto_falls_back_to_the_sample_and_says_why(
+def test_auto_falls_back_to_the_sample_and_logs_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     corpus = data_loader.load_corpus("auto", None, tmp_path)

@@ -70,7 +70,7 @@ def test_token_files_are_written_once(
 # ---- subword regularisation
 
 
-def test_split_tokens_spell_the_same_text(tokenizer: BPETokenizer, play: str):
+def test_resegmented_tokens_spell_the_same_text(tokenizer: BPETokenizer, play: str):
     ids = np.array(tokenizer.encode(play[:3000]))
     halves = merge_children(tokenizer)
     lengths = []

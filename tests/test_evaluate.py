@@ -88,6 +88,17 @@ def test_the_table_names_the_command_for_what_is_missing(
     assert all("problem" in row for part in rows.values() for row in part)
 
 
+def test_the_shipped_report_is_not_rewritten_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # no base of one's own
+    (tmp_path / "models" / "shipped").mkdir(parents=True)
+    assert evaluate.main(["--data-dir", str(tmp_path)]) == 0
+    assert not list((tmp_path / "models" / "shipped").iterdir())
+    assert evaluate.main(["--data-dir", str(tmp_path), "--models", "models/shipped"]) == 0
+    assert (tmp_path / "models" / "shipped" / "report.json").is_file()
+
+
 def test_the_table_measures_in_and_out_of_domain(
     base_checkpoint: Path,
     tmp_path: Path,

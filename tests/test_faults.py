@@ -184,7 +184,7 @@ def test_killed_trainings_end_with_the_same_weights(
 @pytest.mark.parametrize(
     ("name", "sent"), list(zip(TRAININGS, [signal.SIGINT, signal.SIGTERM] * 2, strict=True))
 )
-def test_a_signal_leaves_a_state_and_the_command_that_goes_on(
+def test_a_signal_leaves_a_state_and_the_command_to_resume(
     name: str, sent: signal.Signals, all_models: Path, own: Path, tmp_path: Path, start: Start
 ):
     endless = ["--steps", "1000000", *(["--epochs", "1000000"] if "model_w" not in name else [])]
@@ -283,7 +283,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(
 
 @pytest.mark.parametrize("name", TRAININGS)
 @pytest.mark.parametrize("place", ["/proc/models", "a file", "its name is a folder"])
-def test_a_place_that_cannot_be_written_is_one_line(
+def test_an_unwritable_path_is_one_line(
     name: str,
     place: str,
     all_models: Path,

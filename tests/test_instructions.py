@@ -271,7 +271,7 @@ def test_without_bitsandbytes_plain_pytorch_takes_over(monkeypatch: pytest.Monke
     with_it = copy.deepcopy(model)
     quantize_4bit(with_it)
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
-    with pytest.warns(UserWarning, match="no bitsandbytes .*slower NF4 in plain PyTorch"):
+    with pytest.warns(UserWarning, match="bitsandbytes not used .*slower NF4 in plain PyTorch"):
         quantize_4bit(model)
     assert stored_bytes(model) == pytest.approx(stored_bytes(with_it), rel=0.01)
     assert count_parameters(model) == count_parameters(with_it)
@@ -494,7 +494,7 @@ def test_another_base_is_refused(run: Callable[..., int], base_checkpoint: Path,
         (["--r", "0"], "must be above zero"),
         (["--max-examples", "2"], "too few rows to split"),
         (["--base", "nothing.pth"], "`python main.py`"),
-        (["--resume"], "without --resume"),
+        (["--resume"], "to resume: omit --resume"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -91,7 +91,7 @@ def test_a_second_run_reuses_tokenizer_and_ids(
         (["--context-length", "100000"], "train the base with a smaller --context-length"),
         (["--resegment-probability", "1"], "resegment_probability must lie in [0, 1)"),
         (["--steps", "0"], "steps must lie in [1, inf), not 0"),
-        (["--resume"], "create it with `the same command without --resume`"),
+        (["--resume"], "to resume: omit --resume"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -157,7 +157,7 @@ def test_auto_takes_the_first_that_can_be_had_and_says_which(
     assert reviews.name == "sample" and len(reviews.rows) == 100
     said = capsys.readouterr().err
     for name in ("amazon_polarity", "amazon_cells", "amazon_snippets"):
-        assert f"no {name}: no network" in said
+        assert f"{name} is not available: no network" in said
     assert "data set: sample" in said
 
 

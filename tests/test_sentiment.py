@@ -96,7 +96,7 @@ def test_prefix_loss_by_hand():
     assert n == 2 and loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_predictions_do_not_depend_on_the_company(tokenizer: BPETokenizer, runtime: Runtime):
+def test_predictions_do_not_depend_on_the_other_texts(tokenizer: BPETokenizer, runtime: Runtime):
     model = randomised(GPTClassificationModel(GPTModel(tiny_config(tokenizer.vocab_size)), 2))
     texts = ["good", "a much longer text that is cut in its middle, for it does not fit", "so so"]
     together = class_probabilities(model, tokenizer, texts, runtime)

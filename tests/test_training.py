@@ -203,7 +203,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
-def test_every_step_has_other_dropout_masks(tmp_path: Path, runtime: Runtime):
+def test_every_step_has_its_own_dropout_mask(tmp_path: Path, runtime: Runtime):
     masks = []
 
     def recorded(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -345,7 +345,7 @@ def test_another_run_is_not_resumed(
 
 
 def test_nothing_to_resume_is_an_error(tmp_path: Path, runtime: Runtime):
-    with pytest.raises(FileNotFoundError, match="without --resume"):
+    with pytest.raises(FileNotFoundError, match="to resume: omit --resume"):
         run(tmp_path, runtime, resume=True)
 
 
