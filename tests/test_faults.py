@@ -366,7 +366,7 @@ def test_a_killed_worker_ends_the_job_which_resumes(
     all_models: Path, own: Path, tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]
 ):
     name, folder = "model_weights.pth", tmp_path / "out"
-    options = options_of(name, all_models, own, folder, "--steps", "600", "--batch-size", "5")
+    options = options_of(name, all_models, own, folder, "--steps", "300", "--batch-size", "5")
     job = start(name, options, TORCHRUN)
     state = folder / "model_weights.resume.pth"
     wait_for(state, job)
