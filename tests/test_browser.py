@@ -72,7 +72,7 @@ def page() -> Iterator[Page]:
 
 @pytest.fixture
 def pictures(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Where screenshots go: `pytest -m browser --screenshots assets` renews those of the README."""
+    """Where screenshots go: `pytest -m browser --screenshots=assets` renews those of the README."""
     return Path(request.config.getoption("--screenshots") or tmp_path)
 
 
