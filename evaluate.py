@@ -491,6 +491,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for name, task in TASKS.items():
         options = {"help": task.text, "formatter_class": training.HelpFormatter}
         add = tasks.add_parser(name, **options).add_argument
+        add("--models", type=Path, default=argparse.SUPPRESS, help=text)
         add("--checkpoint", type=Path, help=f"(default: {task.file} of the model set)")
         add("--data", type=Path, required=True, help=task.data_help)
         add("--json", action="store_true", help="print one JSON object")

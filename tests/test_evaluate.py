@@ -57,8 +57,10 @@ def test_every_byte_of_a_file_counts(
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == {"bits_per_byte", "nats_per_byte", "perplexity", "tokens", "bytes"}
     assert found["bytes"] == len(content)
-    assert evaluate.main(["perplexity", *options]) == 0
-    assert f"bytes: {len(content):,}\n" in capsys.readouterr().out
+    models = ["--models", str(base_checkpoint.parent)]
+    for before, after in (([], options), (models, options[2:]), ([], [*models, *options[2:]])):
+        assert evaluate.main([*before, "perplexity", *after]) == 0
+        assert f"bytes: {len(content):,}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"a\0b"])
