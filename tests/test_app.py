@@ -149,7 +149,7 @@ def test_uploads_are_read_as_the_scripts_read_files():
 def test_the_shipped_models_stand_in_until_the_user_has_trained(
     all_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """As after a fresh `python main.py`: a base of one's own and nothing else."""
+    """As after `python main.py` on a fresh clone: a base and nothing else."""
     shutil.copytree(all_models, tmp_path / "shipped")
     for name in ("tokenizer.json", BASE):
         shutil.copy(all_models / name, tmp_path)

@@ -93,7 +93,7 @@ def test_the_table_names_the_command_for_what_is_missing(
 def test_the_shipped_report_is_not_rewritten_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.chdir(tmp_path)  # no base of one's own
+    monkeypatch.chdir(tmp_path)  # where models/ has no base
     (tmp_path / "models" / "shipped").mkdir(parents=True)
     assert evaluate.main(["--data-dir", str(tmp_path)]) == 0
     assert not list((tmp_path / "models" / "shipped").iterdir())
