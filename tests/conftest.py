@@ -20,11 +20,14 @@ import torch
 import finetune_classifier
 import finetune_lora_classifier
 import finetune_qlora_instructions
+import generation
 import training
 from data_loader import SAMPLES
 from model import GPTConfig, GPTModel
 from tokenizer import BPETokenizer
 from training import Runtime, save_checkpoint
+
+generation.MAX_RESPONSE_TOKENS = 30  # each training of an instruction model samples responses
 
 # Options of trainings that take a second.
 TINY_SENTIMENT = """--context-length 24 --batch-size 8 --steps 12 --review-lm-steps 6
