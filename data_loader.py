@@ -34,6 +34,7 @@ SAMPLES = Path(__file__).parent / "assets" / "samples"
 CHUNK_BYTES = 1 << 20
 MAX_REPORTED_ROWS = 5
 LABELS = ("negative", "positive")  # names of classes 0 and 1
+LABEL_VALUES = {"0", "1", "2", *LABELS}  # as files have them
 
 
 class SourceError(ValueError):
@@ -284,7 +285,7 @@ def review_text(record: dict[str, Any]) -> str:
 def _review_fields(record: dict[str, Any]) -> tuple[str, str]:
     text = review_text(record)
     label = str(record.get("label", "")).strip().lower().removesuffix(".0")
-    if label not in ("0", "1", "2", "negative", "positive"):
+    if label not in LABEL_VALUES:
         raise ValueError(f"label {label[:20]!r}")
     return text, label
 
@@ -383,7 +384,7 @@ def _table_records(text: str, is_csv: bool) -> Iterator[tuple[int, object]]:
         rows = enumerate(lines, 1)
     rows = [(number, fields) for number, fields in rows if any(field.strip() for field in fields)]
     header = [field.strip().lower() for field in rows[0][1]] if rows else []
-    if {"label", "text", "content"} & set(header):
+    if {"label", "text", "content"} & set(header) and not LABEL_VALUES & set(header):
         names, rows = header, rows[1:]
     else:
         names = ["text", "label"] if len(header) == 2 else ["label", "title", "content"]

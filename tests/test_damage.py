@@ -236,7 +236,7 @@ class Bomb:
 
 
 def bomb(path: Path, _: random.Random) -> None:
-    torch.save({"format": 2, "kind": "base", "weights": Bomb()}, path)
+    torch.save({"format": 3, "kind": "base", "weights": Bomb()}, path)
 
 
 def directory(path: Path, _: random.Random) -> None:
@@ -258,7 +258,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
     "scrambled 1": scrambled,
     "zeros": replaced(bytes(1000)),
     "text": replaced(b"to be or not to be\n" * 10),
-    "JSON": replaced(b'{"format": 2, "kind": "base"}\n'),
+    "JSON": replaced(b'{"format": 3, "kind": "base"}\n'),
     "numbers": replaced(b"1\n2\n3\n"),
     "binary": replaced(bytes(range(256)) * 8),
     **{f"swapped for {name}": swapped(name) for name in (BASE, LORA, QLORA, TOKENIZER, LINEAR)},

@@ -269,7 +269,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(
 ):
     script, kind, _ = TRAININGS[name]
     folder = tmp_path / "models"
-    save_checkpoint(folder / name, {"format": 2, "kind": kind, "weights": {"old": torch.ones(3)}})
+    save_checkpoint(folder / name, {"format": 3, "kind": kind, "weights": {"old": torch.ones(3)}})
     older = (folder / name).read_bytes()
     steps = ["--steps", "6", "--review-lm-steps", "3"][: 2 if script is main else None]
     options = options_of(name, all_models, own, folder, *steps[: 4 if "class" in name else 2])

@@ -53,6 +53,13 @@ def test_the_formats_that_people_have(tmp_path: Path, name: str, text: str):
     assert read_reviews(write(tmp_path / name, text)) == [GOOD, BAD]
 
 
+def test_a_first_row_with_a_label_is_no_header(tmp_path: Path):
+    path = write(tmp_path / "a.csv", '"2","Content","I like it."\n"1","Text","No."\n')
+    assert read_reviews(path) == [Review("Content\nI like it.", 1), Review("Text\nNo.", 0)]
+    path = write(tmp_path / "b.tsv", "Text\t1\ncontent\t0\n")
+    assert read_reviews(path) == [Review("Text", 1), Review("content", 0)]
+
+
 def test_title_and_content_become_one_text(tmp_path: Path):
     rows = [{"label": 1, "title": "Great", "content": "I like it."}, {"label": 0, "content": "No."}]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
