@@ -278,6 +278,8 @@ def _diverged(what: str, step: int) -> FloatingPointError:
 
 
 class _Run:
+    """Progress, best weights and files of a training."""
+
     def __init__(self, model, config, runtime, path, metadata, monitor, maximize):
         self.model, self.runtime = model, runtime
         self.monitor, self.sign = monitor, -1 if maximize else 1
