@@ -1,20 +1,27 @@
 """A GPT decoder in plain PyTorch (Radford et al. 2019, "Language Models are Unsupervised Multitask
 Learners").
 
-Shapes: B batch, T time (tokens), C channels (`n_embd`), H heads, D head size (C / H), V vocabulary,
-L layers, S tokens seen so far (those in the cache and the T new ones).
+Shapes: B batch, T time (tokens), C channels (`n_embd`), H query heads, K key/value heads, D head
+size, V vocabulary, L layers, S tokens seen so far (those in the cache and the T new ones).
 
-With learned positions, GELU, biases, tied weights and no query/key normalisation this is GPT-2. The
-defaults are the recipe of `main.py`: rotary positions, squared ReLU, query/key normalisation, and
-output projections that start at zero, so that each block starts as the identity.
+The defaults are the recipe of `main.py`: rotary positions, squared ReLU, query/key normalisation,
+and output projections that start at zero, so that each block starts as the identity. With other
+settings it is GPT-2, Llama (also SmolLM2) or Qwen3, whose files the end of this file reads.
 """
 
 import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Rotary = tuple[Tensor, Tensor] | None  # cosines and sines (T, D)
+Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # of `KVCache`, for one layer
 
 
 class CausalSelfAttention(nn.Module):
@@ -23,50 +30,57 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: "GPTConfig"):
         super().__init__()
-        self.n_head, self.qk_norm = config.n_head, config.qk_norm
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.n_kv_head, D = config.n_head, config.n_kv_head, config.head_size
+        n_rows = (config.n_head + 2 * config.n_kv_head) * D
+        self.qkv = nn.Linear(config.n_embd, n_rows, bias=config.bias)
+        self.proj = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
+        self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
+        if config.qk_norm and config.norm == "rms":
+            self.q_norm, self.k_norm = (nn.RMSNorm(D, config.norm_eps) for _ in range(2))
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor,
-        rotary: tuple[Tensor, Tensor] | None = None,
-        cache: "KVCache | None" = None,
-        layer: int = 0,
+        self, x: Tensor, mask: Tensor, rotary: Rotary = None, store: Store = None
     ) -> Tensor:
         """(B, T, C) to (B, T, C); `mask` (T, S) is 0 where a token may attend and -inf elsewhere.
 
-        On a CPU attention is spelled out, which in bf16 is several times faster than PyTorch's
-        fused kernel; a GPU, and a single token, use that kernel.
+        Each key/value head serves H / K query heads (Ainslie et al. 2023,
+        https://arxiv.org/abs/2305.13245). On a CPU attention is spelled out, which in bf16 is
+        several times faster than PyTorch's kernel; a GPU, and a single token, use the kernel.
         """
-        B, T, C = x.shape
-        q, k, v = self.project(x, rotary)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        if x.is_cuda or T == 1:
-            mask = mask.to(q.dtype) if cache is not None and T > 1 else None
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=cache is None)
-        else:
-            y = self.weights(q, k, mask) @ v
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))  # from (B, H, T, D)
-
-    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
-        """Queries, keys and values, each (B, H, T, D), of x (B, T, C)."""
         B, T, _ = x.shape
-        heads = self.qkv(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2)  # (B, 3 H, T, D)
-        qk, v = heads.split([2 * self.n_head, self.n_head], dim=1)
-        if self.qk_norm:
-            qk = F.layer_norm(qk, qk.shape[-1:])
+        q, k, v = self.project(x, rotary)
+        if store:
+            k, v = store(k, v)
+        if x.is_cuda or T == 1:
+            options = {"is_causal": not store, "enable_gqa": self.n_kv_head < self.n_head}
+            mask = mask.to(q.dtype) if store and T > 1 else None
+            y = F.scaled_dot_product_attention(q, k, v, mask, **options)
+        else:
+            weights = self.weights(q, k, mask).view(B, self.n_kv_head, -1, k.shape[2])
+            y = (weights @ v).view(q.shape)
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # from (B, H, T, D)
+
+    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, ...]:
+        """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
+        B, T, _ = x.shape
+        H, K = self.n_head, self.n_kv_head
+        heads = self.qkv(x).view(B, T, H + 2 * K, -1).transpose(1, 2)
+        qk, v = heads.split([H + K, K], dim=1)
+        if hasattr(self, "q_norm"):
+            qk = torch.cat([self.q_norm(qk[:, :H]), self.k_norm(qk[:, H:])], dim=1)
+        elif self.qk_norm:
+            qk = F.layer_norm(qk, qk.shape[-1:], eps=self.norm_eps)
         if rotary is not None:
             qk = rotate(qk, rotary[0].to(qk.dtype), rotary[1].to(qk.dtype))
-        return *qk.split(self.n_head, dim=1), v
+        return *qk.split([H, K], dim=1), v
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
         """Attention weights (B, H, T, S): softmax of q k^T / sqrt(D) plus the mask (T, S)."""
         B, H, T, D = q.shape
-        q, k = q.reshape(B * H, T, D), k.reshape(B * H, -1, D)
-        scores = torch.baddbmm(mask.to(q.dtype), q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
+        K = self.n_kv_head
+        q, k = q.reshape(B * K, -1, D), k.reshape(B * K, -1, D)  # (B K, H / K * T, D): grouped
+        mask = mask.to(q.dtype).repeat(H // K, 1)
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
         return scores.softmax(dim=-1).view(B, H, T, -1)
 
 
@@ -75,15 +89,30 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: "GPTConfig"):
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.gelu = config.activation == "gelu"
+        self.activation = {"gelu": gelu, "relu2": relu2, "swiglu": swiglu}[config.activation]
+        n_rows = config.n_ff * (2 if config.activation == "swiglu" else 1)
+        self.fc = nn.Linear(config.n_embd, n_rows, bias=config.bias)
+        self.proj = nn.Linear(config.n_ff, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        x = self.fc(x)
-        x = F.gelu(x, approximate="tanh") if self.gelu else F.relu(x).square()
-        return self.proj(x)
+        return self.proj(self.activation(self.fc(x)))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's form."""
+    return F.gelu(x, approximate="tanh")
+
+
+def relu2(x: Tensor) -> Tensor:
+    """Squared ReLU (So et al. 2021, https://arxiv.org/abs/2109.08668)."""
+    return F.relu(x).square()
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """Half of the channels gate the other half (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class TransformerBlock(nn.Module):
@@ -91,22 +120,15 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: "GPTConfig"):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.norm1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.norm2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.norm2 = make_norm(config)
         self.mlp = FeedForward(config)
         self.dropout = FastDropout(config.dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor,
-        rotary: tuple[Tensor, Tensor] | None = None,
-        cache: "KVCache | None" = None,
-        layer: int = 0,
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, rotary: Rotary, store: Store = None) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        x = x + self.dropout(self.attn(self.norm1(x), mask, rotary, cache, layer))
+        x = x + self.dropout(self.attn(self.norm1(x), mask, rotary, store))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -118,16 +140,22 @@ class GPTConfig:
         vocab_size: Number of token ids (V).
         context_length: Maximum number of tokens that the model sees at once.
         n_layer: Transformer blocks (L).
-        n_head: Attention heads (H); divides n_embd.
+        n_head: Attention heads (H).
         n_embd: Channels (C).
+        n_kv_head: Key/value heads (K); divides n_head; 0 means n_head.
+        head_size: Channels per head (D); 0 means n_embd / n_head.
+        n_ff: Width of the feed-forward layer; 0 means 4 n_embd.
         dropout: Dropout rate of embeddings and block outputs.
         bias: Whether linear layers and norms have biases, as in GPT-2.
-        activation: "gelu" (GPT-2's tanh form) or "relu2" (squared ReLU; So et al. 2021,
-            https://arxiv.org/abs/2109.08668).
+        activation: "gelu" (GPT-2), "relu2" (squared ReLU) or "swiglu" (Llama).
         position: "learned" (GPT-2's table) or "rotary" (Su et al. 2021,
             https://arxiv.org/abs/2104.09864).
-        qk_norm: Whether queries and keys are normalised to mean 0 and variance 1 in each head
-            (Dehghani et al. 2023, https://arxiv.org/abs/2302.05442).
+        rotary_base: The slowest pair of a head turns by about 1 / rotary_base per token.
+        norm: "layer" or "rms", which does not subtract the mean (Zhang and Sennrich 2019,
+            https://arxiv.org/abs/1910.07467).
+        norm_eps: Added to the variance before its root is taken.
+        qk_norm: Whether queries and keys are normalised in each head (Dehghani et al. 2023,
+            https://arxiv.org/abs/2302.05442); with RMSNorm, learned weights follow, as in Qwen3.
         tie_weights: Whether the head shares the weights of the token embedding, as in GPT-2.
     """
 
@@ -136,32 +164,45 @@ class GPTConfig:
     n_layer: int = 4
     n_head: int = 3
     n_embd: int = 192
+    n_kv_head: int = 0
+    head_size: int = 0
+    n_ff: int = 0
     dropout: float = 0.15
     bias: bool = False
     activation: str = "relu2"
     position: str = "rotary"
+    rotary_base: float = 10_000.0
+    norm: str = "layer"
+    norm_eps: float = 1e-5
     qk_norm: bool = True
     tie_weights: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) <= 10_000_000:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_embd % self.n_head:
+        if not self.head_size and self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
-        if self.activation not in ("gelu", "relu2"):
-            raise ValueError(f"activation must be gelu or relu2, not {self.activation}")
-        if self.position not in ("learned", "rotary"):
-            raise ValueError(f"position must be learned or rotary, not {self.position}")
-        if self.position == "rotary" and self.head_size % 2:
-            raise ValueError(f"rotary positions need an even head size, not {self.head_size}")
+        defaults = (self.n_head, self.n_embd // self.n_head, 4 * self.n_embd)
+        for name, default in zip(("n_kv_head", "head_size", "n_ff"), defaults):
+            object.__setattr__(self, name, getattr(self, name) or default)
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
+        if not 0 <= self.dropout < 1 or not self.norm_eps > 0:
+            raise ValueError("dropout must lie in [0, 1) and norm_eps above 0")
+        options = {"activation": ("gelu", "relu2", "swiglu"), "norm": ("layer", "rms")}
+        for name, values in {**options, "position": ("learned", "rotary")}.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be {' or '.join(values)}")
+        if self.position == "rotary" and (self.head_size % 2 or not self.rotary_base > 0):
+            raise ValueError("rotary positions need an even head_size and a rotary_base above 0")
 
-    @property
-    def head_size(self) -> int:
-        """Channels per head (D)."""
-        return self.n_embd // self.n_head
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """A normalisation of the C channels of each token."""
+    if config.norm == "rms":
+        return nn.RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 
 class GPTModel(nn.Module):
@@ -173,18 +214,12 @@ class GPTModel(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.context_length, config.n_embd)
-        else:
-            cos, sin = rotary_table(config.context_length, config.head_size)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
         self.dropout = FastDropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
-        self.final_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.final_norm = make_norm(config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.head.weight = self.token_embedding.weight
-        mask = torch.full((config.context_length, config.context_length), -math.inf).triu(1)
-        self.register_buffer("causal_mask", mask, persistent=False)
         for name, parameter in self.named_parameters():  # a tied head is named as the embedding
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -205,26 +240,26 @@ class GPTModel(nn.Module):
         if end > self.config.context_length:
             raise ValueError(f"{end} tokens exceed the context of {self.config.context_length}")
         x, mask, rotary = self._embed(ids, start)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, mask, rotary, cache, layer)
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, rotary, cache and partial(cache.append, i))
         if cache is not None:
             cache.length = end
         return self.final_norm(x)
 
-    def _embed(
-        self, ids: Tensor, start: int
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    def _embed(self, ids: Tensor, start: int) -> tuple[Tensor, Tensor, Rotary]:
         """Block inputs (B, T, C), causal mask (T, S) and rotary table of tokens from `start` on."""
-        end = start + ids.shape[1]
+        config, T, end = self.config, ids.shape[1], start + ids.shape[1]
         x = self.token_embedding(ids)
         rotary = None
-        if self.config.position == "learned":
+        if config.position == "learned":
             x = x + self.position_embedding(torch.arange(start, end, device=ids.device))
         else:
-            rotary = (self.cos[start:end], self.sin[start:end])
+            sizes = (config.context_length, config.head_size, config.rotary_base)
+            rotary = tuple(table[start:end] for table in rotary_table(*sizes, ids.device))
+        mask = torch.full((T, end), -math.inf, device=ids.device).triu(start + 1)
         if torch.is_autocast_enabled(x.device.type):  # bfloat16 between the blocks, too
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self.dropout(x), self.causal_mask[start:end, :end], rotary
+        return self.dropout(x), mask, rotary
 
     @torch.no_grad()
     def attention_maps(self, ids: Tensor) -> Tensor:
@@ -270,35 +305,38 @@ class GPTClassificationModel(nn.Module):
 
 class KVCache:
     """Keys and values of the `length` tokens seen so far: for each layer a buffer
-    (B, H, context_length, D), allocated once."""
+    (B, K, max_length, D), allocated once; by default for a full context."""
 
-    def __init__(self, model: GPTModel, batch_size: int = 1):
+    def __init__(self, model: GPTModel, batch_size: int = 1, max_length: int | None = None):
         config, weight = model.config, model.final_norm.weight
-        shape = (batch_size, config.n_head, config.context_length, config.head_size)
+        max_length = min(max_length or config.context_length, config.context_length)
+        shape = (batch_size, config.n_kv_head, max_length, config.head_size)
         self.keys, self.values = (
             [weight.new_zeros(shape) for _ in range(config.n_layer)] for _ in range(2)
         )
         self.length = 0
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores T new keys and values (B, H, T, D) of one layer; returns all S of them."""
+        """Stores T new keys and values (B, K, T, D) of one layer; returns all S of them."""
         keys, values, T = self.keys[layer], self.values[layer], key.shape[2]
         keys.narrow(2, self.length, T).copy_(key)
         values.narrow(2, self.length, T).copy_(value)
         return keys.narrow(2, 0, self.length + T), values.narrow(2, 0, self.length + T)
 
 
-def rotary_table(context_length: int, head_size: int) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines (context_length, D) of the angles that `rotate` turns by.
-
-    Pair i at position t turns by t * 10,000^(-2 i / D) (Su et al. 2021,
-    https://arxiv.org/abs/2104.09864).
-    """
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a table made while generating also serves training
+def rotary_table(
+    context_length: int, head_size: int, base: float = 1e4, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines (context_length, D) of the angles that `rotate` turns by: pair i at
+    position t by t * base^(-2 i / D) (Su et al. 2021, https://arxiv.org/abs/2104.09864)."""
     half = head_size // 2
-    frequencies = 10_000.0 ** (-torch.arange(half) / half)
+    frequencies = base ** (-torch.arange(half) / half)
     angles = torch.outer(torch.arange(context_length), frequencies)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    tables = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    return tuple(table.to(device) for table in tables)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -327,3 +365,173 @@ class FastDropout(nn.Module):
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         keep = bits.view(torch.int16)[: x.numel()] >= round(self.p * 2**16) - 2**15
         return x * keep.view(x.shape).to(x.dtype).mul_(1 / (1 - self.p))
+
+
+# ---- the same models in Hugging Face files
+
+LAYERS = {  # our layers; those of Llama and Qwen3, of GPT-2, and of Persimmon; B is a block
+    "token_embedding": ("embed_tokens", "wte", "embed_tokens"),
+    "position_embedding": ("", "wpe", ""),
+    "norm1": ("B.input_layernorm", "B.ln_1", "B.input_layernorm"),
+    "attn.qkv": ("B.A.q_proj B.A.k_proj B.A.v_proj", "B.attn.c_attn", "B.A.query_key_value"),
+    "attn.q_norm": ("B.A.q_norm", "", "B.A.q_layernorm"),
+    "attn.k_norm": ("B.A.k_norm", "", "B.A.k_layernorm"),
+    "attn.proj": ("B.A.o_proj", "B.attn.c_proj", "B.A.dense"),
+    "norm2": ("B.post_attention_layernorm", "B.ln_2", "B.post_attention_layernorm"),
+    "mlp.fc": ("B.mlp.gate_proj B.mlp.up_proj", "B.mlp.c_fc", "B.mlp.dense_h_to_4h"),
+    "mlp.proj": ("B.mlp.down_proj", "B.mlp.c_proj", "B.mlp.dense_4h_to_h"),
+    "final_norm": ("norm", "ln_f", "final_layernorm"),
+}
+SETTINGS = {  # our fields; theirs in the same order
+    "vocab_size": ("vocab_size", "vocab_size", "vocab_size"),
+    "context_length": ("max_position_embeddings", "n_positions", "max_position_embeddings"),
+    "n_layer": ("num_hidden_layers", "n_layer", "num_hidden_layers"),
+    "n_head": ("num_attention_heads", "n_head", "num_attention_heads"),
+    "n_embd": ("hidden_size", "n_embd", "hidden_size"),
+    "n_kv_head": ("num_key_value_heads", "", ""),
+    "head_size": ("head_dim", "", ""),
+    "n_ff": ("intermediate_size", "n_inner", "intermediate_size"),
+    "rotary_base": ("rope_theta", "", "rope_theta"),
+    "norm_eps": ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"),
+    "tie_weights": ("tie_word_embeddings", "tie_word_embeddings", "tie_word_embeddings"),
+}
+OURS = ("activation", "position", "norm", "qk_norm", "bias")
+_ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
+_SILU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **_ROPE}
+_GELU = {
+    "activation_function": "gelu_new",
+    "scale_attn_weights": True,
+    "add_cross_attention": False,
+}
+_RELU2 = {"hidden_act": "relu2", "qk_layernorm": True, **_ROPE}
+
+
+class Family(NamedTuple):
+    """A kind of model of `transformers`."""
+
+    column: int  # in the tables above
+    architecture: str  # the class without "ForCausalLM"
+    prefix: str  # of all names but the head's
+    blocks: str
+    ours: tuple[str, str, str, bool, bool]  # activation, position, norm, qk_norm and bias
+    theirs: dict[str, Any]  # settings, of which only these values are supported
+
+
+FAMILIES = {
+    "llama": Family(0, "Llama", "model.", "layers", ("swiglu", "rotary", "rms", 0, 0), _SILU),
+    "qwen3": Family(0, "Qwen3", "model.", "layers", ("swiglu", "rotary", "rms", 1, 0), _SILU),
+    "gpt2": Family(1, "GPT2", "transformer.", "h", ("gelu", "learned", "layer", 0, 1), _GELU),
+    "persimmon": Family(
+        2, "Persimmon", "model.", "layers", ("relu2", "rotary", "layer", 1, 0), _RELU2
+    ),
+}
+
+
+def config_from_hf(data: dict[str, Any]) -> GPTConfig:
+    """Our config for a `config.json` of model type gpt2, llama or qwen3. What our model would
+    compute differently is a ValueError that names the setting."""
+    if (kind := data.get("model_type")) not in ("gpt2", "llama", "qwen3"):
+        raise ValueError(f"model_type {kind} is not supported: only gpt2, llama and qwen3")
+    family, data = FAMILIES[kind], {**data, **(data.get("rope_parameters") or {})}
+    if set(data.get("layer_types") or []) - {"full_attention"}:
+        raise ValueError("layer_types other than full_attention are not supported")
+    other = dict.fromkeys(("rope_scaling", "quantization_config"))
+    other |= dict.fromkeys(("use_sliding_window", "scale_attn_by_inverse_layer_idx"), False)
+    for name, value in {**family.theirs, **other}.items():
+        if data.get(name, value) != value:
+            raise ValueError(f"{name} {data[name]} is not supported: only {value}")
+    fields = {"tie_weights": kind == "gpt2"}
+    if kind != "qwen3":  # whose defaults differ
+        fields |= {"head_size": 0, "n_kv_head": 0, "n_ff": 0, "rotary_base": 10_000.0}
+    for name, names in SETTINGS.items():
+        if (theirs := names[family.column]) and data.get(theirs) is not None:
+            fields[name] = data[theirs]
+        elif theirs and name not in fields:
+            raise ValueError(f"{theirs} is missing")
+    return GPTConfig(**dict(zip(OURS, family.ours)), **fields, dropout=0.0)
+
+
+def config_to_hf(config: GPTConfig) -> dict[str, Any]:
+    """The `config.json` with which `transformers` computes the same; a ValueError if it cannot."""
+    kind, family = find_family(config)
+    data = {"model_type": kind, **family.theirs}
+    names = {name: names[family.column] for name, names in SETTINGS.items()}
+    data |= {theirs: getattr(config, name) for name, theirs in names.items() if theirs}
+    if config.position == "rotary":  # where new versions of transformers look
+        data["rope_parameters"] = {**_ROPE, "rope_theta": config.rotary_base}
+    return data
+
+
+def find_family(config: GPTConfig) -> tuple[str, Family]:
+    """Model type and family that compute what this config says."""
+    plain = (config.n_kv_head, config.head_size * config.n_head) == (config.n_head, config.n_embd)
+    for kind, family in FAMILIES.items():
+        ours = tuple(getattr(config, name) for name in OURS)
+        if ours == family.ours and (plain or family.column == 0):
+            return kind, family
+    raise ValueError("transformers has no model of this architecture")
+
+
+def hf_layers(layer: str, config: GPTConfig) -> list[str]:
+    """Names of the layers of `transformers` that one of our layers consists of."""
+    _, family = find_family(config)
+    block, name = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", layer).groups()
+    if name == "head":
+        return ["lm_head"]
+    names = LAYERS[name][family.column].replace("B.", f"{family.blocks}.{block}.")
+    return [family.prefix + name for name in names.replace("A.", "self_attn.").split()]
+
+
+def split_rows(rows: Tensor, layer: str, config: GPTConfig) -> Sequence[Tensor]:
+    """The rows (output channels) of one of our layers, for each of `hf_layers`."""
+    H, K, D = config.n_head, config.n_kv_head, config.head_size
+    kind, _ = find_family(config)
+    if layer.endswith("qkv") and kind == "persimmon":  # heads outside; q, k and v inside
+        return [rows.view(3, H, D, -1).transpose(0, 1).reshape(rows.shape)]
+    if layer.endswith("qkv") and kind != "gpt2":
+        return rows.split([H * D, K * D, K * D])
+    return rows.chunk(2) if layer.endswith("fc") and config.activation == "swiglu" else [rows]
+
+
+def weights_to_hf(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """The tensors of a `GPTModel`, as `transformers` names and arranges them."""
+    (kind, _), theirs, D = find_family(config), {}, config.head_size
+    for name, tensor in weights.items():
+        layer, _, parameter = name.rpartition(".")
+        if layer == "head" and config.tie_weights:
+            continue
+        for their_layer, part in zip(hf_layers(layer, config), split_rows(tensor, layer, config)):
+            transposed = kind == "gpt2" and "blocks" in layer and part.ndim == 2
+            theirs[f"{their_layer}.{parameter}"] = (part.T if transposed else part).contiguous()
+            if kind == "persimmon" and layer not in ("token_embedding", "head"):
+                theirs[f"{their_layer}.bias"] = part.new_zeros(len(part))
+        if kind == "persimmon" and layer.endswith("qkv"):  # its norms of queries and keys: identity
+            for norm in ("q_norm", "k_norm"):
+                (norm,), ones = hf_layers(layer.replace("qkv", norm), config), torch.ones(D)
+                theirs |= {f"{norm}.weight": ones, f"{norm}.bias": torch.zeros(D)}
+    return theirs
+
+
+def weights_from_hf(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """The weights of a `GPTModel` from the tensors of a Hugging Face file; missing and unexpected
+    ones are a ValueError."""
+    kind, family = find_family(config)
+    unused = {name.removeprefix(family.prefix): name for name in tensors}
+    with torch.device("meta"):
+        model = GPTModel(config)
+    weights = {}
+    for name, _ in model.named_parameters():
+        layer, _, parameter = name.rpartition(".")
+        theirs = [f"{n}.{parameter}".removeprefix(family.prefix) for n in hf_layers(layer, config)]
+        if missing := sorted(set(theirs) - unused.keys()):
+            raise ValueError(f"the tensor {missing[0]} is missing")
+        parts = [tensors[unused.pop(name)] for name in theirs]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        transposed = kind == "gpt2" and "blocks" in layer and tensor.ndim == 2
+        weights[name] = tensor.T.contiguous() if transposed else tensor
+    if config.tie_weights:
+        weights["head.weight"] = weights["token_embedding.weight"]
+        unused.pop("lm_head.weight", None)
+    if extra := [n for n in unused if not re.fullmatch(r".*attn\.(masked_)?bias|.*inv_freq", n)]:
+        raise ValueError(f"the tensor {extra[0]} is unexpected")
+    return weights

@@ -216,7 +216,7 @@ def test_impossible_lengths_are_refused(length: int):
         ({"dropout": 1.0}, "dropout must lie in"),
         ({"activation": "tanh"}, "gelu or relu2"),
         ({"position": "none"}, "learned or rotary"),
-        ({"n_embd": 6, "n_head": 2}, "even head size, not 3"),
+        ({"n_embd": 6, "n_head": 2}, "even head_size"),
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
     ],
 )
