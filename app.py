@@ -27,7 +27,7 @@ from data_utils import IGNORE, EncodedInstruction, collate_instructions, encode_
 from evaluate import LINEAR, LINEAR_BASELINE, REPORT_COLUMNS, load_linear_baseline, table_cells
 from generation import BASE, QLORA, TEMPERATURE, TOP_P, continue_prompt, generate_response
 from model import GPTModel
-from tokenizer import END_OF_TEXT, BPETokenizer
+from tokenizer import BPETokenizer
 
 MODELS = Path(os.environ.get("GPT_MODELS_DIR") or Path(__file__).parent / "models")
 MAX_CHARACTERS = 2_000
@@ -335,7 +335,7 @@ def show_template(task: str, context: str) -> None:
     st.code(tokenizer.decode(prompt), language=None)
     example = "A towel, a book, and a hat."
     response = tokenizer.encode(st.text_input("A response to learn from", example, max_chars=200))
-    response.append(tokenizer.special_tokens[END_OF_TEXT])
+    response.append(tokenizer.end_id)
     row = EncodedInstruction(prompt, response)
     _, targets = collate_instructions([row], tokenizer, 0)  # without padding
     names = [printable(tokenizer.vocab[i]) for i in prompt + response]

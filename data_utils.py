@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data_loader
 from data_loader import ByteRange, Corpus, Example, Examples, Instruction, Review, log0, read_text
-from tokenizer import END_OF_TEXT, PAD, BPETokenizer
+from tokenizer import BPETokenizer
 
 IGNORE = -100  # target that carries no loss: `ignore_index` of PyTorch's cross entropy
 TOKENIZER_BYTES = 32 << 20  # maximum size of the training text that the tokenizer learns from
@@ -61,7 +61,7 @@ def prepare_token_ids(
         with data_loader.atomic_write(new_path) as file:
             for i, byte_range in enumerate(ranges):
                 if i:
-                    file.write(np.array([tokenizer.special_tokens[END_OF_TEXT]], dtype).data)
+                    file.write(np.array([tokenizer.end_id], dtype).data)
                 n_chunks = -(-(byte_range.stop - byte_range.start) // data_loader.CHUNK_BYTES)
                 text = tqdm(read_text(byte_range), f"{split} tokens", n_chunks, unit="MiB")
                 for ids in tokenizer.encode_stream(text):
@@ -312,7 +312,7 @@ def encode_reviews(reviews: list[Review], tokenizer: BPETokenizer) -> list[np.nd
 
 def reviews_as_text(reviews: list[Review], tokenizer: BPETokenizer) -> np.ndarray:
     """Token ids of all reviews, each followed by `<|endoftext|>`, for a language model."""
-    end = [tokenizer.special_tokens[END_OF_TEXT]]
+    end = [tokenizer.end_id]
     return np.concatenate([x for ids in encode_reviews(reviews, tokenizer) for x in (ids, end)])
 
 
@@ -327,7 +327,7 @@ def text_batches(
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """Indices of texts, their token ids (B, T) and lengths (B,), shortest texts first."""
     rows = [truncate_middle(np.array(tokenizer.encode(text)), context_length) for text in texts]
-    order, pad_id = np.argsort([*map(len, rows)], kind="stable"), tokenizer.special_tokens[PAD]
+    order, pad_id = np.argsort([*map(len, rows)], kind="stable"), tokenizer.pad_id
     for start in range(0, len(texts), batch_size):
         indices = order[start : start + batch_size]
         yield indices, *pad_batch([rows[i] for i in indices], pad_id, context_length)
@@ -343,7 +343,7 @@ def review_batches(
     """Training batches of token ids (B, T), lengths (B,) and labels (B,)."""
     rows = [truncate_middle(ids, context_length) for ids in encode_reviews(reviews, tokenizer)]
     labels = torch.tensor([review.label for review in reviews])
-    pad_id = tokenizer.special_tokens[PAD]
+    pad_id = tokenizer.pad_id
 
     def collate(indices: np.ndarray) -> tuple[Tensor, ...]:
         return *pad_batch([rows[i] for i in indices], pad_id, context_length), labels[indices]
@@ -401,7 +401,7 @@ def encode_instruction(
     A long example loses the end of its context, then of its instruction down to `MIN_PROMPT`
     tokens, and only then the end of its response.
     """
-    response = [*tokenizer.encode(row.response.strip()), tokenizer.special_tokens[END_OF_TEXT]]
+    response = [*tokenizer.encode(row.response.strip()), tokenizer.end_id]
     min_prompt = len(encode_prompt("", "", tokenizer)) + MIN_PROMPT
     room = max(context_length + 1 - len(response), min_prompt)
     prompt = encode_prompt(row.instruction, row.context, tokenizer, room)
@@ -426,7 +426,7 @@ def collate_instructions(
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, T); prompt and padding carry no loss (IGNORE)."""
     rows = [np.array(example.prompt + example.response) for example in examples]
-    ids, lengths = pad_batch(rows, tokenizer.special_tokens[PAD], context_length + 1)
+    ids, lengths = pad_batch(rows, tokenizer.pad_id, context_length + 1)
     targets = ids[:, 1:].clone()
     positions = torch.arange(1, ids.shape[1])
     starts = torch.tensor([len(example.prompt) for example in examples])

@@ -35,7 +35,7 @@ from data_utils import EncodedInstruction, Split
 from generation import BASE, COMMANDS, FULL_CLASSIFIER, LORA_CLASSIFIER, QLORA, REVIEW_LM
 from lora import count_parameters, merge_lora
 from model import GPTClassificationModel, GPTModel
-from tokenizer import END_OF_TEXT, BPETokenizer
+from tokenizer import BPETokenizer
 from training import Runtime
 
 INSTRUCTION_CONTEXT = 256  # tokens of prompt and response
@@ -55,7 +55,7 @@ def language_model_metrics(
     if not len(ids):
         raise ValueError("there is no text to measure")
     n_bytes = data_utils.count_bytes(ids, tokenizer)
-    start = tokenizer.special_tokens[END_OF_TEXT]
+    start = tokenizer.end_id
     windows = data_utils.scoring_windows(ids, model.config.context_length, start)
     nats_per_token = training.mean_loss(model, windows, training.next_token_loss, runtime)
     nats_per_byte = nats_per_token * len(ids) / n_bytes

@@ -45,7 +45,7 @@ from lora import (
     quantize_4bit,
     stored_bytes,
 )
-from tokenizer import END_OF_TEXT, BPETokenizer
+from tokenizer import BPETokenizer
 from training import Runtime, TrainConfig
 
 RECIPE = {
@@ -133,7 +133,7 @@ def _encode(rows: Split, tokenizer: BPETokenizer, context_length: int) -> Split:
     train, *others = (
         encode_instructions(split, tokenizer, context_length) for split in vars(rows).values()
     )
-    end = tokenizer.special_tokens[END_OF_TEXT]
+    end = tokenizer.end_id
     complete = [example for example in train if example.response[-1] == end]
     if n_cut := len(train) - len(complete):
         log0(f"skipped {n_cut:,} training responses: too long for the context")

@@ -23,7 +23,7 @@ from data_loader import log0
 from data_utils import encode_prompt, text_batches
 from lora import LoRAConfig, apply_lora, load_lora_state_dict, quantize_4bit
 from model import GPTClassificationModel, GPTConfig, GPTModel, KVCache
-from tokenizer import END_OF_TEXT, BPETokenizer
+from tokenizer import BPETokenizer
 from training import CPU, Runtime, load_checkpoint, new_parser, report_errors
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # defaults of sampling
@@ -137,7 +137,7 @@ def continue_prompt(
     text; the same seed gives the same tokens.
     """
     device = model.final_norm.weight.device
-    end = tokenizer.special_tokens[END_OF_TEXT]
+    end = tokenizer.end_id
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     tokens = torch.tensor([ids or [end]], device=device)
     generator = torch.Generator(device).manual_seed(seed)

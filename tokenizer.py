@@ -7,7 +7,8 @@ https://arxiv.org/abs/1508.07909; on bytes: Radford et al. 2019, "Language Model
 Multitask Learners"). Every string can be encoded, and decoding restores it exactly.
 
 `plain_bpe` is the whole idea; `BPETokenizer` learns the same merges a hundred times faster and
-stores them in the `tokenizer.json` layout of Hugging Face `tokenizers`, which gives the same ids:
+stores them in the `tokenizer.json` layout of Hugging Face `tokenizers`, which gives the same ids.
+It also reads the tokenizers of GPT-2, SmolLM2, Llama 3 and Qwen2/3, which split text differently:
 
     tokenizer = BPETokenizer.train([text], vocab_size=1024)
     tokenizer.save("models/tokenizer.json")
@@ -21,11 +22,13 @@ import heapq
 import itertools
 import json
 import re
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import regex
 
@@ -33,6 +36,9 @@ from data_loader import atomic_write
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
+_END_NAMES = (END_OF_TEXT, "<|end_of_text|>")  # the latter: Llama 3
+_PAD_NAMES = (PAD, "<|finetune_right_pad_id|>", "<pad>", "[PAD]")
+_END_OF_TURN_NAMES = ("<|im_end|>", "<|eot_id|>")  # ChatML (SmolLM2, Qwen), Llama 3
 Merges = list[tuple[int, int, int]]  # (left id, right id, merged id), in the order learned
 
 
@@ -74,7 +80,11 @@ class BPETokenizer:
     Attributes:
         vocab: The bytes of each token id; a special token's entry is its name in UTF-8.
         merges: `(left id, right id, merged id)` in the order learned, which is the order applied.
-        special_tokens: Name to id. Text never becomes one of these unless `encode` allows it.
+        special_tokens: Name to id. Text never becomes one of these unless `encode` allows it, not
+            even those that `tokenizers` finds in any text, such as Qwen's `<think>`.
+
+    A public vocabulary may lack bytes that its texts hardly had (SmolLM2: U+0004 and a few more
+    control characters). As in `tokenizers`, encoding skips them.
     """
 
     def __init__(
@@ -82,20 +92,51 @@ class BPETokenizer:
         vocab: Sequence[bytes],
         merges: Iterable[tuple[int, int, int]],
         special_tokens: dict[str, int],
+        *,
+        layout: dict | None = None,
+        ignore_merges: bool = False,
     ):
+        """`layout`: sections of the `tokenizer.json` that differ from ours. `ignore_merges`: a
+        pre-token that is a token needs no merges (Llama 3)."""
         self.vocab = list(vocab)
         self.merges = list(merges)
         self.special_tokens = dict(special_tokens)
-        self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(merges)}
+        self._layout = {**_LAYOUT, **(layout or {})}
+        self._pre = _pre_tokenizer_name(self._layout["pre_tokenizer"])
+        self._ignore_merges = ignore_merges
+        self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}
         special_ids = set(special_tokens.values())
-        ids = {token: i for i, token in enumerate(self.vocab) if i not in special_ids}
-        self._byte_ids = [ids[bytes([byte])] for byte in range(256)]
+        self._ids = {token: i for i, token in enumerate(self.vocab) if i not in special_ids}
+        self._byte_ids = {b: self._ids[bytes([b])] for b in range(256) if bytes([b]) in self._ids}
         self._cache = _WordCache(self._merge)
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids (V), special tokens included."""
         return len(self.vocab)
+
+    @property
+    def end_id(self) -> int:
+        """The token between texts, which ends each of them."""
+        if (end := self._first_special(_END_NAMES)) is None:
+            raise ValueError(
+                f"the tokenizer lacks a token that ends texts: {' or '.join(_END_NAMES)}"
+            )
+        return end
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills up shorter rows: without one of its own, the end of text."""
+        pad = self._first_special(_PAD_NAMES)
+        return self.end_id if pad is None else pad
+
+    @property
+    def end_of_turn_id(self) -> int | None:
+        """The token that ends a message in a chat; None if the tokenizer has none."""
+        return self._first_special(_END_OF_TURN_NAMES)
+
+    def _first_special(self, names: Sequence[str]) -> int | None:
+        return next((self.special_tokens[n] for n in names if n in self.special_tokens), None)
 
     @cached_property
     def sha256(self) -> str:
@@ -122,6 +163,8 @@ class BPETokenizer:
                 pairs to merge, the tokenizer is smaller, and a warning says so.
             special_tokens: Names that get the last ids.
         """
+        if "" in special_tokens or len(set(special_tokens)) < len(special_tokens):
+            raise ValueError("a special token has no name, or the name of another")
         n_ordinary = vocab_size - len(special_tokens)
         if n_ordinary < 256:
             raise ValueError(
@@ -139,20 +182,26 @@ class BPETokenizer:
                 f"{len(vocab) + len(special_tokens)} tokens, not {vocab_size}",
                 stacklevel=2,
             )
+        if clash := sorted(set(map(_to_chars, vocab)) & set(special_tokens)):
+            raise ValueError(f"special tokens are also learned from text: {', '.join(clash)}")
         ids = {name: len(vocab) + i for i, name in enumerate(special_tokens)}
         return cls([*vocab, *(name.encode() for name in special_tokens)], merges, ids)
 
     # ---- text to ids and back
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """Turns text into token ids.
+        """Turns text into token ids, without adding any.
 
         Args:
             text: Any string without lone surrogates.
-            allowed_special: Names of special tokens that are encoded as their single id. By
-                default the names are ordinary text.
+            allowed_special: Names of special tokens that are encoded as their single id, or "all".
+                By default the names are ordinary text.
         """
         _check_encodable(text)
+        if allowed_special == "all":
+            allowed_special = self.special_tokens
+        elif isinstance(allowed_special, str):
+            raise ValueError(f'allowed_special is "all" or a list: not {allowed_special!r}')
         if not allowed_special:
             return self._encode_ordinary(text)
         unknown = sorted(set(allowed_special) - set(self.special_tokens))
@@ -172,7 +221,7 @@ class BPETokenizer:
         pending = ""
         for chunk in chunks:
             pending += chunk
-            if (end := _LAST_WORD_END.search(pending)) is not None:
+            if (end := _patterns(self._pre).last_word_end.search(pending)) is not None:
                 yield self.encode(pending[: end.start()])
                 pending = pending[end.start() :]
         if pending:
@@ -190,20 +239,32 @@ class BPETokenizer:
         """Yields text as token ids arrive, holding back the bytes of an incomplete character."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token_id in ids:
+            if not 0 <= token_id < len(self.vocab):
+                raise ValueError(
+                    f"token id {token_id} lies outside the vocabulary of {len(self.vocab)}"
+                )
             if text := decoder.decode(self.vocab[token_id]):
                 yield text
         if rest := decoder.decode(b"", final=True):
             yield rest
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        return list(itertools.chain.from_iterable(map(self._cache.__getitem__, _pre_tokens(text))))
+        words = self._words(text)
+        return list(itertools.chain.from_iterable(map(self._cache.__getitem__, words)))
+
+    def _words(self, text: str) -> list[str]:
+        if self._layout["normalizer"]:
+            text = unicodedata.normalize("NFC", text)
+        return _pre_tokens(text, self._pre)
 
     def _merge(self, word: str) -> list[int]:
         """Applies the merges to one pre-token: lowest rank first, then leftmost.
 
         A heap over a linked list, so that a pre-token of n bytes takes O(n log n).
         """
-        symbols = [self._byte_ids[byte] for byte in word.encode()]
+        if self._ignore_merges and (whole := self._ids.get(word.encode())) is not None:
+            return [whole]
+        symbols = [self._byte_ids[byte] for byte in word.encode() if byte in self._byte_ids]
         ranks, n = self._ranks, len(symbols)
         after = list(range(1, n + 1))
         before = list(range(-1, n - 1))
@@ -228,7 +289,8 @@ class BPETokenizer:
     def merge_steps(self, text: str) -> Iterator[tuple[int | None, list[int]]]:
         """Encodes the first pre-token of a text merge by merge: yields the rank of each merge (None
         at first) and the token ids after it."""
-        symbols = [self._byte_ids[byte] for word in _pre_tokens(text)[:1] for byte in word.encode()]
+        word = "".join(self._words(text)[:1]).encode()
+        symbols = [self._byte_ids[byte] for byte in word if byte in self._byte_ids]
         yield None, symbols
         while ranks := [self._ranks[p] for p in zip(symbols, symbols[1:]) if p in self._ranks]:
             left, right, merged = self.merges[min(ranks)]
@@ -246,15 +308,22 @@ class BPETokenizer:
     def load(cls, path: str | Path) -> "BPETokenizer":
         """Reads a `tokenizer.json` written by `save` or by Hugging Face `tokenizers`.
 
+        `encode` gives the ids of `tokenizers.Tokenizer.encode(text, add_special_tokens=False)`, but
+        for added tokens (see `special_tokens`). `save` keeps the sections that change no ids here.
+
         Raises:
-            ValueError: The file is not a byte-level BPE of GPT-2's kind; the message says why.
+            ValueError: The file is not a byte-level BPE of a known kind; the message says why.
         """
+        path = Path(path)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(path.read_text(encoding="utf-8"))
             _check_layout(data)
             merges = [m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"]]
-            special = {t["content"]: t["id"] for t in data["added_tokens"]}
-            return cls._from_strings(data["model"]["vocab"], merges, special)
+            layout = {name: data[name] for name in _LAYOUT if name in data}
+            layout["added_tokens"] = sorted(data["added_tokens"], key=lambda token: token["id"])
+            special = {token["content"]: token["id"] for token in layout["added_tokens"]}
+            ignore_merges = bool(data["model"].get("ignore_merges"))
+            return cls._from_strings(data["model"]["vocab"], merges, special, layout, ignore_merges)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"no tokenizer at {path}: create it with `python main.py`"
@@ -264,6 +333,30 @@ class BPETokenizer:
                 f"{path} is not a byte-level BPE tokenizer.json ({error}): create it with "
                 "`python main.py`"
             ) from None
+
+    @classmethod
+    def from_gguf(
+        cls, tokens: Sequence[str], merges: Sequence[str], types: Sequence[int], pre: str
+    ) -> "BPETokenizer":
+        """Builds a tokenizer from the metadata of a GGUF file.
+
+        Args:
+            tokens: `tokenizer.ggml.tokens`, in the order of their ids.
+            merges: `tokenizer.ggml.merges`, each "left right".
+            types: `tokenizer.ggml.token_type`: 3 (control) and 4 (user-defined) are special tokens.
+            pre: `tokenizer.ggml.pre`: gpt-2, smollm, llama-bpe or qwen2.
+        """
+        if pre not in _SPLITS:
+            raise ValueError(f"the pre-tokenizer {pre} is not one of {', '.join(_SPLITS)}")
+        vocab = {token: i for i, token in enumerate(tokens)}
+        special = {token: vocab[token] for token, kind in zip(tokens, types) if kind in (3, 4)}
+        steps = [*_SPLITS[pre], _byte_level(use_regex=pre in ("gpt-2", "smollm"))]
+        layout = {
+            "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        }
+        pairs = [merge.split(" ") for merge in merges]
+        return cls._from_strings(vocab, pairs, special, layout, pre == "llama-bpe")
 
     @classmethod
     def load_gpt2(cls, vocab_path: str | Path, merges_path: str | Path) -> "BPETokenizer":
@@ -283,26 +376,37 @@ class BPETokenizer:
 
     @classmethod
     def _from_strings(
-        cls, vocab: dict[str, int], merges: Sequence[Sequence[str]], special: dict[str, int]
+        cls,
+        vocab: dict[str, int],
+        merges: Sequence[Sequence[str]],
+        special: dict[str, int],
+        layout: dict | None = None,
+        ignore_merges: bool = False,
     ) -> "BPETokenizer":
         """Builds a tokenizer from tokens in the printable alphabet, and checks its consistency."""
-        tokens = {
-            i: bytes(_CHAR_TO_BYTE[c] for c in t) for t, i in vocab.items() if t not in special
-        }
+        ordinary = vocab.keys() - special.keys()
+        if missing := {char for char in _BYTE_TO_CHAR[0x21:0x7F] if char not in ordinary}:
+            raise ValueError(f"characters without a token: {' '.join(sorted(missing))}")
+        if both := {left + right for left, right in merges} & special.keys():
+            raise ValueError(f"merges also produce special tokens: {', '.join(sorted(both))}")
+        try:
+            tokens = {vocab[t]: bytes(map(_CHAR_TO_BYTE.__getitem__, t)) for t in ordinary}
+            triples = [(vocab[left], vocab[right], vocab[left + right]) for left, right in merges]
+        except KeyError as error:
+            raise ValueError(
+                f"a token or merge has {error}, which is not in the vocabulary"
+            ) from None
         tokens |= {i: name.encode() for name, i in special.items()}
         if set(tokens) != set(range(len(vocab.keys() | special.keys()))):
             raise ValueError("token ids are not 0, 1, 2, ... without gaps")
-        if missing := set(_CHAR_TO_BYTE) - (vocab.keys() - special.keys()):
-            raise ValueError(f"{len(missing)} of the 256 bytes have no token")
-        if both := {left + right for left, right in merges} & special.keys():
-            raise ValueError(f"merges also produce special tokens: {', '.join(sorted(both))}")
-        triples = [(vocab[left], vocab[right], vocab[left + right]) for left, right in merges]
-        return cls([tokens[i] for i in range(len(tokens))], triples, special)
+        in_order = [tokens[i] for i in range(len(tokens))]
+        return cls(in_order, triples, special, layout=layout, ignore_merges=ignore_merges)
 
     def _to_json(self) -> str:
-        special_ids = set(self.special_tokens.values())
-        chars = {i: _to_chars(t) for i, t in enumerate(self.vocab) if i not in special_ids}
-        byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+        names = {i: name for name, i in self.special_tokens.items()}
+        chars = {i: names.get(i) or _to_chars(token) for i, token in enumerate(self.vocab)}
+        # `tokenizers` gives added tokens the ids after the vocabulary, if they are not part of it.
+        n_vocab = 1 + max(self._ids.values())
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         model = {
             "type": "BPE",
@@ -312,48 +416,69 @@ class BPETokenizer:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: i for i, token in chars.items()},
+            "ignore_merges": self._ignore_merges,
+            "vocab": {token: i for i, token in chars.items() if i < n_vocab},
             "merges": [[chars[left], chars[right]] for left, right, _ in self.merges],
         }
-        layout = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [
-                {"id": i, "content": name, **flags, "special": True}
-                for name, i in sorted(self.special_tokens.items(), key=lambda item: item[1])
-            ],
-            "normalizer": None,
-            "pre_tokenizer": {**byte_level, "add_prefix_space": False},
-            "post_processor": None,
-            "decoder": {**byte_level, "add_prefix_space": True},
-            "model": model,
-        }
+        added = [
+            {"id": i, "content": name, **flags, "special": True}
+            for i, name in sorted(names.items())
+        ]
+        head = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+        layout = {**head, **self._layout, "model": model}
         return json.dumps(layout, ensure_ascii=False, indent=1) + "\n"
 
 
 # ---- pre-tokens
 
-# GPT-2's pre-tokenization. White space is spelled out as Unicode's White_Space property because
-# `regex` counts the control characters U+001C to U+001F as \s and `tokenizers` does not.
-_PRE_TOKEN = regex.compile(
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+"
-    r"|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+"
+_CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
+_LLAMA3 = (
+    rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The same for ASCII alone, where Python's own `re` is almost twice as fast.
-_ASCII_PRE_TOKEN = re.compile(
-    r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\t-\r A-Za-z0-9]+"
-    r"|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
-)
-# The last position where a pre-token surely ends: before white space that follows other text.
-_LAST_WORD_END = regex.compile(r"(?r)(?<=\P{White_Space})(?=\p{White_Space})")
+# How the families split text, as published, under the names that GGUF files use. SmolLM2 sets
+# digits apart before GPT-2's pattern runs: here in one pattern, where a digit ends the text.
+_PATTERNS = {
+    "gpt-2": rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+",
+    "smollm": rf"{_CONTRACTIONS}|\p{{N}}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+"
+    r"|\s+(?![^\s\p{N}])|\s+",
+    "llama-bpe": _LLAMA3,
+    "qwen2": _LLAMA3.replace("{1,3}", ""),
+}
 _CACHE_SIZE = 1 << 17  # pre-tokens; text repeats few words often, so a full cache stays useful
 _CACHED_LENGTH = 64  # characters; longer pre-tokens are hardly ever repeated
 
 
-def _pre_tokens(text: str) -> list[str]:
-    return (_ASCII_PRE_TOKEN if text.isascii() else _PRE_TOKEN).findall(text)
+class _Patterns(NamedTuple):
+    """A pattern compiled for any text, for ASCII alone, and the last place to cut a text."""
+
+    any_text: regex.Pattern
+    ascii: re.Pattern  # Python's own `re` is almost twice as fast, but lacks \p
+    last_word_end: regex.Pattern
+
+
+@cache
+def _patterns(name: str) -> _Patterns:
+    # White space is spelled out as Unicode's White_Space property because `regex` counts the
+    # control characters U+001C to U+001F as \s and `tokenizers` does not.
+    pattern = _PATTERNS[name]
+    any_text = pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+    in_ascii = pattern.replace(r"\p{L}+", "[A-Za-z]+").replace(r"\p{L}", "A-Za-z")
+    # A pre-token surely ends before white space that follows other text. Those of Llama 3 and Qwen
+    # may have line ends behind punctuation, but nothing behind these.
+    word_end = r"(?<=\P{White_Space})(?=\p{White_Space})"
+    if r"[\r\n]" in pattern:
+        word_end = r"(?<=\P{White_Space})(?=[^\P{White_Space}\r\n])|(?<=[\r\n])(?=\P{White_Space})"
+    return _Patterns(
+        regex.compile(any_text),
+        re.compile(in_ascii.replace(r"\p{N}", r"\d"), re.ASCII),
+        regex.compile(f"(?r){word_end}"),
+    )
+
+
+def _pre_tokens(text: str, name: str = "gpt-2") -> list[str]:
+    patterns = _patterns(name)
+    return (patterns.ascii if text.isascii() else patterns.any_text).findall(text)
 
 
 def _byte_alphabet() -> list[str]:
@@ -450,16 +575,63 @@ def _check_encodable(text: str) -> None:
         ) from None
 
 
+# ---- the layout of `tokenizer.json`
+
+
+def _byte_level(use_regex: bool = True, add_prefix_space: bool = False) -> dict:
+    flags = {"trim_offsets": True, "use_regex": use_regex, "add_prefix_space": add_prefix_space}
+    return {"type": "ByteLevel", **flags}
+
+
+def _split(pattern: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+_SPLITS: dict[str, list[dict]] = {  # what comes before ByteLevel
+    "gpt-2": [],
+    "smollm": [{"type": "Digits", "individual_digits": True}],
+    "llama-bpe": [_split(_PATTERNS["llama-bpe"])],
+    "qwen2": [_split(_PATTERNS["qwen2"])],
+}
+_LAYOUT = {  # ours
+    "normalizer": None,
+    "pre_tokenizer": _byte_level(),
+    "post_processor": None,
+    "decoder": _byte_level(add_prefix_space=True),
+}
+
+
+def _pre_tokenizer_name(pre: dict | None) -> str:
+    """The name in `_PATTERNS` of a `pre_tokenizer` section."""
+    steps = (pre or {}).get("pretokenizers", [pre or {"type": "missing"}])
+    steps = [{**_byte_level(), **s} if s["type"] == "ByteLevel" else s for s in steps]
+    for name, splits in _SPLITS.items():
+        last = _byte_level(use_regex=name in ("gpt-2", "smollm"))
+        if [{**step, "trim_offsets": True} for step in steps] == [
+            {**step, "trim_offsets": True} for step in [*splits, last]
+        ]:
+            return name
+    kinds = ", ".join(step["type"] for step in steps)
+    raise ValueError(f"the pre-tokenizer ({kinds}) is not that of {', '.join(_SPLITS)}")
+
+
 def _check_layout(data: dict) -> None:
     """Rejects features of `tokenizers` that this tokenizer lacks: better no ids than wrong ids."""
-    model, pre = data["model"], data["pre_tokenizer"]
-    post = data.get("post_processor")
-    if model.get("type", "BPE") != "BPE" or not pre or pre.get("type") != "ByteLevel":
-        raise ValueError("the model is not BPE over a ByteLevel pre-tokenizer")
-    if pre.get("add_prefix_space") or not pre.get("use_regex", True) or data.get("normalizer"):
-        raise ValueError("add_prefix_space, use_regex=false and normalizers are not supported")
-    if data.get("truncation") or (post and post.get("type") != "ByteLevel"):
-        raise ValueError("truncation and post-processors that add tokens are not supported")
-    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "ignore_merges"):
+    model = data["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"the model is {model['type']}")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(name):
             raise ValueError(f"the model option {name} is not supported")
+    if data.get("normalizer") not in (None, {"type": "NFC"}) or data.get("truncation"):
+        raise ValueError("truncation and normalizers other than NFC are not supported")
+    has_fallback = model.get("unk_token") or model.get("byte_fallback")
+    if has_fallback and not _CHAR_TO_BYTE.keys() <= model["vocab"].keys():
+        raise ValueError("unk_token and byte_fallback are not supported")
+    for token in data["added_tokens"]:
+        name, flags = token["content"], ["lstrip", "rstrip", "single_word"]
+        flags += ["normalized"] if data.get("normalizer") else []
+        if on := [flag for flag in flags if token.get(flag)]:
+            raise ValueError(f"the added token {name!r} is {' and '.join(on)}: not supported")
+        if not token.get("special") and not re.fullmatch(r"<.+>|\[.+\]", name):
+            raise ValueError(f"the added token {name!r} would replace ordinary text")

@@ -17,7 +17,7 @@ from data_utils import (
     resegment,
     scoring_windows,
 )
-from tokenizer import END_OF_TEXT, BPETokenizer
+from tokenizer import BPETokenizer
 
 
 def test_the_tokenizer_is_learned_once(
@@ -50,7 +50,7 @@ def test_token_files_hold_the_ids_of_the_text(
     ids = prepare_token_ids("train", parts, corpus, tokenizer, tmp_path / "cache")
     expected = [
         *tokenizer.encode(own_text.read_text()),
-        tokenizer.special_tokens[END_OF_TEXT],
+        tokenizer.end_id,
         *tokenizer.encode("Exeunt all."),
     ]
     assert ids.tolist() == expected and ids.dtype == np.uint16
@@ -164,6 +164,6 @@ def test_scoring_windows_score_every_token_once(n: int):
 
 
 def test_special_tokens_count_no_bytes(tokenizer: BPETokenizer):
-    end = tokenizer.special_tokens[END_OF_TEXT]
+    end = tokenizer.end_id
     ids = np.array([*tokenizer.encode("héllo"), end])
     assert count_bytes(ids, tokenizer) == 6

@@ -13,7 +13,7 @@ import data_loader
 import evaluate
 from data_loader import RemoteFile
 from model import GPTModel
-from tokenizer import END_OF_TEXT, BPETokenizer
+from tokenizer import BPETokenizer
 from training import Runtime, load_checkpoint
 
 
@@ -31,7 +31,7 @@ def test_perplexity_equals_a_plain_loop(
     model: GPTModel, tokenizer: BPETokenizer, play: str, runtime: Runtime
 ):
     ids = tokenizer.encode(play[:400])
-    sequence = [tokenizer.special_tokens[END_OF_TEXT], *ids]
+    sequence = [tokenizer.end_id, *ids]
     nats, T = 0.0, model.config.context_length
     for position in range(1, len(sequence)):
         # Windows start every half context; the last one ends with the text.

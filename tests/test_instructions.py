@@ -53,7 +53,7 @@ from lora import (
     stored_bytes,
 )
 from model import GPTConfig, GPTModel
-from tokenizer import END_OF_TEXT, PAD, BPETokenizer
+from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (
     Runtime,
     load_checkpoint,
@@ -119,7 +119,7 @@ def test_the_mask_token_by_token(tokenizer: BPETokenizer):
     short = Instruction("Name a king.", "", "Lear it is")
     examples = encode_instructions([ROW, short], tokenizer, 200)
     inputs, targets = collate_instructions(examples, tokenizer, 200)
-    end, pad_id = tokenizer.special_tokens[END_OF_TEXT], tokenizer.special_tokens[PAD]
+    end, pad_id = tokenizer.end_id, tokenizer.pad_id
     prompts = [
         f"### Instruction\n{ROW.instruction}\n\n### Context\n{ROW.context}\n\n### Response\n",
         f"### Instruction\n{short.instruction}\n\n### Response\n",

@@ -105,9 +105,7 @@ def test_predictions_do_not_depend_on_the_other_texts(tokenizer: BPETokenizer, r
     np.testing.assert_allclose(together, alone, atol=1e-6)
     np.testing.assert_allclose(together, turned, atol=1e-6)
     np.testing.assert_allclose(together.sum(1), 1, atol=1e-6)
-    ids, lengths = pad_batch(
-        [np.array(tokenizer.encode("good"))], tokenizer.special_tokens["<|pad|>"], 0
-    )
+    ids, lengths = pad_batch([np.array(tokenizer.encode("good"))], tokenizer.pad_id, 0)
     wide = F.pad(ids, (0, 7), value=3)
     torch.testing.assert_close(model(wide, lengths), model(ids, lengths))
 

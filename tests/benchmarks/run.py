@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # 
 from data_loader import fetch_tiny_shakespeare, find_data_dir, sample_texts  # noqa: E402
 from generation import generate  # noqa: E402
 from model import GPTConfig, GPTModel  # noqa: E402
-from tokenizer import _PRE_TOKEN, BPETokenizer, plain_bpe  # noqa: E402
+from tokenizer import BPETokenizer, _patterns, plain_bpe  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results.json")
 BIG_BYTES = 20_000_000
@@ -129,7 +129,10 @@ def as_tiktoken(ours: BPETokenizer) -> tiktoken.Encoding:
     tokens = [bytes([i]) for i in range(256)] + merged
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return tiktoken.Encoding(
-        "ours", pat_str=_PRE_TOKEN.pattern, mergeable_ranks=ranks, special_tokens={}
+        "ours",
+        pat_str=_patterns("gpt-2").any_text.pattern,
+        mergeable_ranks=ranks,
+        special_tokens={},
     )
 
 
