@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data_loader import log0
 from data_utils import encode_prompt, text_batches
-from lora import LoRAConfig, apply_lora, load_lora_state_dict, quantize_4bit
+from lora import HEAD, LoRAConfig, apply_lora, load_lora_state_dict, quantize_4bit
 from model import GPTClassificationModel, GPTConfig, GPTModel, KVCache
 from tokenizer import BPETokenizer
 from training import CPU, Runtime, load_checkpoint, new_parser, report_errors
@@ -192,13 +192,17 @@ ANY_KIND = ("base", *CLASSIFIERS, *INSTRUCTION_MODELS)
 
 
 def load_model(
-    path: str | Path, kinds: str | tuple[str, ...] = ANY_KIND, runtime: Runtime = CPU
+    path: str | Path,
+    kinds: str | tuple[str, ...] = ANY_KIND,
+    runtime: Runtime = CPU,
+    **changes: Any,
 ) -> tuple[Any, BPETokenizer, dict[str, Any]]:
     """Opens a checkpoint: the model in evaluation mode, its tokenizer, and the checkpoint itself.
 
-    The tokenizer is the `tokenizer.json` beside the checkpoint. An adapter is loaded onto its base,
-    at the relative path that the checkpoint records; for QLoRA the base is quantised again, to
-    exactly the same values. Mismatched files, or other `kinds`, raise a ValueError.
+    `changes` are fields of `GPTConfig` that the weights do not depend on. The tokenizer is the
+    `tokenizer.json` beside the checkpoint. An adapter is loaded onto its base, at the relative path
+    that the checkpoint records; for QLoRA the base is quantised again, to exactly the same values.
+    Mismatched files, or other `kinds`, raise a ValueError.
     """
     path = Path(path)
     hint = COMMANDS.get(path.name, COMMANDS[BASE])
@@ -219,20 +223,33 @@ def load_model(
                 f"{path} was trained with another tokenizer than {tokenizer_path}: put the right "
                 "one back, or train again with `python main.py`"
             )
-        model = GPTModel(GPTConfig(**checkpoint["model_config"]))
-        if lora_config:
-            model.load_state_dict(base["weights"])
+        weights = base["weights"] if lora_config else checkpoint["weights"]
+        weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
+        head = {name: weights.pop(name) for name in list(weights) if name.startswith(HEAD)}
+        model = build_model(GPTConfig(**{**checkpoint["model_config"], **changes}), weights)
         if checkpoint["kind"] in CLASSIFIERS:
             model = GPTClassificationModel(model, len(checkpoint["labels"]))
+            model.load_state_dict(head, strict=False)
         model.to(runtime.device)
         if checkpoint["kind"] == "qlora_instruction":
             quantize_4bit(model, getattr(torch, checkpoint["compute_dtype"].split(".")[-1]))
         if lora_config:
             apply_lora(model, LoRAConfig(**lora_config))
             load_lora_state_dict(model, checkpoint["weights"])
-        else:
-            model.load_state_dict(checkpoint["weights"])
     return model.eval(), tokenizer, checkpoint
+
+
+def build_model(config: GPTConfig, weights: dict[str, Tensor]) -> GPTModel:
+    """A model with these weights, in float32; none are initialised first."""
+    weights = {name: tensor.float() for name, tensor in weights.items()}
+    if config.tie_weights:
+        weights["head.weight"] = weights["token_embedding.weight"]
+    with torch.device("meta"):
+        model = GPTModel(config)
+    model.load_state_dict(weights, assign=True)
+    if config.tie_weights:
+        model.head.weight = model.token_embedding.weight
+    return model
 
 
 def cached_model(path: Path, metadata: dict[str, Any]) -> tuple | None:
@@ -270,11 +287,18 @@ def open_base(
     elif BPETokenizer.load(copy).sha256 != tokenizer.sha256:
         raise ValueError(f"{copy} differs from the base's tokenizer: choose another --out-dir")
     origin = {
-        "base": Path(os.path.relpath(path.resolve(), out_dir.resolve())).as_posix(),
+        "base": _relative_path(path.resolve(), out_dir.resolve()),
         "base_sha256": checkpoint["weights_sha256"],
         "tokenizer_sha256": tokenizer.sha256,
     }
     return model, tokenizer, origin
+
+
+def _relative_path(path: Path, folder: Path) -> str:
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:  # on another drive of Windows
+        return path.as_posix()
 
 
 @contextlib.contextmanager

@@ -450,8 +450,12 @@ def save_result(path: Path, kind: str, weights: dict[str, Tensor], **contents: A
 
 
 def half_precision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors in float16 on the CPU, as they are saved."""
-    return {n: t.detach().to("cpu", torch.float16, copy=True) for n, t in weights.items()}
+    """Copies of tensors in float16 on the CPU, as they are saved; tied ones stay one tensor."""
+    copies: dict[tuple, Tensor] = {}
+    for tensor in weights.values():
+        key = tensor.data_ptr(), tensor.shape
+        copies[key] = tensor.detach().to("cpu", torch.float16, copy=True)
+    return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
