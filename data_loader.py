@@ -652,11 +652,27 @@ SMOLLM2_GGUF = RemoteFile(
 )
 
 
+class LazyTensors(Mapping):
+    """Tensors that are read when asked for, so that a model is never held twice."""
+
+    def __init__(self, readers: "dict[str, Callable[[], torch.Tensor]]"):
+        self.readers = readers
+
+    def __getitem__(self, name: str) -> "torch.Tensor":
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+
 class Pretrained(NamedTuple):
     """A public model as published."""
 
     config: dict[str, Any]  # `config.json`
-    tensors: "Mapping[str, torch.Tensor]"  # in the names of `transformers`
+    tensors: LazyTensors  # in the names of `transformers`
     tokenizer: Path | dict[str, Any]  # folder, or arguments of `BPETokenizer.from_gguf`
     chat_template: str | None  # Jinja
 
@@ -695,10 +711,14 @@ def _read_smollm2() -> bytes:
 
 
 def read_hf_folder(folder: str | Path) -> Pretrained:
-    """Reads `config.json`, `*.safetensors` and a chat template; tensors are memory-mapped."""
-    from safetensors.torch import load_file
+    """Opens `config.json`, `*.safetensors` and a chat template."""
+    from safetensors import SafetensorError, safe_open
 
-    folder, tensors = Path(folder), {}
+    def read(file: Path, name: str) -> "torch.Tensor":
+        with safe_open(file, "pt") as tensors:
+            return tensors.get_tensor(name).clone()
+
+    folder, readers = Path(folder), {}
     config = _read_json(folder / "config.json")
     index = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("*.safetensors"))
@@ -708,15 +728,18 @@ def read_hf_folder(folder: str | Path) -> Pretrained:
         raise ValueError(f"{folder} has no .safetensors file")
     for file in files:
         try:
-            tensors |= load_file(file)
-        except Exception as error:  # of the operating system or the format
+            with safe_open(file, "pt") as tensors:
+                readers |= {name: partial(read, file, name) for name in list(tensors.keys())}
+        except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} cannot be read: {error}") from None
     template = folder / "chat_template.jinja"
     if template.is_file():
-        return Pretrained(config, tensors, folder, template.read_text(encoding="utf-8"))
+        return Pretrained(
+            config, LazyTensors(readers), folder, template.read_text(encoding="utf-8")
+        )
     settings = folder / "tokenizer_config.json"
     text = _read_json(settings).get("chat_template") if settings.is_file() else None
-    return Pretrained(config, tensors, folder, text if isinstance(text, str) else None)
+    return Pretrained(config, LazyTensors(readers), folder, text if isinstance(text, str) else None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -747,7 +770,7 @@ GGUF_LAYERS = {  # of a Llama; theirs
 
 
 def read_gguf(path: str | Path) -> Pretrained:
-    """Reads a Llama in GGUF; quantised tensors are dequantised."""
+    """Opens a Llama in GGUF; tensors are dequantised to float16."""
     import gguf
     import torch
 
@@ -756,15 +779,19 @@ def read_gguf(path: str | Path) -> Pretrained:
     if fields["architecture"] != "llama":
         raise ValueError(f"{path} is a {fields['architecture']}, not a llama")
     heads = fields["attention.head_count"], fields["attention.head_count_kv"]
-    tensors = {}
-    for tensor in reader.tensors:
-        block, layer, suffix = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", tensor.name).groups()
-        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+
+    def read(tensor: Any, layer: str) -> torch.Tensor:
+        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).half()
         if layer in ("attn_q", "attn_k"):  # rows of the interleaved rotary form
             pairs = weight.view(heads[layer == "attn_k"], -1, 2, weight.shape[1])
             weight = pairs.transpose(1, 2).reshape(weight.shape)
+        return weight
+
+    readers = {}
+    for tensor in reader.tensors:
+        block, layer, suffix = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", tensor.name).groups()
         prefix = f"model.layers.{block}." if block else ""
-        tensors[f"{prefix}{GGUF_LAYERS[layer]}.{suffix}"] = weight
+        readers[f"{prefix}{GGUF_LAYERS[layer]}.{suffix}"] = partial(read, tensor, layer)
     config = {
         "model_type": "llama",
         "vocab_size": len(fields["ggml.tokens"]),
@@ -776,11 +803,11 @@ def read_gguf(path: str | Path) -> Pretrained:
         "intermediate_size": fields["feed_forward_length"],
         "rope_theta": fields["rope.freq_base"],
         "rms_norm_eps": fields["attention.layer_norm_rms_epsilon"],
-        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "tie_word_embeddings": "lm_head.weight" not in readers,
     }
     names = {"tokens": "tokens", "merges": "merges", "types": "token_type", "pre": "pre"}
     tokenizer = {name: fields[f"ggml.{theirs}"] for name, theirs in names.items()}
-    return Pretrained(config, tensors, tokenizer, fields.get("chat_template"))
+    return Pretrained(config, LazyTensors(readers), tokenizer, fields.get("chat_template"))
 
 
 # ---- files and messages, used by every module

@@ -520,7 +520,7 @@ def weights_from_hf(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[st
     with torch.device("meta"):
         model = GPTModel(config)
     weights = {}
-    for name, _ in model.named_parameters():
+    for name, expected in model.named_parameters():
         layer, _, parameter = name.rpartition(".")
         theirs = [f"{n}.{parameter}".removeprefix(family.prefix) for n in hf_layers(layer, config)]
         if missing := sorted(set(theirs) - unused.keys()):
@@ -529,6 +529,8 @@ def weights_from_hf(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[st
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         transposed = kind == "gpt2" and "blocks" in layer and tensor.ndim == 2
         weights[name] = tensor.T.contiguous() if transposed else tensor
+        if weights[name].shape != expected.shape:
+            raise ValueError(f"the tensor {theirs[0]} has shape {tuple(tensor.shape)}")
     if config.tie_weights:
         weights["head.weight"] = weights["token_embedding.weight"]
         unused.pop("lm_head.weight", None)

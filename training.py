@@ -159,7 +159,8 @@ def train(
     if stop := _any_signal(caught, runtime):
         raise Interrupted(stop)
     model.eval().load_state_dict(run.best_weights, strict=False)  # the trained parameters only
-    return run.best, _provenance(config, runtime, run.seconds)
+    settings = {"train_config": asdict(config)}
+    return run.best, {**settings, **provenance(runtime, run.seconds)}
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -503,14 +504,14 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _provenance(config: TrainConfig, runtime: "Runtime", seconds: float) -> dict[str, Any]:
+def provenance(runtime: "Runtime", seconds: float) -> dict[str, Any]:
+    """What a checkpoint records about how it was made."""
     versions = {"python": platform.python_version()}
     for name in ("torch", "numpy", "bitsandbytes"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
         "command": command_line(),
-        "train_config": asdict(config),
         "runtime": runtime.describe(),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(runtime.device),
