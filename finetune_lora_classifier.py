@@ -14,8 +14,8 @@ from pathlib import Path
 
 from data_loader import is_rank_zero
 from finetune_classifier import make_parser, run
-from generation import LORA_CLASSIFIER, load_model
-from lora import LoRAConfig, export_peft
+from generation import LORA_CLASSIFIER, export_peft
+from lora import LoRAConfig
 from training import add_config_flags, exit_process, from_options, report_errors
 
 RECIPE = {
@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         args.export_peft.mkdir(parents=True, exist_ok=True)  # fails now rather than after training
     run(args, config)
     if args.export_peft and is_rank_zero():
-        model, _, _ = load_model(args.out_dir / LORA_CLASSIFIER, "lora_classifier")
-        export_peft(model, config, args.export_peft)
+        export_peft(args.out_dir / LORA_CLASSIFIER, args.export_peft)
     return 0
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data_loader import log0
 from data_utils import encode_prompt, text_batches
-from lora import HEAD, LoRAConfig, apply_lora, load_lora_state_dict, quantize_4bit
-from model import GPTClassificationModel, GPTConfig, GPTModel, KVCache
+from lora import (
+    HEAD,
+    LoRAConfig,
+    LoRAEmbedding,
+    apply_lora,
+    load_lora_state_dict,
+    lora_layers,
+    merge_lora,
+    quantize_4bit,
+)
+from model import (
+    GPTClassificationModel,
+    GPTConfig,
+    GPTModel,
+    KVCache,
+    config_to_hf,
+    find_family,
+    hf_layers,
+    split_rows,
+    weights_to_hf,
+)
 from tokenizer import BPETokenizer
 from training import CPU, Runtime, load_checkpoint, new_parser, report_errors
 
@@ -332,6 +353,140 @@ def default_path(file: str) -> Path:
     path = default_model_set() / file
     log0(f"using {path}")
     return path
+
+
+# ---- to other libraries
+
+# How `transformers` writes the prompt of our instruction models.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ '### System\n' + message['content'] | trim + '\n\n' }}{% elif message['role'] == 'user' %}"
+    "{{ '### Instruction\n' + message['content'] | trim + '\n\n### Response\n' }}{% else %}"
+    "{{ message['content'] | trim + '<|endoftext|>' }}{% endif %}{% endfor %}"
+)
+
+
+def export_hf(path: str | Path, folder: str | Path) -> None:
+    """Writes a checkpoint as `transformers` opens it, in float32 and with adapters merged."""
+    model, tokenizer, checkpoint = load_model(path)
+    merge_lora(model)
+    labels = checkpoint.get("labels")
+    gpt = model.backbone if labels else model
+    is_tied = gpt.head.weight is gpt.token_embedding.weight  # no longer after adapters of the head
+    config = dataclasses.replace(gpt.config, tie_weights=is_tied)
+    tensors = weights_to_hf(gpt.state_dict(), config)
+    _, family = find_family(config)
+    ends = {
+        i: tokenizer.vocab[i].decode()
+        for i in (tokenizer.end_of_turn_id, tokenizer.end_id)
+        if i is not None
+    }
+    special = {"bos_token_id": None, "eos_token_id": list(ends), "pad_token_id": tokenizer.pad_id}
+    architecture = f"{family.architecture}ForCausalLM"
+    settings = {
+        **config_to_hf(config),
+        **special,
+        "architectures": [architecture],
+        "dtype": "float32",
+    }
+    if labels:
+        tensors.pop("lm_head.weight", None)
+        tensors |= _classifier_tensors(model)
+        settings["architectures"] = [f"{family.architecture}ForSequenceClassification"]
+        settings["eos_token_id"] = tokenizer.end_id
+        settings |= {"id2label": dict(enumerate(labels)), "num_labels": len(labels)}
+        settings["label2id"] = {name: i for i, name in enumerate(labels)}
+    template = CHAT_TEMPLATE if "prompt_template" in checkpoint else checkpoint.get("chat_template")
+    tokenizer_settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.context_length,
+        "eos_token": next(iter(ends.values())),
+        "pad_token": tokenizer.vocab[tokenizer.pad_id].decode(),
+        "clean_up_tokenization_spaces": False,
+        **({"chat_template": template} if template else {}),
+    }
+    with _new_folder(folder) as part:
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        tokenizer.save(part / "tokenizer.json")
+        _write_json(part / "config.json", settings)
+        _write_json(part / "tokenizer_config.json", tokenizer_settings)
+        if not labels:
+            _write_json(part / "generation_config.json", special)
+
+
+def export_peft(path: str | Path, folder: str | Path) -> None:
+    """Writes an adapter as `peft` loads it onto the base in `transformers`.
+
+    Where our layer joins several of theirs (queries, keys and values), these share A, and B's rows
+    are divided among them: exactly the same update, of the same rank.
+    """
+    model, _, checkpoint = load_model(path)
+    if not checkpoint.get("lora_config"):
+        raise ValueError(f"{path} has no adapter: use --export-hf")
+    labels = checkpoint.get("labels")
+    config = model.backbone.config if labels else model.config
+    kind, _ = find_family(config)
+    tensors, targets = _classifier_tensors(model) if labels else {}, []
+    saved = sorted({name.rpartition(".")[0] for name in tensors})
+    for name, module in lora_layers(model):
+        layer = name.removeprefix("backbone.")
+        theirs = hf_layers(layer, config)
+        targets += theirs
+        if isinstance(module, LoRAEmbedding):
+            tensors[f"{theirs[0]}.lora_embedding_A"] = module.lora_embedding_A
+            tensors[f"{theirs[0]}.lora_embedding_B"] = module.lora_embedding_B
+            continue
+        for their_layer, rows in zip(theirs, split_rows(module.lora_B, layer, config)):
+            tensors[f"{their_layer}.lora_A.weight"] = module.lora_A
+            tensors[f"{their_layer}.lora_B.weight"] = rows
+    tensors = {f"base_model.model.{n}": t.detach().clone() for n, t in tensors.items()}
+    settings = {
+        **checkpoint["lora_config"],
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if labels else "CAUSAL_LM",
+        "target_modules": targets,
+        "modules_to_save": saved or None,
+        "fan_in_fan_out": kind == "gpt2",
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with _new_folder(folder) as part:
+        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        _write_json(part / "adapter_config.json", settings)
+
+
+def _classifier_tensors(model: GPTClassificationModel) -> dict[str, Tensor]:
+    """The head of a classifier as `transformers` has it: without a bias, which moves into that of
+    the last norm, where it has the same effect."""
+    head, norm = model.classifier_head, model.backbone.final_norm
+    tensors = {"score.weight": head.weight.detach()}
+    if head.bias is not None:
+        (name,) = hf_layers("final_norm", model.backbone.config)
+        shift = torch.linalg.pinv(head.weight.double()) @ head.bias.double()
+        before = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
+        tensors[f"{name}.weight"] = norm.weight.detach()
+        tensors[f"{name}.bias"] = (before + shift.float()).detach()
+    return tensors
+
+
+@contextlib.contextmanager
+def _new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder that gets its name when all is written."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+        yield Path(part)
+        if folder.exists():
+            folder.rmdir()
+        Path(part).rename(folder)
+        Path(part).mkdir()  # for the context manager to delete
+    log0(f"wrote {folder}")
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ---- command line

@@ -9,18 +9,15 @@ Shapes: r rank, A (r, in), B (out, r); B batch, T time (tokens), C channels, V v
 """
 
 import functools
-import json
 import logging
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 HEAD = "classifier_head"  # trained and saved with the adapter
@@ -140,13 +137,16 @@ def _is_adapter(name: str) -> bool:
 def merge_lora(model: nn.Module) -> None:
     """Adds each adapter to its layer's weight and removes it: an equivalent, faster model.
 
-    4-bit weights are dequantised first.
+    4-bit weights are dequantised first, those of layers without adapter, too.
     """
     for name, module in lora_layers(model):
         layer = dequantize(module.base_layer)
         # A new tensor, because the head may share the weight of the embedding.
         layer.weight = nn.Parameter(layer.weight + module.delta_weight(), requires_grad=False)
         model.set_submodule(name, layer)
+    for name, module in list(model.named_modules()):
+        if is_quantized(module):
+            model.set_submodule(name, dequantize(module))
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -328,7 +328,7 @@ def dequantize(layer: nn.Module) -> nn.Module:
     return plain
 
 
-# ---- sizes and export
+# ---- sizes
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -352,24 +352,3 @@ def stored_bytes(model: nn.Module) -> int:
             scales = (state.absmax, state.code, state.offset, nested.absmax, nested.code)
         tensors |= {id(tensor): tensor for tensor in scales}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def export_peft(model: nn.Module, config: LoRAConfig, folder: str | Path) -> None:
-    """Writes the adapter as `peft` reads it: `adapter_config.json`, `adapter_model.safetensors`.
-
-    `peft.PeftModel.from_pretrained(model, folder)` loads it onto a classifier of this repository
-    that has the base weights and no adapter.
-    """
-    settings = {
-        "peft_type": "LORA",
-        **asdict(config),
-        "modules_to_save": [HEAD],
-        "bias": "none",
-        "inference_mode": True,
-    }
-    tensors = {
-        f"base_model.model.{n}" + (".weight" if n.endswith(("lora_A", "lora_B")) else ""): t
-        for n, t in lora_state_dict(model).items()
-    }
-    save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-    Path(folder, "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")

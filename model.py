@@ -286,9 +286,10 @@ class GPTClassificationModel(nn.Module):
         self.backbone = backbone
         if not backbone.config.tie_weights:
             backbone.head.requires_grad_(False)
-        self.classifier_head = nn.Linear(backbone.config.n_embd, n_classes)
-        nn.init.zeros_(self.classifier_head.weight)
-        nn.init.zeros_(self.classifier_head.bias)
+        has_bias = backbone.config.norm == "layer"  # as far as `transformers` can express it
+        self.classifier_head = nn.Linear(backbone.config.n_embd, n_classes, has_bias)
+        for parameter in self.classifier_head.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Class logits (B, classes) of right-padded token ids (B, T) and their lengths (B,)."""

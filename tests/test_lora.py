@@ -1,16 +1,13 @@
 """Low-rank adapters: by hand, against `peft`, and what is saved."""
 
 import copy
-import json
 import warnings
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomised, tiny_config
-from safetensors.torch import load_file
 from torch import nn
 
 import finetune_lora_classifier
@@ -20,7 +17,6 @@ from lora import (
     LoRALinear,
     apply_lora,
     count_parameters,
-    export_peft,
     load_lora_state_dict,
     lora_state_dict,
     merge_lora,
@@ -246,15 +242,3 @@ def test_twenty_steps_give_the_losses_of_peft(classifier, batch):
             losses[-1].append(loss.item())
     assert losses[0][-1] < 0.5 * losses[0][0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_peft_loads_what_is_exported(classifier, batch, tmp_path: Path):
-    plain = copy.deepcopy(classifier)
-    expected = adapted(classifier)(*batch)
-    export_peft(classifier, CONFIG, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["r"] == 3 and config["peft_type"] == "LORA"
-    stored = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(stored) == len(lora_state_dict(classifier))
-    loaded = peft.PeftModel.from_pretrained(plain, tmp_path)
-    torch.testing.assert_close(loaded(*batch), expected)
