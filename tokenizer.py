@@ -8,7 +8,7 @@ Multitask Learners"). Every string can be encoded, and decoding restores it exac
 
 `plain_bpe` is the whole idea; `BPETokenizer` learns the same merges a hundred times faster and
 stores them in the `tokenizer.json` layout of Hugging Face `tokenizers`, which gives the same ids.
-It also reads the tokenizers of GPT-2, SmolLM2, Llama 3 and Qwen2/3, which split text differently:
+It also reads the tokenizers of GPT-2, SmolLM2, Llama 3 and Qwen, which split text differently.
 
     tokenizer = BPETokenizer.train([text], vocab_size=1024)
     tokenizer.save("models/tokenizer.json")
@@ -17,6 +17,7 @@ It also reads the tokenizers of GPT-2, SmolLM2, Llama 3 and Qwen2/3, which split
 """
 
 import codecs
+import contextlib
 import hashlib
 import heapq
 import itertools
@@ -25,10 +26,9 @@ import re
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import cache, cached_property
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import regex
 
@@ -36,9 +36,9 @@ from data_loader import atomic_write
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
-_END_NAMES = (END_OF_TEXT, "<|end_of_text|>")  # the latter: Llama 3
+_END_NAMES = (END_OF_TEXT, "<|end_of_text|>")  # the second name of each is Llama 3's
 _PAD_NAMES = (PAD, "<|finetune_right_pad_id|>", "<pad>", "[PAD]")
-_END_OF_TURN_NAMES = ("<|im_end|>", "<|eot_id|>")  # ChatML (SmolLM2, Qwen), Llama 3
+_END_OF_TURN_NAMES = ("<|im_end|>", "<|eot_id|>")
 Merges = list[tuple[int, int, int]]  # (left id, right id, merged id), in the order learned
 
 
@@ -83,8 +83,8 @@ class BPETokenizer:
         special_tokens: Name to id. Text never becomes one of these unless `encode` allows it, not
             even those that `tokenizers` finds in any text, such as Qwen's `<think>`.
 
-    A public vocabulary may lack bytes that its texts hardly had (SmolLM2: U+0004 and a few more
-    control characters). As in `tokenizers`, encoding skips them.
+    A public vocabulary may lack rare bytes (SmolLM2's: U+0004 and other control characters).
+    Encoding skips them, as in `tokenizers`. With Qwen's, it first normalises text to NFC.
     """
 
     def __init__(
@@ -92,23 +92,19 @@ class BPETokenizer:
         vocab: Sequence[bytes],
         merges: Iterable[tuple[int, int, int]],
         special_tokens: dict[str, int],
-        *,
         layout: dict | None = None,
-        ignore_merges: bool = False,
     ):
-        """`layout`: sections of the `tokenizer.json` that differ from ours. `ignore_merges`: a
-        pre-token that is a token needs no merges (Llama 3)."""
+        """`layout` is the `tokenizer.json`, which may lack vocabulary and merges; default: ours."""
         self.vocab = list(vocab)
         self.merges = list(merges)
         self.special_tokens = dict(special_tokens)
-        self._layout = {**_LAYOUT, **(layout or {})}
-        self._pre = _pre_tokenizer_name(self._layout["pre_tokenizer"])
-        self._ignore_merges = ignore_merges
+        self._layout = layout or _LAYOUT
+        self._family = _family(self._layout["pre_tokenizer"])
         self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}
         special_ids = set(special_tokens.values())
         self._ids = {token: i for i, token in enumerate(self.vocab) if i not in special_ids}
-        self._byte_ids = {b: self._ids[bytes([b])] for b in range(256) if bytes([b]) in self._ids}
-        self._cache = _WordCache(self._merge)
+        self._byte_ids = {token[0]: i for token, i in self._ids.items() if len(token) == 1}
+        self._cached = lru_cache(_CACHE_SIZE)(self._merge)
 
     @property
     def vocab_size(self) -> int:
@@ -117,26 +113,25 @@ class BPETokenizer:
 
     @property
     def end_id(self) -> int:
-        """The token between texts, which ends each of them."""
-        if (end := self._first_special(_END_NAMES)) is None:
-            raise ValueError(
-                f"the tokenizer lacks a token that ends texts: {' or '.join(_END_NAMES)}"
-            )
-        return end
+        """The token that ends a text and separates it from the next."""
+        return self._special_id(*_END_NAMES)
 
     @property
     def pad_id(self) -> int:
-        """The token that fills up shorter rows: without one of its own, the end of text."""
-        pad = self._first_special(_PAD_NAMES)
-        return self.end_id if pad is None else pad
+        """The token that pads rows: `end_id` where there is no other."""
+        return self._special_id(*_PAD_NAMES, *_END_NAMES)
 
     @property
     def end_of_turn_id(self) -> int | None:
-        """The token that ends a message in a chat; None if the tokenizer has none."""
-        return self._first_special(_END_OF_TURN_NAMES)
+        """The token that ends a message of a chat, if there is one."""
+        names = [name for name in _END_OF_TURN_NAMES if name in self.special_tokens]
+        return self.special_tokens[names[0]] if names else None
 
-    def _first_special(self, names: Sequence[str]) -> int | None:
-        return next((self.special_tokens[n] for n in names if n in self.special_tokens), None)
+    def _special_id(self, *names: str) -> int:
+        for name in names:
+            if name in self.special_tokens:
+                return self.special_tokens[name]
+        raise ValueError(f"the tokenizer has no special token {' or '.join(names)}")
 
     @cached_property
     def sha256(self) -> str:
@@ -152,25 +147,16 @@ class BPETokenizer:
         vocab_size: int,
         special_tokens: Sequence[str] = (END_OF_TEXT, PAD),
     ) -> "BPETokenizer":
-        """Learns merges from texts.
+        """Learns merges from texts (no merge crosses from one into the next) until there are
+        `vocab_size` tokens, 256 bytes and special tokens included, or no pairs, with a warning.
 
         The most frequent pair is merged first; ties go to the smaller left id, then to the smaller
         right id. `tokenizers` follows the same rule, so it learns the same merges.
-
-        Args:
-            texts: Chunks of text; no merge crosses from one into the next.
-            vocab_size: 256 bytes, merges and special tokens together. If the texts have too few
-                pairs to merge, the tokenizer is smaller, and a warning says so.
-            special_tokens: Names that get the last ids.
         """
-        if "" in special_tokens or len(set(special_tokens)) < len(special_tokens):
-            raise ValueError("a special token has no name, or the name of another")
         n_ordinary = vocab_size - len(special_tokens)
         if n_ordinary < 256:
-            raise ValueError(
-                f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} "
-                f"special tokens need {256 + len(special_tokens)}"
-            )
+            least = 256 + len(special_tokens)
+            raise ValueError(f"vocab_size {vocab_size}: the bytes and special tokens need {least}")
         counts: Counter[str] = Counter()
         for text in texts:
             _check_encodable(text)
@@ -182,30 +168,22 @@ class BPETokenizer:
                 f"{len(vocab) + len(special_tokens)} tokens, not {vocab_size}",
                 stacklevel=2,
             )
-        if clash := sorted(set(map(_to_chars, vocab)) & set(special_tokens)):
-            raise ValueError(f"special tokens are also learned from text: {', '.join(clash)}")
         ids = {name: len(vocab) + i for i, name in enumerate(special_tokens)}
+        if len(ids | {_to_chars(token): 0 for token in vocab}) < len(vocab) + len(special_tokens):
+            raise ValueError("special tokens need names of their own, which are no learned tokens")
         return cls([*vocab, *(name.encode() for name in special_tokens)], merges, ids)
 
     # ---- text to ids and back
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """Turns text into token ids, without adding any.
-
-        Args:
-            text: Any string without lone surrogates.
-            allowed_special: Names of special tokens that are encoded as their single id, or "all".
-                By default the names are ordinary text.
-        """
+        """Turns text without lone surrogates into token ids. The names of special tokens are text,
+        too, but for those in `allowed_special` ("all": each), which become their single id."""
         _check_encodable(text)
-        if allowed_special == "all":
-            allowed_special = self.special_tokens
-        elif isinstance(allowed_special, str):
-            raise ValueError(f'allowed_special is "all" or a list: not {allowed_special!r}')
+        if isinstance(allowed_special, str):
+            allowed_special = self.special_tokens if allowed_special == "all" else [allowed_special]
         if not allowed_special:
             return self._encode_ordinary(text)
-        unknown = sorted(set(allowed_special) - set(self.special_tokens))
-        if unknown:
+        if unknown := sorted(set(allowed_special) - set(self.special_tokens)):
             raise ValueError(f"not special tokens of this tokenizer: {', '.join(unknown)}")
         names = sorted(allowed_special, key=len, reverse=True)
         chunks = regex.split("(" + "|".join(map(regex.escape, names)) + ")", text)
@@ -216,12 +194,12 @@ class BPETokenizer:
 
     def encode_stream(self, chunks: Iterable[str]) -> Iterator[list[int]]:
         """Encodes a text that arrives in chunks, split anywhere: yields the ids that `encode` gives
-        for the whole text, and holds about one chunk in memory (more only without white space).
+        for the whole text, and holds about one chunk in memory (more only without a word).
         """
         pending = ""
         for chunk in chunks:
             pending += chunk
-            if (end := _patterns(self._pre).last_word_end.search(pending)) is not None:
+            if (end := _LAST_WORD_END.search(pending)) is not None:
                 yield self.encode(pending[: end.start()])
                 pending = pending[end.start() :]
         if pending:
@@ -230,42 +208,42 @@ class BPETokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Turns token ids into text; bytes that are not valid UTF-8 become U+FFFD."""
         ids, vocab = list(ids), self.vocab
-        used = set(ids)
-        if used and not 0 <= min(used) <= max(used) < len(vocab):
-            raise ValueError(f"a token id lies outside the vocabulary of {len(vocab)}")
+        self._check_ids(set(ids))
         return b"".join([vocab[i] for i in ids]).decode("utf-8", errors="replace")
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yields text as token ids arrive, holding back the bytes of an incomplete character."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token_id in ids:
-            if not 0 <= token_id < len(self.vocab):
-                raise ValueError(
-                    f"token id {token_id} lies outside the vocabulary of {len(self.vocab)}"
-                )
+            self._check_ids({token_id})
             if text := decoder.decode(self.vocab[token_id]):
                 yield text
         if rest := decoder.decode(b"", final=True):
             yield rest
 
+    def _check_ids(self, ids: set[int]) -> None:
+        if ids and not 0 <= min(ids) <= max(ids) < len(self.vocab):
+            raise ValueError(f"a token id lies outside the vocabulary of {len(self.vocab)}")
+
     def _encode_ordinary(self, text: str) -> list[int]:
-        words = self._words(text)
-        return list(itertools.chain.from_iterable(map(self._cache.__getitem__, words)))
+        return list(itertools.chain.from_iterable(map(self._cached, self._words(text))))
 
     def _words(self, text: str) -> list[str]:
-        if self._layout["normalizer"]:
-            text = unicodedata.normalize("NFC", text)
-        return _pre_tokens(text, self._pre)
+        text = unicodedata.normalize("NFC", text) if self._layout["normalizer"] else text
+        return _pre_tokens(text, self._family)
+
+    def _symbols(self, word: str) -> list[int]:
+        return [self._byte_ids[byte] for byte in word.encode() if byte in self._byte_ids]
 
     def _merge(self, word: str) -> list[int]:
         """Applies the merges to one pre-token: lowest rank first, then leftmost.
 
         A heap over a linked list, so that a pre-token of n bytes takes O(n log n).
         """
-        if self._ignore_merges and (whole := self._ids.get(word.encode())) is not None:
-            return [whole]
-        symbols = [self._byte_ids[byte] for byte in word.encode() if byte in self._byte_ids]
-        ranks, n = self._ranks, len(symbols)
+        if self._layout["model"]["ignore_merges"] and word.encode() in self._ids:
+            return [self._ids[word.encode()]]
+        symbols, ranks = self._symbols(word), self._ranks
+        n = len(symbols)
         after = list(range(1, n + 1))
         before = list(range(-1, n - 1))
         heap = [(ranks[p], i) for i, p in enumerate(zip(symbols, symbols[1:])) if p in ranks]
@@ -289,8 +267,7 @@ class BPETokenizer:
     def merge_steps(self, text: str) -> Iterator[tuple[int | None, list[int]]]:
         """Encodes the first pre-token of a text merge by merge: yields the rank of each merge (None
         at first) and the token ids after it."""
-        word = "".join(self._words(text)[:1]).encode()
-        symbols = [self._byte_ids[byte] for byte in word if byte in self._byte_ids]
+        symbols = [i for word in self._words(text)[:1] for i in self._symbols(word)]
         yield None, symbols
         while ranks := [self._ranks[p] for p in zip(symbols, symbols[1:]) if p in self._ranks]:
             left, right, merged = self.merges[min(ranks)]
@@ -306,179 +283,118 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
-        """Reads a `tokenizer.json` written by `save` or by Hugging Face `tokenizers`.
-
-        `encode` gives the ids of `tokenizers.Tokenizer.encode(text, add_special_tokens=False)`, but
-        for added tokens (see `special_tokens`). `save` keeps the sections that change no ids here.
-
-        Raises:
-            ValueError: The file is not a byte-level BPE of a known kind; the message says why.
-        """
-        path = Path(path)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            _check_layout(data)
-            merges = [m.split(" ") if isinstance(m, str) else m for m in data["model"]["merges"]]
-            layout = {name: data[name] for name in _LAYOUT if name in data}
-            layout["added_tokens"] = sorted(data["added_tokens"], key=lambda token: token["id"])
-            special = {token["content"]: token["id"] for token in layout["added_tokens"]}
-            ignore_merges = bool(data["model"].get("ignore_merges"))
-            return cls._from_strings(data["model"]["vocab"], merges, special, layout, ignore_merges)
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"no tokenizer at {path}: create it with `python main.py`"
-            ) from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"{path} is not a byte-level BPE tokenizer.json ({error}): create it with "
-                "`python main.py`"
-            ) from None
-
-    @classmethod
-    def from_gguf(
-        cls, tokens: Sequence[str], merges: Sequence[str], types: Sequence[int], pre: str
-    ) -> "BPETokenizer":
-        """Builds a tokenizer from the metadata of a GGUF file.
-
-        Args:
-            tokens: `tokenizer.ggml.tokens`, in the order of their ids.
-            merges: `tokenizer.ggml.merges`, each "left right".
-            types: `tokenizer.ggml.token_type`: 3 (control) and 4 (user-defined) are special tokens.
-            pre: `tokenizer.ggml.pre`: gpt-2, smollm, llama-bpe or qwen2.
-        """
-        if pre not in _SPLITS:
-            raise ValueError(f"the pre-tokenizer {pre} is not one of {', '.join(_SPLITS)}")
-        vocab = {token: i for i, token in enumerate(tokens)}
-        special = {token: vocab[token] for token, kind in zip(tokens, types) if kind in (3, 4)}
-        steps = [*_SPLITS[pre], _byte_level(use_regex=pre in ("gpt-2", "smollm"))]
-        layout = {
-            "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        }
-        pairs = [merge.split(" ") for merge in merges]
-        return cls._from_strings(vocab, pairs, special, layout, pre == "llama-bpe")
+        """Reads a `tokenizer.json` written by `save` or by Hugging Face `tokenizers`: the ids equal
+        theirs but for added tokens, and `save` writes back what was read. Raises ValueError with
+        the reason if the ids would differ."""
+        path, advice = Path(path), "create it with `python main.py`"
+        if not path.exists():
+            raise FileNotFoundError(f"no tokenizer at {path}: {advice}")
+        with _refusing(f"{path} is not a byte-level BPE tokenizer.json ({{}}): {advice}"):
+            return cls._from_layout(json.loads(path.read_text(encoding="utf-8")))
 
     @classmethod
     def load_gpt2(cls, vocab_path: str | Path, merges_path: str | Path) -> "BPETokenizer":
         """Reads the two files GPT-2 was published with: `vocab.json` and `merges.txt`, also known
         as `encoder.json` and `vocab.bpe`. Tokens that no merge produces are special tokens."""
-        try:
-            vocab = json.loads(Path(vocab_path).read_text(encoding="utf-8"))
-            lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
-            merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-            produced = {left + right for left, right in merges} | set(_CHAR_TO_BYTE)
-            special = {token: i for token, i in vocab.items() if token not in produced}
-            return cls._from_strings(vocab, merges, special)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"{vocab_path} and {merges_path} are not GPT-2's files: {error}"
-            ) from None
+        vocab_path, merges_path = Path(vocab_path), Path(merges_path)
+        with _refusing(f"{vocab_path} and {merges_path} are not GPT-2's files: {{}}"):
+            ids = json.loads(vocab_path.read_text(encoding="utf-8"))
+            lines = merges_path.read_text(encoding="utf-8").split("\n")
+            merges = [line for line in lines if line and not line.startswith("#version")]
+            made = {merge.replace(" ", "") for merge in merges} | _CHAR_TO_BYTE.keys()
+            added = _added_tokens({token: i for token, i in ids.items() if token not in made})
+            model = {"vocab": ids, "merges": merges}
+            return cls._from_layout({**_LAYOUT, "added_tokens": added, "model": model})
 
     @classmethod
-    def _from_strings(
-        cls,
-        vocab: dict[str, int],
-        merges: Sequence[Sequence[str]],
-        special: dict[str, int],
-        layout: dict | None = None,
-        ignore_merges: bool = False,
+    def from_gguf(
+        cls, tokens: Sequence[str], merges: Sequence[str], types: Sequence[int], pre: str
     ) -> "BPETokenizer":
-        """Builds a tokenizer from tokens in the printable alphabet, and checks its consistency."""
-        ordinary = vocab.keys() - special.keys()
-        if missing := {char for char in _BYTE_TO_CHAR[0x21:0x7F] if char not in ordinary}:
-            raise ValueError(f"characters without a token: {' '.join(sorted(missing))}")
+        """Builds a tokenizer from the `tokenizer.ggml` metadata of a GGUF file: `tokens`, `merges`
+        ("left right"), `token_type` (3 and 4 are special tokens) and `pre`, the name of the family.
+        """
+        if pre not in _STEPS:
+            raise ValueError(f"the pre-tokenizer {pre} is not one of {', '.join(_STEPS)}")
+        vocab = {token: i for i, token in enumerate(tokens)}
+        special = {token: vocab[token] for token, kind in zip(tokens, types) if kind in (3, 4)}
+        layout = {
+            "added_tokens": _added_tokens(special),
+            "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": _STEPS[pre]},
+            "model": {"ignore_merges": pre == "llama-bpe", "vocab": vocab, "merges": merges},
+        }
+        with _refusing("the GGUF metadata do not describe a byte-level BPE: {}"):
+            return cls._from_layout(layout)
+
+    @classmethod
+    def _from_layout(cls, layout: dict) -> "BPETokenizer":
+        """Builds a tokenizer from the content of a `tokenizer.json`, and checks its consistency."""
+        _check_layout(layout)
+        model, vocab = layout["model"], layout["model"]["vocab"]
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        special = {token["content"]: token["id"] for token in layout["added_tokens"]}
+        if not set(_BYTE_TO_CHAR[0x21:0x7F]) <= vocab.keys() - special.keys():
+            raise ValueError("a printable ASCII character has no token")
         if both := {left + right for left, right in merges} & special.keys():
             raise ValueError(f"merges also produce special tokens: {', '.join(sorted(both))}")
-        try:
-            tokens = {vocab[t]: bytes(map(_CHAR_TO_BYTE.__getitem__, t)) for t in ordinary}
-            triples = [(vocab[left], vocab[right], vocab[left + right]) for left, right in merges]
-        except KeyError as error:
-            raise ValueError(
-                f"a token or merge has {error}, which is not in the vocabulary"
-            ) from None
+        tokens = {
+            i: bytes(_CHAR_TO_BYTE[c] for c in t) for t, i in vocab.items() if t not in special
+        }
         tokens |= {i: name.encode() for name, i in special.items()}
         if set(tokens) != set(range(len(vocab.keys() | special.keys()))):
             raise ValueError("token ids are not 0, 1, 2, ... without gaps")
-        in_order = [tokens[i] for i in range(len(tokens))]
-        return cls(in_order, triples, special, layout=layout, ignore_merges=ignore_merges)
+        triples = [(vocab[left], vocab[right], vocab[left + right]) for left, right in merges]
+        layout = {**_LAYOUT, **layout, "model": {**_LAYOUT["model"], **model, **_NO_TOKENS}}
+        return cls([tokens[i] for i in range(len(tokens))], triples, special, layout)
 
     def _to_json(self) -> str:
         names = {i: name for name, i in self.special_tokens.items()}
-        chars = {i: names.get(i) or _to_chars(token) for i, token in enumerate(self.vocab)}
-        # `tokenizers` gives added tokens the ids after the vocabulary, if they are not part of it.
+        chars = [names.get(i) or _to_chars(token) for i, token in enumerate(self.vocab)]
+        # `tokenizers` numbers added tokens by their order after the vocabulary, unless it has them.
         n_vocab = 1 + max(self._ids.values())
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        model = {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": self._ignore_merges,
-            "vocab": {token: i for i, token in chars.items() if i < n_vocab},
-            "merges": [[chars[left], chars[right]] for left, right, _ in self.merges],
-        }
-        added = [
-            {"id": i, "content": name, **flags, "special": True}
-            for i, name in sorted(names.items())
-        ]
-        head = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
-        layout = {**head, **self._layout, "model": model}
+        added = self._layout["added_tokens"] or _added_tokens(self.special_tokens)
+        added = sorted(added, key=lambda token: token["id"])
+        vocab = {token: i for i, token in enumerate(chars[:n_vocab])}
+        merges = [[chars[left], chars[right]] for left, right, _ in self.merges]
+        model = {**self._layout["model"], "vocab": vocab, "merges": merges}
+        layout = {**self._layout, "added_tokens": added, "model": model}
         return json.dumps(layout, ensure_ascii=False, indent=1) + "\n"
 
 
 # ---- pre-tokens
 
-_CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
+# The patterns that split text, as published, under the names that GGUF files use.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
-    rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# How the families split text, as published, under the names that GGUF files use. SmolLM2 sets
-# digits apart before GPT-2's pattern runs: here in one pattern, where a digit ends the text.
 _PATTERNS = {
-    "gpt-2": rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+",
-    "smollm": rf"{_CONTRACTIONS}|\p{{N}}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+"
-    r"|\s+(?![^\s\p{N}])|\s+",
+    "gpt-2": _GPT2,  # for SmolLM2, digits are set apart before, as if the text ended there
+    "smollm": _GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])"),
     "llama-bpe": _LLAMA3,
     "qwen2": _LLAMA3.replace("{1,3}", ""),
 }
+# The last position where a pre-token surely ends: after a word or a number. A mark there belongs to
+# the word, as NFC may merge the two.
+_LAST_WORD_END = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}\p{M}])")
 _CACHE_SIZE = 1 << 17  # pre-tokens; text repeats few words often, so a full cache stays useful
-_CACHED_LENGTH = 64  # characters; longer pre-tokens are hardly ever repeated
-
-
-class _Patterns(NamedTuple):
-    """A pattern compiled for any text, for ASCII alone, and the last place to cut a text."""
-
-    any_text: regex.Pattern
-    ascii: re.Pattern  # Python's own `re` is almost twice as fast, but lacks \p
-    last_word_end: regex.Pattern
 
 
 @cache
-def _patterns(name: str) -> _Patterns:
+def _patterns(family: str) -> tuple[re.Pattern, regex.Pattern]:
+    """Patterns for ASCII, where Python's own `re` is almost twice as fast, and for any text."""
+    pattern = _PATTERNS[family]
+    in_ascii = pattern.replace(r"\p{L}+", "[A-Za-z]+").replace(r"\p{L}", "A-Za-z")
     # White space is spelled out as Unicode's White_Space property because `regex` counts the
     # control characters U+001C to U+001F as \s and `tokenizers` does not.
-    pattern = _PATTERNS[name]
     any_text = pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
-    in_ascii = pattern.replace(r"\p{L}+", "[A-Za-z]+").replace(r"\p{L}", "A-Za-z")
-    # A pre-token surely ends before white space that follows other text. Those of Llama 3 and Qwen
-    # may have line ends behind punctuation, but nothing behind these.
-    word_end = r"(?<=\P{White_Space})(?=\p{White_Space})"
-    if r"[\r\n]" in pattern:
-        word_end = r"(?<=\P{White_Space})(?=[^\P{White_Space}\r\n])|(?<=[\r\n])(?=\P{White_Space})"
-    return _Patterns(
-        regex.compile(any_text),
-        re.compile(in_ascii.replace(r"\p{N}", r"\d"), re.ASCII),
-        regex.compile(f"(?r){word_end}"),
-    )
+    return re.compile(in_ascii.replace(r"\p{N}", r"\d"), re.ASCII), regex.compile(any_text)
 
 
-def _pre_tokens(text: str, name: str = "gpt-2") -> list[str]:
-    patterns = _patterns(name)
-    return (patterns.ascii if text.isascii() else patterns.any_text).findall(text)
+def _pre_tokens(text: str, family: str = "gpt-2") -> list[str]:
+    in_ascii, any_text = _patterns(family)
+    return (in_ascii if text.isascii() else any_text).findall(text)
 
 
 def _byte_alphabet() -> list[str]:
@@ -496,20 +412,6 @@ _BYTE_IDS = {byte: i for i, byte in enumerate(_BYTES_IN_ID_ORDER)}
 
 def _to_chars(token: bytes) -> str:
     return "".join(_BYTE_TO_CHAR[byte] for byte in token)
-
-
-class _WordCache(dict[str, list[int]]):
-    """Token ids of pre-tokens, computed on first use."""
-
-    def __init__(self, encode: Callable[[str], list[int]]):
-        super().__init__()
-        self.encode = encode
-
-    def __missing__(self, word: str) -> list[int]:
-        ids = self.encode(word)
-        if len(word) <= _CACHED_LENGTH and len(self) < _CACHE_SIZE:
-            self[word] = ids
-        return ids
 
 
 # ---- fast training
@@ -575,63 +477,68 @@ def _check_encodable(text: str) -> None:
         ) from None
 
 
-# ---- the layout of `tokenizer.json`
+@contextlib.contextmanager
+def _refusing(message: str) -> Iterator[None]:
+    """Turns the errors of malformed content into a ValueError; {} in the message is the reason."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(message.format(error)) from None
 
 
-def _byte_level(use_regex: bool = True, add_prefix_space: bool = False) -> dict:
-    flags = {"trim_offsets": True, "use_regex": use_regex, "add_prefix_space": add_prefix_space}
-    return {"type": "ByteLevel", **flags}
+# ---- the layout of tokenizer.json
 
-
-def _split(pattern: str) -> dict:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-_SPLITS: dict[str, list[dict]] = {  # what comes before ByteLevel
-    "gpt-2": [],
-    "smollm": [{"type": "Digits", "individual_digits": True}],
-    "llama-bpe": [_split(_PATTERNS["llama-bpe"])],
-    "qwen2": [_split(_PATTERNS["qwen2"])],
+_BYTE_LEVEL = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+_GPT2_SPLIT = {**_BYTE_LEVEL, "add_prefix_space": False}
+_SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+_NO_SPLIT = {**_GPT2_SPLIT, "use_regex": False}
+_STEPS = {  # of the families' pre-tokenizers
+    "gpt-2": [_GPT2_SPLIT],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2_SPLIT],
+    "llama-bpe": [{**_SPLIT, "pattern": {"Regex": _PATTERNS["llama-bpe"]}}, _NO_SPLIT],
+    "qwen2": [{**_SPLIT, "pattern": {"Regex": _PATTERNS["qwen2"]}}, _NO_SPLIT],
 }
-_LAYOUT = {  # ours
-    "normalizer": None,
-    "pre_tokenizer": _byte_level(),
-    "post_processor": None,
-    "decoder": _byte_level(add_prefix_space=True),
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of added tokens
+_OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+_SWITCHES = ("fuse_unk", "byte_fallback", "ignore_merges")
+_NO_TOKENS = {"vocab": {}, "merges": []}
+_LAYOUT = {
+    **{"version": "1.0", "truncation": None, "padding": None, "added_tokens": []},
+    **{"normalizer": None, "pre_tokenizer": _GPT2_SPLIT, "post_processor": None},
+    "decoder": {**_BYTE_LEVEL, "add_prefix_space": True},
+    "model": {"type": "BPE", **dict.fromkeys(_OPTIONS), **dict.fromkeys(_SWITCHES, False)},
 }
 
 
-def _pre_tokenizer_name(pre: dict | None) -> str:
-    """The name in `_PATTERNS` of a `pre_tokenizer` section."""
-    steps = (pre or {}).get("pretokenizers", [pre or {"type": "missing"}])
-    steps = [{**_byte_level(), **s} if s["type"] == "ByteLevel" else s for s in steps]
-    for name, splits in _SPLITS.items():
-        last = _byte_level(use_regex=name in ("gpt-2", "smollm"))
-        if [{**step, "trim_offsets": True} for step in steps] == [
-            {**step, "trim_offsets": True} for step in [*splits, last]
-        ]:
-            return name
+def _added_tokens(special: dict[str, int]) -> list[dict]:
+    flags = {**dict.fromkeys(_FLAGS, False), "special": True}
+    return [{"id": i, "content": name, **flags} for name, i in special.items()]
+
+
+def _family(pre_tokenizer: dict) -> str:
+    """The family whose text splits that way; `trim_offsets` changes no ids."""
+
+    def comparable(steps: list[dict]) -> list[dict]:
+        return [{"use_regex": True, **step, "trim_offsets": True} for step in steps]
+
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    for family in _STEPS:
+        if comparable(steps) == comparable(_STEPS[family]):
+            return family
     kinds = ", ".join(step["type"] for step in steps)
-    raise ValueError(f"the pre-tokenizer ({kinds}) is not that of {', '.join(_SPLITS)}")
+    raise ValueError(f"the pre-tokenizer {kinds} is not that of {', '.join(_STEPS)}")
 
 
-def _check_layout(data: dict) -> None:
+def _check_layout(layout: dict) -> None:
     """Rejects features of `tokenizers` that this tokenizer lacks: better no ids than wrong ids."""
-    model = data["model"]
-    if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"the model is {model['type']}")
-    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-        if model.get(name):
-            raise ValueError(f"the model option {name} is not supported")
-    if data.get("normalizer") not in (None, {"type": "NFC"}) or data.get("truncation"):
-        raise ValueError("truncation and normalizers other than NFC are not supported")
-    has_fallback = model.get("unk_token") or model.get("byte_fallback")
-    if has_fallback and not _CHAR_TO_BYTE.keys() <= model["vocab"].keys():
-        raise ValueError("unk_token and byte_fallback are not supported")
-    for token in data["added_tokens"]:
-        name, flags = token["content"], ["lstrip", "rstrip", "single_word"]
-        flags += ["normalized"] if data.get("normalizer") else []
-        if on := [flag for flag in flags if token.get(flag)]:
-            raise ValueError(f"the added token {name!r} is {' and '.join(on)}: not supported")
-        if not token.get("special") and not re.fullmatch(r"<.+>|\[.+\]", name):
-            raise ValueError(f"the added token {name!r} would replace ordinary text")
+    model, normalizer = layout["model"], layout.get("normalizer")
+    if model.get("type", "BPE") != "BPE" or normalizer not in (None, {"type": "NFC"}):
+        raise ValueError("models other than BPE and normalizers other than NFC are not supported")
+    options = {**model, "truncation": layout.get("truncation")}
+    if on := [n for n in (*_OPTIONS, "byte_fallback", "truncation") if options.get(n)]:
+        raise ValueError(f"{', '.join(on)}: not supported")
+    for token in layout["added_tokens"]:
+        flags = [n for n in _FLAGS if token.get(n) and (n != "normalized" or normalizer)]
+        is_markup = re.fullmatch(r"<.+>|\[.+\]", token["content"])
+        if flags or not (token["content"] if token.get("special") else is_markup):
+            raise ValueError(f"the added token {token['content']!r} would change ordinary text")

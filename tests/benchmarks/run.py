@@ -130,7 +130,7 @@ def as_tiktoken(ours: BPETokenizer) -> tiktoken.Encoding:
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return tiktoken.Encoding(
         "ours",
-        pat_str=_patterns("gpt-2").any_text.pattern,
+        pat_str=_patterns("gpt-2")[1].pattern,
         mergeable_ranks=ranks,
         special_tokens={},
     )
@@ -177,7 +177,7 @@ def benchmark_tokenizer(table: Table, shakespeare: str) -> None:
         assert ids == peer_ids and spelled == tik.decode_tokens_bytes(tik_ids)
 
         def cold(tokenizer: BPETokenizer = ours, text: str = text) -> None:
-            tokenizer._cache.clear()
+            tokenizer._cached.cache_clear()
             tokenizer.encode(text)
 
         megabytes = len(text.encode()) / 1e6
