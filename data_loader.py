@@ -307,7 +307,7 @@ INSTRUCTION_NAMES = {  # in files, of the fields of a record
     **{"system": "system", "category": "category"},
 }
 MESSAGE_NAMES = {"role": "role", "from": "role", "content": "content", "value": "content"}
-ROLE_NAMES = {"human": "user", "gpt": "assistant"}
+ROLES = {"human": "user", "gpt": "assistant", **{r: r for r in ("system", "user", "assistant")}}
 
 
 def read_instructions(path: str | Path) -> list[Instruction]:
@@ -336,31 +336,26 @@ def _instruction_fields(record: dict[str, Any], ignored: dict[str, None]) -> Ins
 
 
 def _conversation(fields: dict[str, Any], ignored: dict[str, None]) -> Instruction:
-    """The messages of a record; what else it has of a task must be one of their texts."""
-    said = [("system", fields["system"])] if "system" in fields else []
-    said += [_message(message, ignored) for message in fields["messages"]]
-    system = said.pop(0)[1] if said and said[0][0] == "system" else ""
-    roles, texts = [role for role, _ in said], [text for _, text in said]
+    """The turns of `messages`; what the record has beside them must be one of their texts."""
+    messages = [_named_fields(item, MESSAGE_NAMES, ignored) for item in fields["messages"]]
+    roles = [ROLES.get(message.get("role", "").lower()) for message in messages]
+    for role, message in zip(roles, messages):
+        if role is None:
+            raise ValueError(f"unknown role {message.get('role', '')[:20]!r}")
+        if "content" not in message:
+            raise ValueError(f"empty content of {role}")
+    texts = [message["content"] for message in messages]
+    n_system = roles[:1].count("system")
     if "assistant" not in roles:
         raise ValueError("no assistant turn")
-    if roles != ["user", "assistant"] * (len(roles) // 2):
+    if roles[n_system:] != ["user", "assistant"] * (len(roles) // 2):
         raise ValueError(f"wrong order of turns: {', '.join(roles)[:60]}")
-    for name in ("instruction", "context", "response"):
+    for name in ("instruction", "context", "response", *["system"] * n_system):
         if fields.get(name, texts[0]) not in texts:
             raise ValueError(f"ambiguous: messages and {name}")
-    *earlier, last = [(question, "", answer) for question, answer in zip(texts[::2], texts[1::2])]
-    return Instruction(*last, fields.get("category", ""), system, tuple(earlier))
-
-
-def _message(message: dict[str, Any], ignored: dict[str, None]) -> tuple[str, str]:
-    """Role and text of a message."""
-    fields = {"role": "", **_named_fields(message, MESSAGE_NAMES, ignored)}
-    role = ROLE_NAMES.get(fields["role"].lower(), fields["role"].lower())
-    if role not in ("system", "user", "assistant"):
-        raise ValueError(f"unknown role {role[:20]!r}")
-    if "content" not in fields:
-        raise ValueError(f"empty content of {role}")
-    return role, fields["content"]
+    system = texts[0] if n_system else fields.get("system", "")
+    turns = [(q, "", a) for q, a in zip(texts[n_system::2], texts[n_system + 1 :: 2])]
+    return Instruction(*turns[-1], fields.get("category", ""), system, tuple(turns[:-1]))
 
 
 def _named_fields(record: Any, names: dict[str, str], ignored: dict[str, None]) -> dict[str, Any]:
@@ -371,7 +366,7 @@ def _named_fields(record: Any, names: dict[str, str], ignored: dict[str, None]) 
     for name, value in record.items():
         field = names.get(name.strip().lower())
         value = value.strip() if isinstance(value, str) else value
-        if value is None or value == "":
+        if value in (None, "", []):
             continue
         if field is None:
             ignored[name] = None

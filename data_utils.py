@@ -355,12 +355,8 @@ def review_batches(
 
 # Sections without text are omitted. In a conversation all but the system section repeat. Each
 # response ends with `<|endoftext|>`. No text can spell a heading or a control token.
-SYSTEM_HEADING, INSTRUCTION_HEADING = "### System\n", "### Instruction\n"
-CONTEXT_HEADING, RESPONSE_HEADING = "\n\n### Context\n", "\n\n### Response\n"
-PROMPT_TEMPLATE = (
-    f"{SYSTEM_HEADING}{{system}}\n\n{INSTRUCTION_HEADING}{{instruction}}"
-    f"{CONTEXT_HEADING}{{context}}{RESPONSE_HEADING}"
-)
+HEADINGS = ("### System\n", "### Instruction\n", "\n\n### Context\n", "\n\n### Response\n")
+PROMPT_TEMPLATE = "{}{{system}}\n\n{}{{instruction}}{}{{context}}{}".format(*HEADINGS)
 MIN_PROMPT = 32  # tokens of a long instruction and context that are always kept
 
 
@@ -390,7 +386,7 @@ def encode_instruction(
     system, ids, targets = [], [], []
     if row.system.strip():
         text = tokenizer.encode(escape_headings(row.system.strip()))[: context_length // 2]
-        system = tokenizer.encode(SYSTEM_HEADING) + text + tokenizer.encode("\n\n")
+        system = tokenizer.encode(HEADINGS[0]) + text + tokenizer.encode("\n\n")
     room = context_length + 1 - len(system)
     for turn in reversed(row.turns):
         prompt, response = _encode_turn(turn, tokenizer, room)
@@ -403,8 +399,7 @@ def encode_instruction(
 
 def _encode_turn(turn, tokenizer, room):
     """Token ids of a prompt and of its response; a turn longer than `room` is cut."""
-    headings = (INSTRUCTION_HEADING, CONTEXT_HEADING, RESPONSE_HEADING)
-    before_task, before_context, end = map(tokenizer.encode, headings)
+    before_task, before_context, end = map(tokenizer.encode, HEADINGS[1:])
     task, context, response = (tokenizer.encode(escape_headings(x.strip())) for x in turn)
     if response:
         response.append(tokenizer.special_tokens[END_OF_TEXT])
@@ -417,7 +412,7 @@ def _encode_turn(turn, tokenizer, room):
 
 def escape_headings(text: str) -> str:
     """Text that cannot imitate a heading of the template."""
-    heading = r"(?i)#{3,}(?=\s*(?:system|instruction|context|response)\b)"
+    heading = r"(?i)(?<!#)#{3,}(?=\s*(?:system|instruction|context|response)\b)"
     return re.sub(heading, lambda match: " ".join(match[0]), text)
 
 

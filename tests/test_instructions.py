@@ -26,13 +26,10 @@ import finetune_qlora_instructions as script
 import lora
 from data_loader import Instruction, load_instructions, read_instructions
 from data_utils import (
-    CONTEXT_HEADING,
+    HEADINGS,
     IGNORE,
-    INSTRUCTION_HEADING,
     MIN_PROMPT,
     PROMPT_TEMPLATE,
-    RESPONSE_HEADING,
-    SYSTEM_HEADING,
     collate_instructions,
     encode_instruction,
     encode_instructions,
@@ -149,10 +146,11 @@ def test_conversations_are_read_in_both_formats(tmp_path: Path, capsys: pytest.C
         {"Conversations": [{"From": "User", "Value": "a"}, {"From": "Assistant", "Value": "b"}]},
         {**messages(*SAID), "system": "Be brief.", "category": "kings"},
         {**messages(*SAID), "prompt": "Name a king."},
+        {**messages(*said), "system": "Be brief."},
     ]
     brief = replace(CHAT, system="Be brief.")
     one = Instruction("a", "", "b")
-    expected = [CHAT, brief, brief, one, replace(brief, category="kings"), CHAT]
+    expected = [CHAT, brief, brief, one, replace(brief, category="kings"), CHAT, brief]
     assert read_instructions(write_rows(tmp_path / "a.jsonl", rows)) == expected
     assert not capsys.readouterr().err
     assert CHAT.turns == [("Name a king.", "", "Lear"), ("Who?", "", "Offa")]
@@ -168,10 +166,11 @@ def test_conversations_are_read_in_both_formats(tmp_path: Path, capsys: pytest.C
         ({"prompt": "a", "answer": 4}, "answer is not a string"),
         ({"prompt": "a", "answer": "b\0"}, "an invalid character"),
         ({**messages(*SAID), "input": "text"}, "ambiguous: messages and context"),
-        ({**messages(*SAID), "conversations": []}, "ambiguous: messages and conversations"),
+        ({**messages(*SAID), "conversations": [{}]}, "ambiguous: messages and conversations"),
+        ({**messages(("system", "a"), *SAID), "system": "b"}, "ambiguous: messages and system"),
         ({"messages": "hello"}, "messages is not a list"),
         ({"messages": ["hello"]}, "a message is not an object"),
-        (messages(), "no assistant turn"),
+        (messages(), "no instruction"),
         (messages(("user", "a")), "no assistant turn"),
         (messages(*SAID, ("user", "a")), "wrong order of turns: user, assistant, user, assistant,"),
         (messages(*SAID[1:]), "wrong order of turns: assistant, user, assistant"),
@@ -324,7 +323,7 @@ def test_the_prompt_is_shortened_before_the_response(
         assert n_prompt <= bare + MIN_PROMPT and len(example) == T + 1
     elif n_prompt < len(prompt_ids(row, tokenizer)):
         assert n_prompt + n_whole <= T + 1
-    for heading in (INSTRUCTION_HEADING, RESPONSE_HEADING):
+    for heading in (HEADINGS[1], HEADINGS[3]):
         ids = tokenizer.encode(heading)
         assert example.ids[: len(ids)] == ids or example.ids[n_prompt - len(ids) : n_prompt] == ids
 
@@ -341,9 +340,6 @@ def test_an_example_without_room_for_a_response_is_left_out_and_counted(
     assert "skipped 1 examples: no room for a response" in capsys.readouterr().err
     with pytest.raises(ValueError, match="has no room for a response"):
         encode_instructions([long], tokenizer, T)
-
-
-HEADINGS = [SYSTEM_HEADING, INSTRUCTION_HEADING, CONTEXT_HEADING, RESPONSE_HEADING]
 
 
 @pytest.mark.parametrize("heading", HEADINGS)
