@@ -7,6 +7,7 @@ names, and in its subfolders such as `models/shipped/`: checkpoints, logs and `r
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -22,8 +23,8 @@ import streamlit as st
 import torch
 
 import generation
-from data_loader import LABELS, read_unlabelled
-from data_utils import IGNORE, EncodedInstruction, collate_instructions, encode_prompt
+from data_loader import LABELS, Instruction, read_unlabelled
+from data_utils import IGNORE, encode_instruction
 from evaluate import LINEAR, LINEAR_BASELINE, REPORT_COLUMNS, load_linear_baseline, table_cells
 from generation import BASE, QLORA, TEMPERATURE, TOP_P, continue_prompt, generate_response
 from model import GPTModel
@@ -308,8 +309,8 @@ def instructions_page() -> None:
     st.title("Instructions")
     st.write("The same prompt, answered by the untouched base and by the model after QLoRA.")
     keys = ("base-response", "qlora-response")
-    task = st.text_area("Instruction", "Name three things to take to the beach.", max_chars=500)
-    context = st.text_area("Context (optional)", "", max_chars=MAX_CHARACTERS)
+    question = st.text_area("Instruction", "Name three things to take to the beach.", max_chars=500)
+    task = Instruction(question, st.text_area("Context (optional)", "", max_chars=MAX_CHARACTERS))
     left, right = st.columns(2)
     temperature = left.slider("Temperature", 0.0, 2.0, 0.7, 0.05)
     seed = right.number_input("Seed", 0, 2**31, 0)
@@ -322,24 +323,22 @@ def instructions_page() -> None:
             st.subheader(title)
             model, tokenizer, _ = loaded(name)
             options = {"temperature": temperature, "seed": seed}
-            ids = generate_response(model, tokenizer, task, context, **options) if go else None
+            ids = generate_response(model, tokenizer, task, **options) if go else None
             stream_text(key, ids, tokenizer)
     with errors_as_messages(), st.expander("Template and token mask"):
-        show_template(task, context)
+        show_template(task)
 
 
-def show_template(task: str, context: str) -> None:
-    """The prompt as the model reads it, and which of its targets carry loss."""
+def show_template(task: Instruction) -> None:
+    """A task as the model reads it, and which of its targets carry loss."""
     model, tokenizer, _ = loaded(QLORA)
-    prompt = encode_prompt(task, context, tokenizer, model.config.context_length // 2)
-    st.code(tokenizer.decode(prompt), language=None)
     example = "A towel, a book, and a hat."
-    response = tokenizer.encode(st.text_input("A response to learn from", example, max_chars=200))
-    response.append(tokenizer.end_id)
-    row = EncodedInstruction(prompt, response)
-    _, targets = collate_instructions([row], tokenizer, 0)  # without padding
-    names = [printable(tokenizer.vocab[i]) for i in prompt + response]
-    rows = zip(names, names[1:], (targets[0] != IGNORE).tolist())
+    response = st.text_input("A response to learn from", example, max_chars=200)
+    task = dataclasses.replace(task, response=response)
+    encoded = encode_instruction(task, tokenizer, model.config.context_length)
+    st.code(tokenizer.decode(encoded.ids), language=None)
+    names = [printable(tokenizer.vocab[i]) for i in encoded.ids]
+    rows = zip(names, names[1:], (target != IGNORE for target in encoded.targets[1:]))
     st.dataframe(pd.DataFrame(rows, columns=["input", "target", "carries loss"]), height=300)
 
 

@@ -179,17 +179,26 @@ class Review:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A task, an optional text that it is about, and the response to learn."""
+    """A task, an optional text that it is about, and the response to learn. In a conversation it is
+    the last turn; `earlier` ones have the same three parts, and responses to learn, too."""
 
     instruction: str
-    context: str
-    response: str
+    context: str = ""
+    response: str = ""
     category: str = ""
+    system: str = ""
+    earlier: tuple[tuple[str, str, str], ...] = ()
+
+    @property
+    def turns(self) -> list[tuple[str, str, str]]:
+        """All turns, oldest first."""
+        return [*self.earlier, (self.instruction, self.context, self.response)]
 
     @property
     def key(self) -> str:
         """Equal for tasks that differ in case and white space only."""
-        return " ".join(f"{self.instruction} {self.context}".lower().split())
+        tasks = (f"{instruction} {context}" for instruction, context, _ in self.turns)
+        return " ".join(" ".join(tasks).lower().split())
 
     @property
     def group(self) -> str:
@@ -294,33 +303,95 @@ def _review_fields(record: dict[str, Any]) -> tuple[str, str]:
     return text, label
 
 
+INSTRUCTION_NAMES = {  # in files, of the fields of a record
+    **dict.fromkeys(("instruction", "prompt", "question"), "instruction"),
+    **dict.fromkeys(("context", "input"), "context"),
+    **dict.fromkeys(("response", "output", "answer", "completion"), "response"),
+    **dict.fromkeys(("messages", "conversations"), "messages"),
+    **{"system": "system", "category": "category"},
+}
+MESSAGE_NAMES = {"role": "role", "from": "role", "content": "content", "value": "content"}
+ROLES = {"human": "user", "gpt": "assistant", **{r: r for r in ("system", "user", "assistant")}}
+
+
 def read_instructions(path: str | Path) -> list[Instruction]:
-    """Reads JSON Lines with the fields instruction and response, and optionally context and
-    category; invalid rows are skipped and reported by row number."""
-    return _valid_rows(path, _instruction_fields, ".jsonl")
+    """Reads tasks with responses; invalid rows are skipped and reported by row number.
+
+    A record has an instruction, a response and optionally context, system text and category, under
+    any of the `INSTRUCTION_NAMES`. Or it is a conversation, a list of `messages` with role and
+    content (OpenAI) or of `conversations` with from and value (ShareGPT): perhaps a system text,
+    then user and assistant in turn. Other fields are ignored, and named.
+    """
+    ignored: dict[str, None] = {}
+    rows, problems = _parse_file(path, partial(_instruction_fields, ignored=ignored), ".jsonl")
+    if ignored:
+        log0(f"{path}: ignored columns: {', '.join(ignored)}")
+    return _report_problems(path, rows, problems)
 
 
-def _instruction_fields(record: dict[str, Any]) -> Instruction:
-    values = {}
-    for name in ("instruction", "context", "response", "category"):
-        value = record.get(name)
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{name} is not a string")
-        values[name] = _check_characters((value or "").strip())
+def _instruction_fields(record: dict[str, Any], ignored: dict[str, None]) -> Instruction:
+    fields = _named_fields(record, INSTRUCTION_NAMES, ignored)
+    if "messages" in fields:
+        return _conversation(fields, ignored)
     for name in ("instruction", "response"):
-        if not values[name]:
+        if name not in fields:
             raise ValueError(f"no {name}")
-    return Instruction(**values)
+    return Instruction(**fields)
+
+
+def _conversation(fields: dict[str, Any], ignored: dict[str, None]) -> Instruction:
+    """The turns of `messages`; what the record has beside them must be one of their texts."""
+    messages = [_named_fields(item, MESSAGE_NAMES, ignored) for item in fields["messages"]]
+    roles = [ROLES.get(message.get("role", "").lower()) for message in messages]
+    for role, message in zip(roles, messages):
+        if role is None:
+            raise ValueError(f"unknown role {message.get('role', '')[:20]!r}")
+        if "content" not in message:
+            raise ValueError(f"empty content of {role}")
+    texts = [message["content"] for message in messages]
+    n_system = roles[:1].count("system")
+    if "assistant" not in roles:
+        raise ValueError("no assistant turn")
+    if roles[n_system:] != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f"wrong order of turns: {', '.join(roles)[:60]}")
+    for name in ("instruction", "context", "response", *["system"] * n_system):
+        if fields.get(name, texts[0]) not in texts:
+            raise ValueError(f"ambiguous: messages and {name}")
+    system = texts[0] if n_system else fields.get("system", "")
+    turns = [(q, "", a) for q, a in zip(texts[n_system::2], texts[n_system + 1 :: 2])]
+    return Instruction(*turns[-1], fields.get("category", ""), system, tuple(turns[:-1]))
+
+
+def _named_fields(record: Any, names: dict[str, str], ignored: dict[str, None]) -> dict[str, Any]:
+    """The fields of a record that are not empty, by their meaning; other names go to `ignored`."""
+    if not isinstance(record, dict):
+        raise ValueError("a message is not an object")
+    fields: dict[str, Any] = {}
+    for name, value in record.items():
+        field = names.get(name.strip().lower())
+        value = value.strip() if isinstance(value, str) else value
+        if value in (None, "", []):
+            continue
+        if field is None:
+            ignored[name] = None
+        elif not isinstance(value, list if field == "messages" else str):
+            raise ValueError(f"{name} is not a {'list' if field == 'messages' else 'string'}")
+        elif fields.setdefault(field, value) != value:
+            same = (n for n in record if names.get(n.strip().lower()) == field)
+            raise ValueError(f"ambiguous: {' and '.join(same)}")
+        else:
+            _check_characters(str(value))
+    return fields
 
 
 def sample_texts() -> list[str]:
     """The bundled reviews and instructions as plain text, to train the tokenizer on."""
     reviews = read_reviews(SAMPLES / "reviews.jsonl")
     tasks = read_instructions(SAMPLES / "instructions.jsonl")
-    fields = ((task.instruction, task.context, task.response) for task in tasks)
+    turns = (turn for task in tasks for turn in task.turns)
     return [
         "\n".join(f"{review.text}\n" for review in reviews),
-        "\n".join("".join(f"{field}\n" for field in row if field) for row in fields),
+        "\n".join("".join(f"{part}\n" for part in turn if part) for turn in turns),
     ]
 
 
@@ -329,6 +400,10 @@ def sample_texts() -> list[str]:
 
 def _valid_rows(path, parse, suffix=None):
     rows, problems = _parse_file(path, parse, suffix)
+    return _report_problems(path, rows, problems)
+
+
+def _report_problems(path, rows, problems):
     shown = "; ".join(problems[:MAX_REPORTED_ROWS])
     if not rows:
         raise ValueError(f"{path} has no valid row" + (f": {shown}" if shown else ""))

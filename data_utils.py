@@ -353,85 +353,94 @@ def review_batches(
 
 # ---- instructions
 
-# An empty context is omitted with its heading. What a user writes can become neither a heading nor
-# `<|endoftext|>`.
-PROMPT_TEMPLATE = "### Instruction\n{instruction}\n\n### Context\n{context}\n\n### Response\n"
-HEADINGS = re.split(r"\{\w+\}", PROMPT_TEMPLATE)
-INSTRUCTION_HEADING, CONTEXT_HEADING, RESPONSE_HEADING = HEADINGS
+# Sections without text are omitted. In a conversation all but the system section repeat. Each
+# response ends with `<|endoftext|>`. No text can spell a heading or a control token.
+HEADINGS = ("### System\n", "### Instruction\n", "\n\n### Context\n", "\n\n### Response\n")
+PROMPT_TEMPLATE = "{}{{system}}\n\n{}{{instruction}}{}{{context}}{}".format(*HEADINGS)
 MIN_PROMPT = 32  # tokens of a long instruction and context that are always kept
 
 
 @dataclass(frozen=True)
 class EncodedInstruction:
-    """Token ids of a prompt and of its response, which ends with `<|endoftext|>` unless cut."""
+    """Token ids of an example, and its targets: the same ids, or IGNORE where they carry no loss.
 
-    prompt: list[int]
-    response: list[int]
+    The ids end with `<|endoftext|>` unless the last response is cut or missing.
+    """
+
+    ids: list[int]
+    targets: list[int]
 
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.response)
-
-
-def escape_headings(text: str) -> str:
-    """User text that cannot imitate a heading of the template."""
-    return re.sub("#{3,}", lambda match: " ".join(match[0]), text)
-
-
-def encode_prompt(
-    instruction: str, context: str, tokenizer: BPETokenizer, max_tokens: int | None = None
-) -> list[int]:
-    """Token ids of a prompt, up to where the response begins.
-
-    `max_tokens` cuts the end of the context, then of the instruction, never a heading.
-    """
-    task, text = (tokenizer.encode(escape_headings(x.strip())) for x in (instruction, context))
-    before_task, before_context, end = map(tokenizer.encode, HEADINGS)
-    if max_tokens is not None:
-        room = max(0, max_tokens - len(before_task) - len(end))
-        task = task[:room]
-        text = text[: max(0, room - len(task) - len(before_context))]
-    return before_task + task + (before_context + text if text else []) + end
+        return len(self.ids)
 
 
 def encode_instruction(
     row: Instruction, tokenizer: BPETokenizer, context_length: int
 ) -> EncodedInstruction:
-    """Token ids of an example, at most `context_length` of inputs.
+    """Token ids of an example, at most `context_length` of inputs; every response carries loss.
 
-    A long example loses the end of its context, then of its instruction down to `MIN_PROMPT`
-    tokens, and only then the end of its response.
+    A long example loses its oldest turns, then the end of its context, then of its instruction down
+    to `MIN_PROMPT` tokens, and only then the end of its response. A system text loses what exceeds
+    half the context. With an empty last response, the ids are the prompt that a model answers.
     """
-    response = [*tokenizer.encode(row.response.strip()), tokenizer.end_id]
-    min_prompt = len(encode_prompt("", "", tokenizer)) + MIN_PROMPT
-    room = max(context_length + 1 - len(response), min_prompt)
-    prompt = encode_prompt(row.instruction, row.context, tokenizer, room)
-    return EncodedInstruction(prompt, response[: max(0, context_length + 1 - len(prompt))])
+    system, ids, targets = [], [], []
+    if row.system.strip():
+        text = tokenizer.encode(escape_headings(row.system.strip()))[: context_length // 2]
+        system = tokenizer.encode(HEADINGS[0]) + text + tokenizer.encode("\n\n")
+    room = context_length + 1 - len(system)
+    for turn in reversed(row.turns):
+        prompt, response = _encode_turn(turn, tokenizer, room)
+        if ids and len(prompt) + len(response) + len(ids) > room:
+            break
+        ids = prompt + response + ids
+        targets = [IGNORE] * len(prompt) + response + targets
+    return EncodedInstruction(system + ids, [IGNORE] * len(system) + targets)
+
+
+def _encode_turn(turn, tokenizer, room):
+    """Token ids of a prompt and of its response; a turn longer than `room` is cut."""
+    before_task, before_context, end = map(tokenizer.encode, HEADINGS[1:])
+    task, context, response = (tokenizer.encode(escape_headings(x.strip())) for x in turn)
+    if response:
+        response.append(tokenizer.end_id)
+    left = max(room - len(before_task) - len(end) - len(response), MIN_PROMPT)
+    task = task[:left]
+    context = context[: max(0, left - len(task) - len(before_context))]
+    prompt = before_task + task + (before_context + context if context else []) + end
+    return prompt, response[: max(0, room - len(prompt))]
+
+
+def escape_headings(text: str) -> str:
+    """Text that cannot imitate a heading of the template."""
+    heading = r"(?i)(?<!#)#{3,}(?=\s*(?:system|instruction|context|response)\b)"
+    return re.sub(heading, lambda match: " ".join(match[0]), text)
 
 
 def encode_instructions(
     rows: list[Instruction], tokenizer: BPETokenizer, context_length: int
 ) -> list[EncodedInstruction]:
-    """Token ids of examples; those without room for a response are skipped and counted."""
+    """Token ids of examples. Those without room for a response are skipped; these, and
+    conversations that lost turns, are counted."""
     encoded = [encode_instruction(row, tokenizer, context_length) for row in rows]
-    usable = [example for example in encoded if example.response]
+    usable = [example for example in encoded if example.targets[-1] != IGNORE]
     if len(usable) < len(encoded):
         log0(f"skipped {len(encoded) - len(usable):,} examples: no room for a response")
     if not usable:
         raise ValueError(f"a context of {context_length} tokens has no room for a response")
+    end = tokenizer.end_id
+    if n := sum(1 < len(row.turns) > x.ids.count(end) for row, x in zip(rows, encoded)):
+        log0(f"{n:,} conversations lost their oldest turns: too long for the context")
     return usable
 
 
 def collate_instructions(
     examples: Sequence[EncodedInstruction], tokenizer: BPETokenizer, context_length: int
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T); prompt and padding carry no loss (IGNORE)."""
-    rows = [np.array(example.prompt + example.response) for example in examples]
-    ids, lengths = pad_batch(rows, tokenizer.pad_id, context_length + 1)
-    targets = ids[:, 1:].clone()
-    positions = torch.arange(1, ids.shape[1])
-    starts = torch.tensor([len(example.prompt) for example in examples])
-    targets[(positions < starts[:, None]) | (positions >= lengths[:, None])] = IGNORE
-    return ids[:, :-1], targets
+    """Inputs and targets (B, T); prompts and padding carry no loss (IGNORE)."""
+    pad_id, max_length = tokenizer.pad_id, context_length + 1
+    ids, _ = pad_batch([np.array(example.ids) for example in examples], pad_id, max_length)
+    targets, _ = pad_batch([np.array(example.targets) for example in examples], IGNORE, max_length)
+    return ids[:, :-1], targets[:, 1:]
 
 
 def instruction_batches(

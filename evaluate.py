@@ -118,7 +118,8 @@ def response_metrics(
     """Loss on the responses alone, including their final `<|endoftext|>`."""
     batches = data_utils.instruction_batches(examples, tokenizer, model.config.context_length)
     nats = training.mean_loss(model, batches, training.next_token_loss, runtime)
-    responses = np.concatenate([np.array(example.response) for example in examples])
+    responses = np.concatenate([np.array(example.targets) for example in examples])
+    responses = responses[responses != data_utils.IGNORE]
     n_bytes = data_utils.count_bytes(responses, tokenizer)
     return {
         "response_bits_per_byte": nats * len(responses) / n_bytes / math.log(2),
@@ -144,8 +145,7 @@ def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction])
     merge_lora(merged)
     n_stopped = 0
     for seed, row in enumerate(tqdm(judged, desc="responses", unit="response")):
-        task = (row.instruction, row.context)
-        length = len(list(generation.generate_response(merged, tokenizer, *task, seed=seed)))
+        length = len(list(generation.generate_response(merged, tokenizer, row, seed=seed)))
         n_stopped += length < generation.MAX_RESPONSE_TOKENS
     return n_stopped / len(judged)
 
@@ -438,7 +438,7 @@ TASKS = {
         ("base", *generation.INSTRUCTION_MODELS),
         data_loader.read_instructions,
         instruction_metrics,
-        "JSONL file with instruction, context and response",
+        "file of instructions or conversations",
     ),
 }
 

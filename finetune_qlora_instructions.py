@@ -2,7 +2,7 @@
 
     python finetune_qlora_instructions.py                   # Dolly-15k, three minutes on two cores
     python finetune_qlora_instructions.py --dataset sample  # the small bundled instructions
-    python finetune_qlora_instructions.py --data FILE       # your own: JSONL
+    python finetune_qlora_instructions.py --data FILE       # your own
     python finetune_qlora_instructions.py --no-quantize     # plain LoRA on the full-precision base
     python finetune_qlora_instructions.py --full            # every weight, for comparison
 
@@ -134,7 +134,7 @@ def _encode(rows: Split, tokenizer: BPETokenizer, context_length: int) -> Split:
         encode_instructions(split, tokenizer, context_length) for split in vars(rows).values()
     )
     end = tokenizer.end_id
-    complete = [example for example in train if example.response[-1] == end]
+    complete = [example for example in train if example.ids[-1] == end]
     if n_cut := len(train) - len(complete):
         log0(f"skipped {n_cut:,} training responses: too long for the context")
     return Split(complete or train, *others)
@@ -184,14 +184,14 @@ def _report(name, model, tokenizer, encoded, rows, contents, runtime) -> None:
         table.append({"model": "merged into full precision", **metrics})
     print(markdown_table(columns, table))
     for row in rows.test[:SHOWN_RESPONSES]:
-        ids = generate_response(model, tokenizer, row.instruction, row.context)
+        ids = generate_response(model, tokenizer, row)
         print(f"\n> {row.instruction}\n" + "".join(tokenizer.decode_stream(ids)))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = training.new_parser("Fine-tune the base to follow instructions, with QLoRA.")
     training.add_run_flags(
-        parser, INSTRUCTION_SOURCES, "JSONL file of instructions", max_examples=4_000
+        parser, INSTRUCTION_SOURCES, "instructions or conversations", max_examples=4_000
     )
     methods = parser.add_mutually_exclusive_group()
     for flag, method, text in (

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_loader import log0
-from data_utils import encode_prompt, text_batches
+from data_loader import Instruction, log0
+from data_utils import encode_instruction, text_batches
 from lora import (
     HEAD,
     LoRAConfig,
@@ -168,10 +168,12 @@ def continue_prompt(
 
 
 def generate_response(
-    model: GPTModel, tokenizer: BPETokenizer, instruction: str, context: str = "", **sampling: Any
+    model: GPTModel, tokenizer: BPETokenizer, task: Instruction, **sampling: Any
 ) -> Iterator[int]:
-    """Yields the token ids of a response; see `continue_prompt`. A long context is truncated."""
-    prompt = encode_prompt(instruction, context, tokenizer, model.config.context_length // 2)
+    """Yields the token ids of a response to the last turn of a task; see `continue_prompt`. A
+    prompt over half the model's context is shortened as in training."""
+    task = dataclasses.replace(task, response="")
+    prompt = encode_instruction(task, tokenizer, model.config.context_length // 2 - 1).ids
     return continue_prompt(model, tokenizer, prompt, MAX_RESPONSE_TOKENS, **sampling)
 
 

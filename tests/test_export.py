@@ -6,6 +6,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from conftest import randomised
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -15,10 +16,11 @@ from transformers import (
 )
 
 import generation
+from data_loader import Instruction
+from data_utils import encode_instruction
 from generation import BASE, LORA_CLASSIFIER, QLORA, export_hf, export_peft, load_model
 from lora import LoRAConfig, apply_lora, lora_state_dict, quantize_4bit
 from model import GPTClassificationModel, GPTConfig, GPTModel
-from tests.conftest import randomised
 from tokenizer import BPETokenizer
 from training import save_checkpoint, weights_sha256
 
@@ -142,21 +144,16 @@ def test_an_instruction_model_answers_there_as_here(
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     model, _, _ = load_model(path)
     assert_equal_logits(theirs, model, ids(model))
+    task = Instruction("Name a book.")
     messages = [{"role": "user", "content": " Name a book. "}]
     encoded = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(messages)
-    assert encoded["input_ids"] == prompt_ids("Name a book.", tokenizer)
+    assert encoded["input_ids"] == encode_instruction(task, tokenizer, 64).ids
     if kind == "lora_instruction":
         export_hf(tmp_path / "models" / BASE, tmp_path / "base")
         export_peft(path, tmp_path / "adapter")
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
         assert_equal_logits(theirs.eval(), model, ids(model))
-
-
-def prompt_ids(task: str, tokenizer: BPETokenizer) -> list[int]:
-    from data_utils import encode_prompt
-
-    return encode_prompt(task, "", tokenizer)
 
 
 def test_an_export_never_replaces_files(base: GPTModel, tmp_path: Path):
