@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
+import jinja2
 import numpy as np
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 from tqdm import tqdm
 
@@ -353,19 +355,34 @@ def review_batches(
 
 # ---- instructions
 
-# Sections without text are omitted. In a conversation all but the system section repeat. Each
-# response ends with `<|endoftext|>`. No text can spell a heading or a control token.
-HEADINGS = ("### System\n", "### Instruction\n", "\n\n### Context\n", "\n\n### Response\n")
-PROMPT_TEMPLATE = "{}{{system}}\n\n{}{{instruction}}{}{{context}}{}".format(*HEADINGS)
+# How a conversation becomes text, in Jinja, as chat models publish theirs. This one is for models
+# that were trained from scratch.
+CHAT_TEMPLATE = """\
+{% for message in messages %}
+{% if message['role'] == 'system' %}
+### System
+{{ message['content'] | trim }}
+
+{% elif message['role'] == 'user' %}
+### Instruction
+{{ message['content'] | trim }}
+{% if message['context'] %}
+
+### Context
+{{ message['context'] | trim }}
+{% endif %}
+
+### Response
+{% else %}
+{{ message['content'] | trim + eos_token }}
+{%- endif %}
+{% endfor %}"""
 MIN_PROMPT = 32  # tokens of a long instruction and context that are always kept
 
 
 @dataclass(frozen=True)
 class EncodedInstruction:
-    """Token ids of an example, and its targets: the same ids, or IGNORE where they carry no loss.
-
-    The ids end with `<|endoftext|>` unless the last response is cut or missing.
-    """
+    """Token ids of an example, and its targets: these ids, or IGNORE where they carry no loss."""
 
     ids: list[int]
     targets: list[int]
@@ -377,41 +394,71 @@ class EncodedInstruction:
 def encode_instruction(
     row: Instruction, tokenizer: BPETokenizer, context_length: int
 ) -> EncodedInstruction:
-    """Token ids of an example, at most `context_length` of inputs; every response carries loss.
+    """Token ids of an example, at most `context_length` of inputs, by the tokenizer's chat template
+    or ours. Every response carries loss, with the token that ends it.
 
     A long example loses its oldest turns, then the end of its context, then of its instruction down
     to `MIN_PROMPT` tokens, and only then the end of its response. A system text loses what exceeds
     half the context. With an empty last response, the ids are the prompt that a model answers.
     """
-    system, ids, targets = [], [], []
-    if row.system.strip():
-        text = tokenizer.encode(escape_headings(row.system.strip()))[: context_length // 2]
-        system = tokenizer.encode(HEADINGS[0]) + text + tokenizer.encode("\n\n")
-    room = context_length + 1 - len(system)
-    for turn in reversed(row.turns):
-        prompt, response = _encode_turn(turn, tokenizer, room)
-        if ids and len(prompt) + len(response) + len(ids) > room:
-            break
-        ids = prompt + response + ids
-        targets = [IGNORE] * len(prompt) + response + targets
-    return EncodedInstruction(system + ids, [IGNORE] * len(system) + targets)
+    turns, n = row.turns, context_length + 1
+    while len(example := _encode_turns(row.system, turns, tokenizer, n)) > n and len(turns) > 1:
+        turns = turns[1:]
+    return EncodedInstruction(example.ids[:n], example.targets[:n])
 
 
-def _encode_turn(turn, tokenizer, room):
-    """Token ids of a prompt and of its response; a turn longer than `room` is cut."""
-    before_task, before_context, end = map(tokenizer.encode, HEADINGS[1:])
-    task, context, response = (tokenizer.encode(escape_headings(x.strip())) for x in turn)
-    if response:
-        response.append(tokenizer.end_id)
-    left = max(room - len(before_task) - len(end) - len(response), MIN_PROMPT)
-    task = task[:left]
-    context = context[: max(0, left - len(task) - len(before_context))]
-    prompt = before_task + task + (before_context + context if context else []) + end
-    return prompt, response[: max(0, room - len(prompt))]
+def _encode_turns(system, turns, tokenizer, n):
+    """Fills in the template with marks and replaces these by token ids, so that no text can spell a
+    heading or a control token; a single turn that exceeds `n` tokens is cut."""
+    template = tokenizer.chat_template or CHAT_TEMPLATE
+    texts, responses, messages = [], set(), []
+
+    def mark(text: str) -> str:
+        text = escape_headings(text.strip()) if template == CHAT_TEMPLATE else text.strip()
+        texts.append(tokenizer.encode(text))
+        return f"\ue000{len(texts) - 1}\ue001" if text else ""
+
+    if system.strip():
+        messages.append({"role": "system", "content": mark(system)})
+        texts[0] = texts[0][: n // 2]
+    for task, context, response in turns:
+        if "message['context']" not in template:
+            task, context = f"{task.strip()}\n\n{context}", ""
+        messages.append({"role": "user", "content": mark(task), "context": mark(context)})
+        if response.strip():
+            responses.add(len(texts))
+            messages.append({"role": "assistant", "content": mark(response)})
+    options = {"add_generation_prompt": not response.strip(), "enable_thinking": False}
+    options["eos_token"] = tokenizer.vocab[tokenizer.end_id].decode()
+    filled = _compile_template(template).render(messages=messages, **options)
+    parts = re.split("\ue000(\\d+)\ue001", filled)  # of the template; odd ones number the texts
+    parts = [texts[int(x)] if i % 2 else tokenizer.encode(x, "all") for i, x in enumerate(parts)]
+    if len(turns) == 1 and (excess := sum(map(len, parts)) - n) > 0:
+        task, context = texts[-2 - len(responses) :][:2]
+        min_prompt = MIN_PROMPT - len(tokenizer.encode("\n\n### Context\n") if context else [])
+        left = max(len(task) + len(context) - excess, min_prompt)
+        del task[max(left, 0) :]
+        if context and left <= len(task):
+            return _encode_turns(system, [(turns[0][0], "", response)], tokenizer, n)
+        del context[left - len(task) :]
+    ids, targets, is_end = [], [], False
+    for part in parts:
+        is_response = any(part is texts[i] for i in responses)
+        n_learned = len(part) if is_response else int(is_end)
+        ids += part
+        targets += part[:n_learned] + [IGNORE] * len(part[n_learned:])
+        is_end = is_response
+    return EncodedInstruction(ids, targets)
+
+
+@functools.lru_cache(maxsize=8)
+def _compile_template(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template)
 
 
 def escape_headings(text: str) -> str:
-    """Text that cannot imitate a heading of the template."""
+    """Text that cannot imitate a heading of our template."""
     heading = r"(?i)(?<!#)#{3,}(?=\s*(?:system|instruction|context|response)\b)"
     return re.sub(heading, lambda match: " ".join(match[0]), text)
 
@@ -427,8 +474,8 @@ def encode_instructions(
         log0(f"skipped {len(encoded) - len(usable):,} examples: no room for a response")
     if not usable:
         raise ValueError(f"a context of {context_length} tokens has no room for a response")
-    end = tokenizer.end_id
-    if n := sum(1 < len(row.turns) > x.ids.count(end) for row, x in zip(rows, encoded)):
+    starts = (sum(a == IGNORE != b for a, b in itertools.pairwise(x.targets)) for x in encoded)
+    if n := sum(len(row.turns) > n_responses > 0 for row, n_responses in zip(rows, starts)):
         log0(f"{n:,} conversations lost their oldest turns: too long for the context")
     return usable
 

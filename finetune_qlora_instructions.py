@@ -21,7 +21,7 @@ import torch
 import training
 from data_loader import INSTRUCTION_SOURCES, find_data_dir, load_instructions, log0
 from data_utils import (
-    PROMPT_TEMPLATE,
+    CHAT_TEMPLATE,
     Split,
     encode_instructions,
     instruction_batches,
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
         "model_config": asdict(model.config),
         **origin,
         **tasks.metadata,
-        "prompt_template": PROMPT_TEMPLATE,
+        "chat_template": tokenizer.chat_template or CHAT_TEMPLATE,
         "instruction_config": asdict(config),
         "lora_config": lora and asdict(lora),
         "compute_dtype": str(runtime.dtype),

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_loader import Instruction, log0
-from data_utils import encode_instruction, text_batches
+from data_utils import CHAT_TEMPLATE, encode_instruction, text_batches
 from lora import (
     HEAD,
     LoRAConfig,
@@ -253,6 +253,7 @@ def load_model(
         if checkpoint["kind"] in CLASSIFIERS:
             model = GPTClassificationModel(model, len(checkpoint["labels"]))
             model.load_state_dict(head, strict=False)
+        tokenizer.chat_template = checkpoint.get("chat_template")
         model.to(runtime.device)
         if checkpoint["kind"] == "qlora_instruction":
             quantize_4bit(model, getattr(torch, checkpoint["compute_dtype"].split(".")[-1]))
@@ -359,14 +360,6 @@ def default_path(file: str) -> Path:
 
 # ---- to other libraries
 
-# How `transformers` writes the prompt of our instruction models.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}"
-    "{{ '### System\n' + message['content'] | trim + '\n\n' }}{% elif message['role'] == 'user' %}"
-    "{{ '### Instruction\n' + message['content'] | trim + '\n\n### Response\n' }}{% else %}"
-    "{{ message['content'] | trim + '<|endoftext|>' }}{% endif %}{% endfor %}"
-)
-
 
 def export_hf(path: str | Path, folder: str | Path) -> None:
     """Writes a checkpoint as `transformers` opens it, in float32 and with adapters merged."""
@@ -398,7 +391,9 @@ def export_hf(path: str | Path, folder: str | Path) -> None:
         settings["eos_token_id"] = tokenizer.end_id
         settings |= {"id2label": dict(enumerate(labels)), "num_labels": len(labels)}
         settings["label2id"] = {name: i for i, name in enumerate(labels)}
-    template = CHAT_TEMPLATE if "prompt_template" in checkpoint else checkpoint.get("chat_template")
+    template = tokenizer.chat_template
+    if checkpoint["kind"] in INSTRUCTION_MODELS:
+        template = template or CHAT_TEMPLATE
     tokenizer_settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.context_length,

@@ -98,6 +98,7 @@ class BPETokenizer:
         self.vocab = list(vocab)
         self.merges = list(merges)
         self.special_tokens = dict(special_tokens)
+        self.chat_template: str | None = None  # Jinja, as the model publishes it
         self._layout = layout or _LAYOUT
         self._family = _family(self._layout["pre_tokenizer"])
         self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}

@@ -26,10 +26,9 @@ import finetune_qlora_instructions as script
 import lora
 from data_loader import Instruction, load_instructions, read_instructions
 from data_utils import (
-    HEADINGS,
+    CHAT_TEMPLATE,
     IGNORE,
     MIN_PROMPT,
-    PROMPT_TEMPLATE,
     collate_instructions,
     encode_instruction,
     encode_instructions,
@@ -62,6 +61,8 @@ from training import (
     next_token_loss,
     save_checkpoint,
 )
+
+HEADINGS = ("### System\n", "### Instruction\n", "\n\n### Context\n", "\n\n### Response\n")
 
 ROW = Instruction("Name a king.", "Lear had three daughters.", "Lear")
 ALL = LoRAConfig(r=4, target_modules=("qkv", "fc", "proj"))
@@ -617,7 +618,7 @@ def test_a_run_saves_what_reloads_to_the_same_logits(
     test = checkpoint["metrics"]["test"]
     row = f"| {path.name} | {test['n']} | {test['response_bits_per_byte']:.4f} |"
     assert row in shown.out and 0 <= test["stops"] <= 1
-    assert checkpoint["prompt_template"] == PROMPT_TEMPLATE
+    assert checkpoint["chat_template"] == CHAT_TEMPLATE
     assert any(map(is_quantized, model.modules())) == (method == "qlora")
     ids = torch.arange(30).reshape(2, 15)
     assert torch.equal(model(ids), trained[0](ids))
