@@ -524,10 +524,12 @@ def _damage(layout: dict, change: str) -> object:
         case "no model":
             del layout["model"]
         case "special byte":
-            layout["added_tokens"].append({"content": ",", "id": model["vocab"][","]})
+            layout["added_tokens"].append(
+                {"content": ",", "id": model["vocab"][","], "special": True}
+            )
         case "special merge":
             left, right = model["merges"][0]
-            token = {"content": left + right, "id": model["vocab"][left + right]}
+            token = {"content": left + right, "id": model["vocab"][left + right], "special": True}
             layout["added_tokens"].append(token)
         case "truncation":
             layout["truncation"] = {"max_length": 8}
@@ -537,32 +539,35 @@ def _damage(layout: dict, change: str) -> object:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        "another model",
-        "prefix space",
-        "normalizer",
-        "another pattern",
-        "no pattern",
-        "no pre-tokenizer",
-        "unknown token",
-        "added word",
-        "strips spaces",
-        "missing byte",
-        "gap in ids",
-        "merge of nothing",
-        "no model",
-        "special byte",
-        "special merge",
-        "truncation",
-        "a list",
-    ],
+    ("change", "reason"),
+    {
+        "another model": "models other than BPE",
+        "prefix space": "pre-tokenizer ByteLevel is not that of gpt-2, smollm",
+        "normalizer": "normalizers other than NFC",
+        "another pattern": "pre-tokenizer Split, ByteLevel is not that of",
+        "no pattern": "pre-tokenizer ByteLevel is not that of",
+        "no pre-tokenizer": "pre-tokenizer None is not that of",
+        "unknown token": "unk_token: not supported",
+        "added word": "added token '  ' would change ordinary text",
+        "strips spaces": "would change ordinary text",
+        "missing byte": "a printable ASCII character has no token",
+        "gap in ids": "without gaps",
+        "merge of nothing": "'qq'",
+        "no model": "'model'",
+        "special byte": "a printable ASCII character",
+        "special merge": "merges also produce",
+        "truncation": "truncation: not supported",
+        "a list": "list indices",
+    }.items(),
 )
-def test_files_of_another_kind_are_refused(tokenizer: BPETokenizer, tmp_path: Path, change: str):
+def test_files_of_another_kind_are_refused_with_the_reason(
+    tokenizer: BPETokenizer, tmp_path: Path, change: str, reason: str
+):
     path = tmp_path / "{other}.json"
     path.write_text(json.dumps(_damage(json.loads(tokenizer._to_json()), change)))
-    with pytest.raises(ValueError, match=r"{other}\.json is not a byte-level BPE"):
+    with pytest.raises(ValueError, match=r"{other}\.json is not a byte-level BPE") as refusal:
         BPETokenizer.load(path)
+    assert reason in str(refusal.value)
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
