@@ -276,8 +276,8 @@ class BPETokenizer:
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
         """Reads a `tokenizer.json` written by `save` or by Hugging Face `tokenizers`: the ids equal
-        theirs but for added tokens, and `save` writes back what was read. Raises ValueError with
-        the reason if the ids would differ."""
+        theirs but for added tokens, truncation and padding, and `save` keeps what they depend on.
+        Raises ValueError with the reason if other ids would differ."""
         path, advice = Path(path), "create it with `python main.py`"
         if not path.exists():
             raise FileNotFoundError(f"no tokenizer at {path}: {advice}")
@@ -336,7 +336,8 @@ class BPETokenizer:
             raise ValueError("token ids are not 0, 1, 2, ... without gaps")
         triples = [(vocab[left], vocab[right], vocab[left + right]) for left, right in merges]
         model = {**_LAYOUT["model"], **model, "vocab": {}, "merges": []}
-        layout = {**_LAYOUT, **layout, "model": model}
+        # `transformers` leaves the settings of its last call in the file, and ignores them, too.
+        layout = {**_LAYOUT, **layout, "truncation": None, "padding": None, "model": model}
         return cls([tokens[i] for i in range(len(tokens))], triples, special, layout)
 
     def _to_json(self) -> str:
@@ -530,8 +531,7 @@ def _check_layout(layout: dict) -> None:
     model, normalizer = layout["model"], layout.get("normalizer")
     if model.get("type", "BPE") != "BPE" or normalizer not in (None, {"type": "NFC"}):
         raise ValueError("models other than BPE and normalizers other than NFC are not supported")
-    options = {**model, "truncation": layout.get("truncation")}
-    if on := [n for n in (*_OPTIONS, "byte_fallback", "truncation") if options.get(n)]:
+    if on := [n for n in (*_OPTIONS, "byte_fallback") if model.get(n)]:
         raise ValueError(f"{', '.join(on)}: not supported")
     for token in layout["added_tokens"]:
         flags = [n for n in _FLAGS if token.get(n) and (n != "normalized" or normalizer)]

@@ -21,6 +21,7 @@ from tokenizers import (
     trainers,
 )
 from tokenizers.decoders import ByteLevel
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2 import tokenization_qwen2
 
@@ -407,6 +408,19 @@ def test_special_tokens_are_found_only_where_allowed(
     assert again.decode(ours.encode(text, "all"), skip_special_tokens=True) == skipped
 
 
+def test_the_settings_of_a_call_are_no_part_of_a_tokenizer(play: str, tmp_path: Path):
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=hugging_face(play[:5_000], 300), pad_token="<pad>"
+    )
+    plain = loaded(fast.backend_tokenizer, tmp_path)
+    fast([MIXED, "a"], truncation=True, max_length=8, padding=True)
+    fast.save_pretrained(tmp_path)
+    ours = BPETokenizer.load(tmp_path / "tokenizer.json")
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]
+    assert ours.encode(MIXED) == fast(MIXED)["input_ids"] == plain.encode(MIXED)
+    assert Tokenizer.from_str(ours._to_json()).encode(MIXED).ids == ours.encode(MIXED)
+
+
 def test_tokens_that_a_post_processor_adds_stay_in_the_file(play: str, tmp_path: Path):
     oracle = hugging_face(play[:5_000], 300, "llama-bpe", special=["<|begin_of_text|>"])
     oracle.post_processor = processors.Sequence(
@@ -531,8 +545,6 @@ def _damage(layout: dict, change: str) -> object:
             left, right = model["merges"][0]
             token = {"content": left + right, "id": model["vocab"][left + right], "special": True}
             layout["added_tokens"].append(token)
-        case "truncation":
-            layout["truncation"] = {"max_length": 8}
         case "a list":
             return [layout]
     return layout
@@ -556,7 +568,6 @@ def _damage(layout: dict, change: str) -> object:
         "no model": "'model'",
         "special byte": "a printable ASCII character",
         "special merge": "merges also produce",
-        "truncation": "truncation: not supported",
         "a list": "list indices",
     }.items(),
 )
