@@ -86,15 +86,13 @@ class BPETokenizer:
 
     def __init__(
         self,
-        vocab: Sequence[bytes],
-        merges: Iterable[tuple[int, int, int]],
+        vocab: list[bytes],
+        merges: Merges,
         special_tokens: dict[str, int],
         layout: dict | None = None,
     ):
         """`layout` is the `tokenizer.json`, which may lack vocabulary and merges; default: ours."""
-        self.vocab = list(vocab)
-        self.merges = list(merges)
-        self.special_tokens = dict(special_tokens)
+        self.vocab, self.merges, self.special_tokens = vocab, merges, special_tokens
         self._layout = layout or _LAYOUT
         self._family = _family(self._layout["pre_tokenizer"])
         self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}

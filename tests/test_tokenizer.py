@@ -460,6 +460,11 @@ def test_a_saved_tokenizer_is_the_same(tokenizer: BPETokenizer, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
+def test_saving_the_shipped_tokenizer_keeps_every_byte():
+    path = Path(__file__).parent.parent / "models" / "shipped" / "tokenizer.json"
+    assert BPETokenizer.load(path)._to_json() == path.read_text(encoding="utf-8")
+
+
 def test_tokenizers_reads_our_file(tokenizer: BPETokenizer, play: str, tmp_path: Path):
     tokenizer.save(tmp_path / "tokenizer.json")
     other = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
