@@ -36,9 +36,6 @@ from data_loader import atomic_write
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
-_END_NAMES = (END_OF_TEXT, "<|end_of_text|>")  # the second name of each is Llama 3's
-_PAD_NAMES = (PAD, "<|finetune_right_pad_id|>", "<pad>", "[PAD]")
-_END_OF_TURN_NAMES = ("<|im_end|>", "<|eot_id|>")
 Merges = list[tuple[int, int, int]]  # (left id, right id, merged id), in the order learned
 
 
@@ -89,15 +86,13 @@ class BPETokenizer:
 
     def __init__(
         self,
-        vocab: Sequence[bytes],
-        merges: Iterable[tuple[int, int, int]],
+        vocab: list[bytes],
+        merges: Merges,
         special_tokens: dict[str, int],
         layout: dict | None = None,
     ):
         """`layout` is the `tokenizer.json`, which may lack vocabulary and merges; default: ours."""
-        self.vocab = list(vocab)
-        self.merges = list(merges)
-        self.special_tokens = dict(special_tokens)
+        self.vocab, self.merges, self.special_tokens = vocab, merges, special_tokens
         self.chat_template: str | None = None  # Jinja, as the model publishes it
         self._layout = layout or _LAYOUT
         self._family = _family(self._layout["pre_tokenizer"])
@@ -115,24 +110,23 @@ class BPETokenizer:
     @property
     def end_id(self) -> int:
         """The token that ends a text and separates it from the next."""
-        return self._special_id(*_END_NAMES)
+        if (end := self._first_of(END_OF_TEXT, "<|end_of_text|>")) is None:
+            raise ValueError("the tokenizer has no token <|endoftext|> or <|end_of_text|>")
+        return end
 
     @property
     def pad_id(self) -> int:
         """The token that pads rows: `end_id` where there is no other."""
-        return self._special_id(*_PAD_NAMES, *_END_NAMES)
+        pad = self._first_of(PAD, "<|finetune_right_pad_id|>")
+        return self.end_id if pad is None else pad
 
     @property
     def end_of_turn_id(self) -> int | None:
         """The token that ends a message of a chat, if there is one."""
-        names = [name for name in _END_OF_TURN_NAMES if name in self.special_tokens]
-        return self.special_tokens[names[0]] if names else None
+        return self._first_of("<|im_end|>", "<|eot_id|>")
 
-    def _special_id(self, *names: str) -> int:
-        for name in names:
-            if name in self.special_tokens:
-                return self.special_tokens[name]
-        raise ValueError(f"the tokenizer has no special token {' or '.join(names)}")
+    def _first_of(self, *names: str) -> int | None:
+        return next((self.special_tokens[n] for n in names if n in self.special_tokens), None)
 
     @cached_property
     def sha256(self) -> str:
@@ -163,14 +157,11 @@ class BPETokenizer:
             _check_encodable(text)
             counts.update(_pre_tokens(text))
         vocab, merges = _learn_merges(counts, n_ordinary)
-        if len(vocab) < n_ordinary:
-            warnings.warn(
-                f"the text has only {len(merges)} merges: the vocabulary has "
-                f"{len(vocab) + len(special_tokens)} tokens, not {vocab_size}",
-                stacklevel=2,
-            )
+        if (n_tokens := len(vocab) + len(special_tokens)) < vocab_size:
+            few = f"the text has only {len(merges)} merges: {n_tokens} tokens, not {vocab_size}"
+            warnings.warn(few, stacklevel=2)
         ids = {name: len(vocab) + i for i, name in enumerate(special_tokens)}
-        if len(ids | {_to_chars(token): 0 for token in vocab}) < len(vocab) + len(special_tokens):
+        if len(ids | {_to_chars(token): 0 for token in vocab}) < n_tokens:
             raise ValueError("special tokens need names of their own, which are no learned tokens")
         return cls([*vocab, *(name.encode() for name in special_tokens)], merges, ids)
 
@@ -195,8 +186,7 @@ class BPETokenizer:
 
     def encode_stream(self, chunks: Iterable[str]) -> Iterator[list[int]]:
         """Encodes a text that arrives in chunks, split anywhere: yields the ids that `encode` gives
-        for the whole text, and holds about one chunk in memory (more only without a word).
-        """
+        for the whole text, and holds about one chunk in memory (more only without a word)."""
         pending = ""
         for chunk in chunks:
             pending += chunk
@@ -285,12 +275,12 @@ class BPETokenizer:
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
         """Reads a `tokenizer.json` written by `save` or by Hugging Face `tokenizers`: the ids equal
-        theirs but for added tokens, and `save` writes back what was read. Raises ValueError with
-        the reason if the ids would differ."""
+        theirs but for added tokens, truncation and padding, and `save` keeps what they depend on.
+        Raises ValueError with the reason if other ids would differ."""
         path, advice = Path(path), "create it with `python main.py`"
         if not path.exists():
             raise FileNotFoundError(f"no tokenizer at {path}: {advice}")
-        with _refusing(f"{path} is not a byte-level BPE tokenizer.json ({{}}): {advice}"):
+        with _refusing(f"{path} is not a byte-level BPE tokenizer.json", f": {advice}"):
             return cls._from_layout(json.loads(path.read_text(encoding="utf-8")))
 
     @classmethod
@@ -298,7 +288,7 @@ class BPETokenizer:
         """Reads the two files GPT-2 was published with: `vocab.json` and `merges.txt`, also known
         as `encoder.json` and `vocab.bpe`. Tokens that no merge produces are special tokens."""
         vocab_path, merges_path = Path(vocab_path), Path(merges_path)
-        with _refusing(f"{vocab_path} and {merges_path} are not GPT-2's files: {{}}"):
+        with _refusing(f"{vocab_path} and {merges_path} are not GPT-2's files"):
             ids = json.loads(vocab_path.read_text(encoding="utf-8"))
             lines = merges_path.read_text(encoding="utf-8").split("\n")
             merges = [line for line in lines if line and not line.startswith("#version")]
@@ -316,15 +306,16 @@ class BPETokenizer:
         """
         if pre not in _STEPS:
             raise ValueError(f"the pre-tokenizer {pre} is not one of {', '.join(_STEPS)}")
-        vocab = {token: i for i, token in enumerate(tokens)}
-        special = {token: vocab[token] for token, kind in zip(tokens, types) if kind in (3, 4)}
-        layout = {
-            "added_tokens": _added_tokens(special),
-            "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": _STEPS[pre]},
-            "model": {"ignore_merges": pre == "llama-bpe", "vocab": vocab, "merges": merges},
-        }
-        with _refusing("the GGUF metadata do not describe a byte-level BPE: {}"):
+        with _refusing("the GGUF metadata do not describe a byte-level BPE"):
+            kinds = dict(zip(tokens, types, strict=True))
+            vocab = {token: i for i, token in enumerate(tokens)}
+            special = {token: i for token, i in vocab.items() if kinds[token] in (3, 4)}
+            layout = {
+                "added_tokens": _added_tokens(special),
+                "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": _STEPS[pre]},
+                "model": {"ignore_merges": pre == "llama-bpe", "vocab": vocab, "merges": merges},
+            }
             return cls._from_layout(layout)
 
     @classmethod
@@ -338,14 +329,14 @@ class BPETokenizer:
             raise ValueError("a printable ASCII character has no token")
         if both := {left + right for left, right in merges} & special.keys():
             raise ValueError(f"merges also produce special tokens: {', '.join(sorted(both))}")
-        tokens = {
-            i: bytes(_CHAR_TO_BYTE[c] for c in t) for t, i in vocab.items() if t not in special
-        }
+        tokens = {i: _to_bytes(token) for token, i in vocab.items() if token not in special}
         tokens |= {i: name.encode() for name, i in special.items()}
         if set(tokens) != set(range(len(vocab.keys() | special.keys()))):
             raise ValueError("token ids are not 0, 1, 2, ... without gaps")
         triples = [(vocab[left], vocab[right], vocab[left + right]) for left, right in merges]
-        layout = {**_LAYOUT, **layout, "model": {**_LAYOUT["model"], **model, **_NO_TOKENS}}
+        model = {**_LAYOUT["model"], **model, "vocab": {}, "merges": []}
+        # `transformers` leaves the settings of its last call in the file, and ignores them, too.
+        layout = {**_LAYOUT, **layout, "truncation": None, "padding": None, "model": model}
         return cls([tokens[i] for i in range(len(tokens))], triples, special, layout)
 
     def _to_json(self) -> str:
@@ -412,7 +403,11 @@ _BYTE_IDS = {byte: i for i, byte in enumerate(_BYTES_IN_ID_ORDER)}
 
 
 def _to_chars(token: bytes) -> str:
-    return "".join(_BYTE_TO_CHAR[byte] for byte in token)
+    return "".join([_BYTE_TO_CHAR[byte] for byte in token])
+
+
+def _to_bytes(chars: str) -> bytes:
+    return bytes([_CHAR_TO_BYTE[char] for char in chars])
 
 
 # ---- fast training
@@ -479,12 +474,12 @@ def _check_encodable(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _refusing(message: str) -> Iterator[None]:
-    """Turns the errors of malformed content into a ValueError; {} in the message is the reason."""
+def _refusing(what: str, advice: str = "") -> Iterator[None]:
+    """Turns the errors of malformed content into one ValueError."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(message.format(error)) from None
+        raise ValueError(f"{what} ({error}){advice}") from None
 
 
 # ---- the layout of tokenizer.json
@@ -502,7 +497,6 @@ _STEPS = {  # of the families' pre-tokenizers
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of added tokens
 _OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
 _SWITCHES = ("fuse_unk", "byte_fallback", "ignore_merges")
-_NO_TOKENS = {"vocab": {}, "merges": []}
 _LAYOUT = {
     **{"version": "1.0", "truncation": None, "padding": None, "added_tokens": []},
     **{"normalizer": None, "pre_tokenizer": _GPT2_SPLIT, "post_processor": None},
@@ -516,12 +510,13 @@ def _added_tokens(special: dict[str, int]) -> list[dict]:
     return [{"id": i, "content": name, **flags} for name, i in special.items()]
 
 
-def _family(pre_tokenizer: dict) -> str:
-    """The family whose text splits that way; `trim_offsets` changes no ids."""
+def _family(pre_tokenizer: dict | None) -> str:
+    """The family that splits text that way; `trim_offsets` changes no ids."""
 
     def comparable(steps: list[dict]) -> list[dict]:
         return [{"use_regex": True, **step, "trim_offsets": True} for step in steps]
 
+    pre_tokenizer = pre_tokenizer or {"type": "None"}
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     for family in _STEPS:
         if comparable(steps) == comparable(_STEPS[family]):
@@ -535,8 +530,7 @@ def _check_layout(layout: dict) -> None:
     model, normalizer = layout["model"], layout.get("normalizer")
     if model.get("type", "BPE") != "BPE" or normalizer not in (None, {"type": "NFC"}):
         raise ValueError("models other than BPE and normalizers other than NFC are not supported")
-    options = {**model, "truncation": layout.get("truncation")}
-    if on := [n for n in (*_OPTIONS, "byte_fallback", "truncation") if options.get(n)]:
+    if on := [n for n in (*_OPTIONS, "byte_fallback") if model.get(n)]:
         raise ValueError(f"{', '.join(on)}: not supported")
     for token in layout["added_tokens"]:
         flags = [n for n in _FLAGS if token.get(n) and (n != "normalized" or normalizer)]

@@ -21,6 +21,7 @@ from tokenizers import (
     trainers,
 )
 from tokenizers.decoders import ByteLevel
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2 import tokenization_qwen2
 
@@ -292,7 +293,7 @@ def test_the_tokens_that_end_and_pad_go_by_the_names_of_the_families(
 
 def test_a_tokenizer_without_an_end_says_so():
     tokenizer = BPETokenizer.train(["the the"], 259, special_tokens=["<x>"])
-    with pytest.raises(ValueError, match=r"no special token <\|endoftext\|>"):
+    with pytest.raises(ValueError, match=r"no token <\|endoftext\|> or"):
         _ = tokenizer.end_id
 
 
@@ -407,6 +408,19 @@ def test_special_tokens_are_found_only_where_allowed(
     assert again.decode(ours.encode(text, "all"), skip_special_tokens=True) == skipped
 
 
+def test_the_settings_of_a_call_are_no_part_of_a_tokenizer(play: str, tmp_path: Path):
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=hugging_face(play[:5_000], 300), pad_token="<pad>"
+    )
+    plain = loaded(fast.backend_tokenizer, tmp_path)
+    fast([MIXED, "a"], truncation=True, max_length=8, padding=True)
+    fast.save_pretrained(tmp_path)
+    ours = BPETokenizer.load(tmp_path / "tokenizer.json")
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]
+    assert ours.encode(MIXED) == fast(MIXED)["input_ids"] == plain.encode(MIXED)
+    assert Tokenizer.from_str(ours._to_json()).encode(MIXED).ids == ours.encode(MIXED)
+
+
 def test_tokens_that_a_post_processor_adds_stay_in_the_file(play: str, tmp_path: Path):
     oracle = hugging_face(play[:5_000], 300, "llama-bpe", special=["<|begin_of_text|>"])
     oracle.post_processor = processors.Sequence(
@@ -444,6 +458,11 @@ def test_a_saved_tokenizer_is_the_same(tokenizer: BPETokenizer, tmp_path: Path):
         assert again.sha256 == tokenizer.sha256
         assert again.encode(TRICKY) == tokenizer.encode(TRICKY)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_saving_the_shipped_tokenizer_keeps_every_byte():
+    path = Path(__file__).parent.parent / "models" / "shipped" / "tokenizer.json"
+    assert BPETokenizer.load(path)._to_json() == path.read_text(encoding="utf-8")
 
 
 def test_tokenizers_reads_our_file(tokenizer: BPETokenizer, play: str, tmp_path: Path):
@@ -524,45 +543,47 @@ def _damage(layout: dict, change: str) -> object:
         case "no model":
             del layout["model"]
         case "special byte":
-            layout["added_tokens"].append({"content": ",", "id": model["vocab"][","]})
+            layout["added_tokens"].append(
+                {"content": ",", "id": model["vocab"][","], "special": True}
+            )
         case "special merge":
             left, right = model["merges"][0]
-            token = {"content": left + right, "id": model["vocab"][left + right]}
+            token = {"content": left + right, "id": model["vocab"][left + right], "special": True}
             layout["added_tokens"].append(token)
-        case "truncation":
-            layout["truncation"] = {"max_length": 8}
         case "a list":
             return [layout]
     return layout
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        "another model",
-        "prefix space",
-        "normalizer",
-        "another pattern",
-        "no pattern",
-        "no pre-tokenizer",
-        "unknown token",
-        "added word",
-        "strips spaces",
-        "missing byte",
-        "gap in ids",
-        "merge of nothing",
-        "no model",
-        "special byte",
-        "special merge",
-        "truncation",
-        "a list",
-    ],
+    ("change", "reason"),
+    {
+        "another model": "models other than BPE",
+        "prefix space": "pre-tokenizer ByteLevel is not that of gpt-2, smollm",
+        "normalizer": "normalizers other than NFC",
+        "another pattern": "pre-tokenizer Split, ByteLevel is not that of",
+        "no pattern": "pre-tokenizer ByteLevel is not that of",
+        "no pre-tokenizer": "pre-tokenizer None is not that of",
+        "unknown token": "unk_token: not supported",
+        "added word": "added token '  ' would change ordinary text",
+        "strips spaces": "would change ordinary text",
+        "missing byte": "a printable ASCII character has no token",
+        "gap in ids": "without gaps",
+        "merge of nothing": "'qq'",
+        "no model": "'model'",
+        "special byte": "a printable ASCII character",
+        "special merge": "merges also produce",
+        "a list": "list indices",
+    }.items(),
 )
-def test_files_of_another_kind_are_refused(tokenizer: BPETokenizer, tmp_path: Path, change: str):
-    path = tmp_path / "other.json"
+def test_files_of_another_kind_are_refused_with_the_reason(
+    tokenizer: BPETokenizer, tmp_path: Path, change: str, reason: str
+):
+    path = tmp_path / "{other}.json"
     path.write_text(json.dumps(_damage(json.loads(tokenizer._to_json()), change)))
-    with pytest.raises(ValueError, match=r"other\.json is not a byte-level BPE"):
+    with pytest.raises(ValueError, match=r"{other}\.json is not a byte-level BPE") as refusal:
         BPETokenizer.load(path)
+    assert reason in str(refusal.value)
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
