@@ -51,7 +51,7 @@ from generation import (
     load_model,
     open_base,
 )
-from lora import LoRAConfig, apply_lora, count_parameters, lora_state_dict
+from lora import LoRAConfig, apply_lora, count_parameters, lora_state_dict, resolve_targets
 from model import GPTClassificationModel
 from tokenizer import BPETokenizer
 from training import Runtime, TrainConfig
@@ -107,6 +107,7 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
     config = training.from_options(ReviewConfig, vars(args))
     path = args.out_dir / (LORA_CLASSIFIER if lora else FULL_CLASSIFIER)
     with training.start_runtime() as runtime, training.lock_output_dir(args.out_dir, runtime):
+        training.check_output(args, runtime, path.name, LINEAR_BASELINE, start=REVIEW_LM)
         with training.rank_zero_first(runtime):
             data_dir = find_data_dir(args.data_dir)
             reviews = load_reviews(args.dataset, args.data, data_dir, args.max_examples)
@@ -114,7 +115,10 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
             baseline = fit_linear_baseline(split)  # now, because peak memory only grows
             base, tokenizer, origin = open_base(args.base, args.out_dir, config.context_length)
             log0(f"reviews: {reviews.name}, {split.sizes()}; runtime: {runtime.describe()}")
-            training.check_states([path, path.with_name(REVIEW_LM)], args.resume)
+            lora = lora and resolve_targets(nn.ModuleDict({"backbone": base}), lora)
+            if args.overwrite and runtime.rank == 0:
+                for result in (path, path.with_name(REVIEW_LM)):
+                    training.state_path(result).unlink(missing_ok=True)
         origin |= reviews.metadata
         language_model, origin = _review_lm(base, tokenizer, split, config, origin, args, runtime)
         torch.manual_seed(args.seed)
@@ -155,7 +159,7 @@ def _review_lm(base, tokenizer, split, config, origin, args, runtime):
     if not (cached := cached_model(path, metadata)):
         model, state = base.to(runtime.device), training.state_path(path)
         if args.resume and not state.is_file():
-            raise ValueError(f"{path} is missing or differs: omit --resume, or give equal options")
+            raise ValueError(f"{path} is missing or differs: give equal options, or --overwrite")
         splits = (split.train, split.validation)
         train_ids, validation_ids = (reviews_as_text(rows, tokenizer) for rows in splits)
         batches = TokenBatches(

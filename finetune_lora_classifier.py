@@ -6,8 +6,7 @@
 
 As `finetune_classifier.py`, with the same options, data and starting point,
 `review_lm_weights.pth`. That model stays unchanged: `models/lora_classifier_weights.pth` holds
-low-rank updates to it and the classification head. The defaults fit the default base; for one with
-fewer than three blocks use `--target-modules qkv`.
+low-rank updates to it and the classification head.
 """
 
 from pathlib import Path
@@ -29,7 +28,7 @@ RECIPE = {
     "dropout": 0.1,
     "lora_alpha": 8.0,
     # The embedding, to learn modern words, and one layer to combine them: all that 1 % allows.
-    "target_modules": ("token_embedding", "blocks.2.attn.qkv"),
+    "target_modules": ("token_embedding", "blocks.-1.attn.qkv"),
 }
 
 

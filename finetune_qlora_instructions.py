@@ -43,6 +43,7 @@ from lora import (
     lora_state_dict,
     merge_lora,
     quantize_4bit,
+    resolve_targets,
     stored_bytes,
 )
 from tokenizer import BPETokenizer
@@ -87,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     """Trains, saves and measures; returns the exit code (130 or 143 when interrupted)."""
     args = _parse(argv)
     with training.start_runtime() as runtime, training.lock_output_dir(args.out_dir, runtime):
+        training.check_output(args, runtime, f"{args.method}_instruction_weights.pth")
         run(args, runtime)
     return 0
 
@@ -97,6 +99,7 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
     lora = None if args.method == "full" else training.from_options(LoRAConfig, vars(args))
     with training.rank_zero_first(runtime):
         base, tokenizer, origin = open_base(args.base, args.out_dir, config.context_length)
+        lora = lora and resolve_targets(base, lora)
         data_dir = find_data_dir(args.data_dir)
         tasks = load_instructions(args.dataset, args.data, data_dir, args.max_examples)
         rows = split_examples(tasks)

@@ -1,6 +1,7 @@
 """Turns any checkpoint into a model that continues text, answers and classifies.
 
     python generation.py --prompt "ROMEO:" --temperature 0.8 --top-p 0.95
+    python generation.py --instruct "Name three animals."
 
 Shapes: B batch, T time (tokens), V vocabulary; N texts.
 """
@@ -45,7 +46,7 @@ from model import (
     weights_to_hf,
 )
 from tokenizer import BPETokenizer
-from training import CPU, Runtime, load_checkpoint, new_parser, report_errors
+from training import CPU, Runtime, adapters_on, load_checkpoint, new_parser, report_errors
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # defaults of sampling
 MAX_RESPONSE_TOKENS = 200
@@ -61,13 +62,15 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yields the next token of each row (B,) of a prompt (B, T), one step after the other.
 
-    The model is in evaluation mode; the prompt may be longer than the context. The text ends when
-    all rows sample `stop_token`, which is not yielded. `sampling` is passed to `sample_next_token`.
+    The model is in evaluation mode; the prompt may be longer than the context. A row ends where it
+    samples `stop_token`: it yields that as padding while others continue, and costs nothing more.
+    When all rows have ended, nothing is yielded. `sampling` is passed to `sample_next_token`.
     """
     if prompt.shape[1] == 0 or max_new_tokens < 0:
         raise ValueError("the prompt needs at least one token, and max-new-tokens 0 or more")
-    cache = KVCache(model, prompt.shape[0])
-    tokens, start, n_seen = prompt, 0, 0
+    cache = KVCache(model, len(prompt), prompt.shape[1] + max_new_tokens)
+    tokens, start, n_seen, rows = prompt, 0, 0, torch.arange(len(prompt), device=prompt.device)
+    padding = torch.full_like(rows, -1 if stop_token is None else stop_token)
     for _ in range(max_new_tokens):
         new_start = window_start(tokens.shape[1], model.config.context_length)
         if new_start != start:
@@ -75,12 +78,15 @@ def generate(
             cache.length = 0
         with torch.inference_mode():
             logits = model.head(model.hidden(tokens[:, n_seen:], cache)[:, -1])
-            next_token = sample_next_token(logits, **sampling)
-        n_seen = tokens.shape[1]
-        if stop_token is not None and (next_token == stop_token).all():
-            return
-        yield next_token
-        tokens = torch.cat([tokens, next_token[:, None]], dim=1)
+            next_token = sample_next_token(logits, tokens, **sampling)
+        n_seen, tokens = tokens.shape[1], torch.cat([tokens, next_token[:, None]], dim=1)
+        if (ended := next_token == padding[0]).any():
+            rows, tokens = rows[~ended], tokens[~ended]
+            for buffers in (cache.keys, cache.values):
+                buffers[:] = [buffer[~ended] for buffer in buffers]
+            if not len(rows):
+                return
+        yield padding.scatter(0, rows, tokens[:, -1])
 
 
 def window_start(n_tokens: int, context_length: int) -> int:
@@ -96,27 +102,37 @@ def window_start(n_tokens: int, context_length: int) -> int:
 
 def sample_next_token(
     logits: Tensor,
+    previous: Tensor | None = None,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Samples a token (B,) from each row of logits (B, V).
 
     Args:
         temperature: Divides the logits; 0 takes the most probable token.
-        top_k: Sample from the k most probable tokens only.
+        top_k: Sample from the k most probable tokens only; 0 means all.
         top_p: Sample from the fewest tokens whose probabilities add up to this (nucleus sampling,
             Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
+        repetition_penalty: Divides the logits of the `previous` token ids (B, T), or multiplies the
+            negative ones (Keskar et al. 2019, https://arxiv.org/abs/1909.05858).
         generator: On the logits' device.
     """
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or more, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top-k must be at least 1, not {top_k}")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top-k must be 0 or more, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top-p must lie in (0, 1], not {top_p}")
+    if not 0 < repetition_penalty < float("inf"):
+        raise ValueError(f"repetition-penalty must be above 0, not {repetition_penalty}")
+    if repetition_penalty != 1 and previous is not None:
+        x = logits.gather(1, previous)
+        x = torch.where(x < 0, x * repetition_penalty, x / repetition_penalty)
+        logits = logits.scatter(1, previous, x)
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = token_probabilities(logits, temperature, top_k, top_p)
@@ -128,7 +144,7 @@ def token_probabilities(
 ) -> Tensor:
     """Probabilities (B, V) that `sample_next_token` samples from; temperature above 0."""
     logits = (logits - logits.max(dim=-1, keepdim=True).values).float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
+    if top_k and top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     probabilities = logits.softmax(dim=-1)
@@ -148,21 +164,21 @@ def continue_prompt(
     max_new_tokens: int,
     *,
     temperature: float = TEMPERATURE,
-    top_k: int | None = None,
     top_p: float | None = TOP_P,
     seed: int = 0,
+    **sampling: Any,
 ) -> Iterator[int]:
     """Yields the token ids that follow a prompt, up to `<|endoftext|>`.
 
     `tokenizer.decode_stream` turns them into text as they arrive. An empty prompt starts a new
-    text; the same seed gives the same tokens.
+    text; the same seed gives the same tokens. For `sampling` see `sample_next_token`.
     """
     device = model.final_norm.weight.device
     end = tokenizer.end_id
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     tokens = torch.tensor([ids or [end]], device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+    sampling |= {"temperature": temperature, "top_p": top_p}
+    sampling["generator"] = torch.Generator(device).manual_seed(seed)
     stream = generate(model, tokens, max_new_tokens, stop_token=end, **sampling)
     return (token.item() for token in stream)
 
@@ -174,7 +190,8 @@ def generate_response(
     prompt over half the model's context is shortened as in training."""
     task = dataclasses.replace(task, response="")
     prompt = encode_instruction(task, tokenizer, model.config.context_length // 2 - 1).ids
-    return continue_prompt(model, tokenizer, prompt, MAX_RESPONSE_TOKENS, **sampling)
+    sampling = {"max_new_tokens": MAX_RESPONSE_TOKENS, **sampling}
+    return continue_prompt(model, tokenizer, prompt, **sampling)
 
 
 @torch.inference_mode()
@@ -183,8 +200,10 @@ def class_probabilities(
 ) -> np.ndarray:
     """Probabilities (N, classes) of texts, in their order; model in evaluation mode.
 
-    Texts longer than the context lose their middle.
+    Texts longer than the context lose their middle; an empty one is an error.
     """
+    if "" in texts:
+        raise ValueError(f"text {texts.index('') + 1} of {len(texts)} is empty: leave it out")
     probabilities = np.empty((len(texts), model.classifier_head.out_features))
     context_length = model.backbone.config.context_length
     for indices, ids, lengths in text_batches(texts, tokenizer, context_length):
@@ -276,9 +295,9 @@ def build_model(config: GPTConfig, weights: dict[str, Tensor]) -> GPTModel:
     return model
 
 
-def cached_model(path: Path, metadata: dict[str, Any]) -> tuple | None:
+def cached_model(path: str | Path, metadata: dict[str, Any]) -> tuple | None:
     """What `load_model` returns for a base, if the file exists and matches this metadata."""
-    if not path.is_file():
+    if not (path := Path(path)).is_file():
         return None
     try:
         cached = load_model(path, "base")
@@ -288,12 +307,13 @@ def cached_model(path: Path, metadata: dict[str, Any]) -> tuple | None:
     if metadata.items() <= cached[2].items():
         log0(f"using {path}")
         return cached
-    log0(f"replacing {path}: the data, the base or the options differ")
+    note = adapters_on(path.parent, [path.name])
+    log0(f"replacing {path}: the data, the base or the options differ{note}")
     return None
 
 
 def open_base(
-    path: Path | None, out_dir: Path, context_length: int
+    path: str | Path | None, out_dir: str | Path, context_length: int
 ) -> tuple[GPTModel, BPETokenizer, dict[str, Any]]:
     """Opens a base to fine-tune, by default that of the default model set, and copies its
     tokenizer to `out_dir`.
@@ -301,7 +321,7 @@ def open_base(
     Returns:
         The model, its tokenizer, and the path and hashes by which checkpoints identify the base.
     """
-    path = path or default_path(BASE)
+    path, out_dir = Path(path or default_path(BASE)), Path(out_dir)
     model, tokenizer, checkpoint = load_model(path, "base")
     length, copy = model.config.context_length, out_dir / "tokenizer.json"
     if model.config.position == "learned" and context_length != length:
@@ -326,7 +346,7 @@ def _relative_path(path: Path, folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def checkpoint_errors(path: Path, hint: str) -> Iterator[None]:
+def checkpoint_errors(path: str | Path, hint: str) -> Iterator[None]:
     """Turns errors in building a model into a ValueError that names the file and `hint`, the
     command that creates it."""
     try:
@@ -346,9 +366,9 @@ def clone_with(model: GPTModel, context_length: int, dropout: float = 0.0) -> GP
     return clone.eval()
 
 
-def default_model_set(root: Path = Path("models")) -> Path:
+def default_model_set(root: str | Path = "models") -> Path:
     """The user's models if they have a base, else the ones that come with the clone."""
-    return root if (root / BASE).is_file() else root / "shipped"
+    return Path(root) if Path(root, BASE).is_file() else Path(root, "shipped")
 
 
 def default_path(file: str) -> Path:
@@ -492,23 +512,37 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 @report_errors
 def main(argv: list[str] | None = None) -> int:
     """Command line: streams text, or prints one JSON object."""
-    parser = new_parser("Continue a prompt with the trained language model.")
-    add = parser.add_argument
-    add("--prompt", default="", help="text to continue; empty starts a new text")
-    text = "base model (default: models/model_weights.pth, else that of models/shipped)"
-    add("--checkpoint", type=Path, help=text)
+    parser = new_parser("Continue a prompt, or follow an instruction.")
+    add, task = parser.add_argument, parser.add_mutually_exclusive_group()
+    task.add_argument("--prompt", default="", help="text to continue; empty starts a new text")
+    task.add_argument("--instruct", help="instruction to follow, instead of a prompt")
+    add("--context", default="", help="text that the instruction is about")
+    text = f"base or instruction model (default: {BASE}, or {QLORA} with --instruct, of models/"
+    add("--checkpoint", type=Path, help=f"{text} if it has a base, else of models/shipped)")
     add("--max-new-tokens", type=int, default=300, help="maximum number of tokens to generate")
     add("--temperature", type=float, default=TEMPERATURE, help="0 is greedy")
-    add("--top-k", type=int, help="sample from the k most probable tokens only")
+    add("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0 means all")
     add("--top-p", type=float, default=TOP_P, help="sample from tokens of this total probability")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1 avoids tokens already there")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
     add("--json", action="store_true", help="print one JSON object at the end")
     args = parser.parse_args(argv)
-    model, tokenizer, _ = load_model(args.checkpoint or default_path(BASE), "base")
-    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.context and args.instruct is None:
+        parser.error("--context needs --instruct")
+    path = args.checkpoint or default_path(BASE if args.instruct is None else QLORA)
+    runtime = Runtime(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model, tokenizer, checkpoint = load_model(path, runtime=runtime)
+    if checkpoint["kind"] in CLASSIFIERS:
+        command = f"python evaluate.py sentiment --checkpoint {path} --data FILE"
+        raise ValueError(f"{path} is a classifier and writes no text: use `{command}`")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    sampling = {name: getattr(args, name) for name in names}
     started = time.perf_counter()
-    ids = continue_prompt(model.to(device), tokenizer, args.prompt, args.max_new_tokens, **sampling)
+    if args.instruct is None:
+        ids = continue_prompt(model, tokenizer, args.prompt, **sampling)
+    else:
+        task = Instruction(args.instruct, args.context, "")
+        ids = generate_response(model, tokenizer, task, **sampling)
     if args.json:
         tokens = list(ids)
         seconds = time.perf_counter() - started

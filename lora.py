@@ -11,9 +11,10 @@ Shapes: r rank, A (r, in), B (out, r); B batch, T time (tokens), C channels, V v
 import functools
 import logging
 import math
+import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class LoRAConfig:
         lora_alpha: The update is scaled by lora_alpha / r.
         lora_dropout: Dropout rate of the adapter's inputs; embeddings have none.
         target_modules: Linear layers and embeddings to adapt, by the end of their names, such as
-            "qkv" or "blocks.2.attn.proj".
+            "qkv" or "blocks.2.attn.proj"; "blocks.-1" is the last block.
     """
 
     r: int = 8
@@ -41,7 +42,9 @@ class LoRAConfig:
     target_modules: tuple[str, ...] = ("qkv",)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        names = self.target_modules
+        names = " ".join([names] if isinstance(names, str) else names).replace(",", " ").split()
+        object.__setattr__(self, "target_modules", tuple(names))
         if self.r < 1 or not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"r {self.r} and lora_alpha {self.lora_alpha} must be above zero")
         if not 0 <= self.lora_dropout < 1:
@@ -51,7 +54,7 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its low-rank update."""
+    """A frozen linear layer, perhaps in half precision, and its low-rank update in float32."""
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
         super().__init__()
@@ -65,8 +68,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        low_rank = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A)
-        update = F.linear(low_rank, self.lora_B)
+        inputs = F.dropout(x, self.lora_dropout, self.training)
+        update = F.linear(F.linear(inputs, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return torch.add(self.base_layer(x), update, alpha=self.scale)
 
     def delta_weight(self) -> Tensor:
@@ -92,7 +95,8 @@ class LoRAEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) to (B, T, C)."""
         update = F.linear(F.embedding(ids, self.lora_embedding_A.T), self.lora_embedding_B)
-        return torch.add(self.base_layer(ids), update, alpha=self.scale)
+        embedded = self.base_layer(ids)
+        return torch.add(embedded, update.to(embedded.dtype), alpha=self.scale)
 
     def delta_weight(self) -> Tensor:
         """The weight update (V, C)."""
@@ -100,26 +104,39 @@ class LoRAEmbedding(nn.Module):
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> None:
-    """Wraps the target layers of a model, and freezes everything but adapters and head.
-
-    Does nothing to a model that has adapters. A target that matches no layer gets a warning.
-    """
+    """Wraps the target layers of a model, and freezes everything but adapters and head. Does
+    nothing to a model that has adapters."""
     if any(True for _ in lora_layers(model)):
         return
-    kinds = nn.Linear | nn.Embedding
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
-    for target in config.target_modules:
-        matches = [name for name in layers if f".{name}".endswith(f".{target}")]
-        if not matches:
-            warnings.warn(
-                f"LoRA target {target!r} matches no linear layer or embedding", stacklevel=2
-            )
-        for name in matches:
-            layer = layers.pop(name)  # a layer that two targets match is wrapped once
+    targets = tuple(f".{target}" for target in resolve_targets(model, config).target_modules)
+    for name, layer in _adaptable_layers(model).items():
+        if f".{name}".endswith(targets):
             adapter = LoRAEmbedding if isinstance(layer, nn.Embedding) else LoRALinear
             model.set_submodule(name, adapter(layer, config))
     for name, parameter in model.named_parameters():
         parameter.requires_grad = _is_adapter(name)
+
+
+def resolve_targets(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """The config with "blocks.-1" counted from the end; a target without a layer is an error."""
+    names = [f".{name}" for name in _adaptable_layers(model)]
+    n = 1 + max(map(int, re.findall(r"\.blocks\.(\d+)", " ".join(names))), default=-1)
+    targets = [
+        re.sub(r"\bblocks\.-(\d+)", lambda match: f"blocks.{n - int(match[1])}", target)
+        for target in config.target_modules
+    ]
+    for given, target in zip(config.target_modules, targets):
+        if not any(name.endswith(f".{target}") for name in names):
+            known = dict.fromkeys(re.sub(r"^(.*\.blocks\.\d+|.*)\.", "", name) for name in names)
+            text = f"the {n} blocks and what is around them have {', '.join(known)}"
+            raise ValueError(f"target_modules: {given} is no layer: {text}")
+    return replace(config, target_modules=targets)
+
+
+def _adaptable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
+    """By name; not the head that a classifier trains anyway, nor the one that it does not read."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    return {name: m for name, m in layers.items() if name not in (HEAD, "backbone.head")}
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmbedding]]:
@@ -142,7 +159,8 @@ def merge_lora(model: nn.Module) -> None:
     for name, module in lora_layers(model):
         layer = dequantize(module.base_layer)
         # A new tensor, because the head may share the weight of the embedding.
-        layer.weight = nn.Parameter(layer.weight + module.delta_weight(), requires_grad=False)
+        merged = (layer.weight + module.delta_weight()).to(layer.weight.dtype)
+        layer.weight = nn.Parameter(merged, requires_grad=False)
         model.set_submodule(name, layer)
     for name, module in list(model.named_modules()):
         if is_quantized(module):
@@ -173,6 +191,7 @@ class NF4Weight(NamedTuple):
     scale_scales: Tensor  # (n / 64 / 256,): one per block of scales
     scale_mean: Tensor  # subtracted from the scales before they are quantised
     shape: torch.Size  # (out, in)
+    dtype: torch.dtype  # of the weight
 
 
 def quantize_nf4(weight: Tensor) -> NF4Weight:
@@ -187,14 +206,14 @@ def quantize_nf4(weight: Tensor) -> NF4Weight:
     scale_codes, scale_scales = _quantize_blocks(scales - mean, dynamic_levels(), 256)
     codes = F.pad(codes, (0, len(codes) % 2))
     packed = codes[::2] << 4 | codes[1::2]
-    return NF4Weight(packed, scale_codes, scale_scales, mean, weight.shape)
+    return NF4Weight(packed, scale_codes, scale_scales, mean, weight.shape, weight.dtype)
 
 
 def dequantize_nf4(q: NF4Weight) -> Tensor:
-    """The rounded weight in float32."""
+    """The rounded weight (out, in)."""
     scales = _dequantize_blocks(q.scale_codes, q.scale_scales, dynamic_levels(), 256) + q.scale_mean
     codes = torch.stack([q.codes >> 4, q.codes & 15], dim=1).flatten()[: q.shape.numel()]
-    return _dequantize_blocks(codes, scales, nf4_levels(), 64).view(q.shape)
+    return _dequantize_blocks(codes, scales, nf4_levels(), 64).view(q.shape).to(q.dtype)
 
 
 def _quantize_blocks(x: Tensor, levels: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -312,7 +331,7 @@ def _is_bitsandbytes(layer: nn.Module) -> bool:
 
 
 def dequantize(layer: nn.Module) -> nn.Module:
-    """A linear layer in full precision with a 4-bit layer's weights; any other layer itself."""
+    """A plain linear layer with a 4-bit layer's weights; any other layer itself."""
     if not is_quantized(layer):
         return layer
     if isinstance(layer, NF4Linear):
@@ -320,11 +339,10 @@ def dequantize(layer: nn.Module) -> nn.Module:
     else:
         from bitsandbytes.functional import dequantize_4bit
 
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
-    if layer.bias is not None:
-        plain.bias = nn.Parameter(layer.bias.float(), requires_grad=False)
+    plain.bias = layer.bias
     return plain
 
 

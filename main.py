@@ -100,13 +100,14 @@ def main(argv: list[str] | None = None) -> int:
     """Trains and shows a sample; returns the exit code (130 or 143 when interrupted)."""
     args = _parse(argv)
     with training.start_runtime() as runtime:
-        log0(f"runtime: {runtime.describe()}")
         if args.pretrained:
             args.init_from = import_pretrained(args, runtime)
         if args.pretrained and args.steps is None:
             path = args.init_from
         else:
             with training.lock_output_dir(args.out_dir, runtime):
+                training.check_output(args, runtime, BASE, "tokenizer.json")
+                log0(f"runtime: {runtime.describe()}")
                 path = run(args, runtime)
         if runtime.rank == 0:
             _show_sample(path)
@@ -165,9 +166,9 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
         resume=args.resume,
     )
     if runtime.rank == 0:
-        tokenizer.save(args.out_dir / "tokenizer.json")
-        contents = {"weights": model.state_dict(), "metrics": best, "provenance": provenance}
-        print(training.save_result(args.out_dir / BASE, "base", **metadata, **contents))
+        contents = {**metadata, "metrics": best, "provenance": provenance}
+        weights = model.state_dict()
+        print(training.save_result(args.out_dir / BASE, "base", weights, tokenizer, **contents))
     return args.out_dir / BASE
 
 

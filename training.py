@@ -10,6 +10,7 @@ The loop carries no RNG state: batches and dropout masks derive from (seed, step
 killed and resumed therefore ends with exactly the weights of an uninterrupted one.
 """
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -23,11 +24,12 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import timeit
 import zipfile
-from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -41,7 +43,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from tqdm import tqdm
 
-from data_loader import atomic_write, is_rank_zero, log0
+from data_loader import atomic_write, log0
 
 FORMAT_VERSION = 3
 LOG_EVERY = 10  # steps
@@ -102,7 +104,7 @@ def train(
     *,
     runtime: "Runtime",
     validate: Callable[[], dict[str, float]],
-    path: Path,
+    path: str | Path,
     metadata: dict[str, Any],
     monitor: str = "val_loss",
     maximize: bool = False,
@@ -117,7 +119,7 @@ def train(
         loss_fn: `loss_fn(model, batch)` is (summed loss, number of terms); gradients are averaged
             over all terms.
         validate: Metrics of the current model; called on every process.
-        path: Of the result, which the caller saves; beside it lie `.log.jsonl` and `.resume.pth`.
+        path: Of the result, for `save_result`; `.resume.pth` and `.resume.log.jsonl` lie beside it.
         metadata: Data, tokenizer and model of the run; `resume` refuses a state with others.
         monitor: Metric whose minimum, or maximum, selects the weights; ties go to the later step.
 
@@ -269,10 +271,8 @@ class Interrupted(Exception):
 
 
 def _diverged(what: str, step: int) -> FloatingPointError:
-    return FloatingPointError(
-        f"{what} at step {step}: lower the learning rates and start again; the states written so "
-        "far are good"
-    )
+    advice = "lower the learning rates and start again; the states written so far are good"
+    return FloatingPointError(f"{what} at step {step}: {advice}")
 
 
 # ---- what a run remembers and writes
@@ -289,7 +289,7 @@ class _Run:
         self.parameters = list(self.trained.values())
         world = {"world_size": runtime.world_size, "precision": str(runtime.dtype)}
         self.metadata = {**metadata, **world, "train_config": asdict(config)}
-        self.state_path, self.log_path = state_path(path), path.with_suffix(".log.jsonl")
+        self.state_path, self.log_path = state_path(path), state_path(path, ".log.jsonl")
         self.step, self.seconds, self.tokens, self.log_bytes = 0, 0.0, 0.0, 0
         self.recent_losses, self.best, self.best_weights = [], {}, {}
         self.validation = {}  # metrics that are not yet logged
@@ -332,9 +332,8 @@ class _Run:
         """Advances the progress bar; rank 0 also writes a log line and the resumable state."""
         losses = self.recent_losses
         loss = sum(losses) / len(losses) if losses else None
-        metrics = {"loss": loss, "best": self.best.get(self.monitor)}
-        shown = {name: f"{value:.4f}" for name, value in metrics.items() if value is not None}
-        bar.set_postfix(shown, refresh=False)
+        shown = {"loss": loss, "best": self.best.get(self.monitor)}.items()
+        bar.set_postfix({k: f"{v:.4f}" for k, v in shown if v is not None}, refresh=False)
         bar.update()
         if log and not self.runtime.rank:
             line = {
@@ -347,7 +346,7 @@ class _Run:
             }
             self.validation = {}
             with self.log_path.open("r+b" if self.log_bytes else "wb") as file:
-                file.truncate(self.log_bytes)  # the first line replaces the log of an older run
+                file.truncate(self.log_bytes)  # what a killed run logged after its last state
                 file.seek(self.log_bytes)
                 self.log_bytes += file.write(json.dumps(line).encode() + b"\n")
         if state and not self.runtime.rank:
@@ -366,16 +365,11 @@ class _Run:
         }
 
     def _load_state(self) -> None:
-        if not self.state_path.is_file():
-            raise FileNotFoundError(f"there is no {self.state_path} to resume: omit --resume")
-        state = load_checkpoint(self.state_path, "resume", hint="the command without --resume")
+        state = load_checkpoint(self.state_path, "resume", "the command without --resume")
         if differences := _differences(state["metadata"], self.metadata):
-            changed = state["metadata"].get("precision") != self.metadata["precision"]
-            retry = "try again on an idle machine (precision is chosen by timing)"
-            remedy = retry if changed else "give the same options"
             raise ValueError(
-                f"{self.state_path} belongs to another run ({'; '.join(differences)}): {remedy}, "
-                "or start over without --resume"
+                f"{self.state_path} belongs to another run ({'; '.join(differences)}): give the "
+                "same options, for precision on an idle machine (it is timed), or --overwrite"
             )
         self.model.load_state_dict(state["weights"], strict=False)
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
@@ -408,7 +402,8 @@ def _stop_signals() -> Iterator[list[int]]:
             caught.append(number)
             original_handlers.close()  # puts them back
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        is_main = threading.current_thread() is threading.main_thread()  # others hear no signals
+        for number in (signal.SIGINT, signal.SIGTERM) if is_main else ():
             original_handlers.callback(signal.signal, number, signal.signal(number, record))
         yield caught
 
@@ -424,24 +419,22 @@ def _any_signal(caught: list[int], runtime: "Runtime") -> int:
 # ---- checkpoint files
 
 
-def state_path(path: Path) -> Path:
-    """The file of the resumable state of the training that writes `path`."""
-    return path.with_suffix(".resume.pth")
+def state_path(path: str | Path, suffix: str = ".pth") -> Path:
+    """The file of the resumable state, or the log, of an unfinished training that writes `path`."""
+    return Path(path).with_suffix(f".resume{suffix}")
 
 
-def check_states(paths: list[Path], resume: bool) -> None:
-    """With `resume`, checks that a state exists; otherwise deletes that of an abandoned run.
-    `paths` are the result, then the intermediate models."""
-    states = [state_path(path) for path in paths]
-    if resume and not any(state.is_file() for state in states):
-        raise FileNotFoundError(f"there is no {states[0]} to resume: omit --resume")
-    if not resume and is_rank_zero():
-        states[0].unlink(missing_ok=True)
-
-
-def save_result(path: Path, kind: str, weights: dict[str, Tensor], **contents: Any) -> str:
-    """Saves a trained model in half precision, deletes the resumable state; returns a message."""
+def save_result(
+    path: str | Path, kind: str, weights: dict[str, Tensor], tokenizer: Any = None, **contents: Any
+) -> str:
+    """Saves a trained model in half precision, then its tokenizer, if it is new, and its log; only
+    then deletes the resumable state. Returns a message."""
+    path = Path(path)
     save_checkpoint(path, {"kind": kind, **contents, "weights": half_precision(weights)})
+    if tokenizer:
+        tokenizer.save(path.with_name("tokenizer.json"))
+    if (log := state_path(path, ".log.jsonl")).is_file():  # else a killed run has moved it
+        log.replace(path.with_suffix(".log.jsonl"))
     state_path(path).unlink(missing_ok=True)
     seconds, memory = (contents["provenance"][key] for key in ("seconds", "peak_memory_bytes"))
     return (
@@ -481,8 +474,7 @@ def load_checkpoint(
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if (kind := checkpoint.get("kind")) not in kinds:
-            raise ValueError(f"of kind {kind}, not {' or '.join(kinds)}")
+        kind = checkpoint.get("kind")
         if (version := checkpoint.get("format")) != FORMAT_VERSION:
             raise ValueError(f"of format {version}, not {FORMAT_VERSION}")
         if weights_sha256(checkpoint["weights"]) != checkpoint["weights_sha256"]:
@@ -492,6 +484,8 @@ def load_checkpoint(
         raise ValueError(
             f"{path} is damaged or another file ({first_line}): create one with `{hint}`"
         ) from None
+    if kind not in kinds:
+        raise ValueError(f"{path} is of kind {kind}, not {' or '.join(kinds)}")
     return checkpoint
 
 
@@ -589,22 +583,50 @@ def rank_zero_first(runtime: Runtime) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock_output_dir(folder: Path, runtime: Runtime) -> Iterator[None]:
+def lock_output_dir(folder: str | Path, runtime: Runtime) -> Iterator[None]:
     """Locks a folder against other trainings; a process that dies releases its lock."""
     with contextlib.ExitStack() as stack:
         with rank_zero_first(runtime):
             if runtime.rank == 0:
-                folder.mkdir(parents=True, exist_ok=True)
+                Path(folder).mkdir(parents=True, exist_ok=True)
                 try:
-                    stack.enter_context(FileLock(folder / ".training.lock", timeout=0))
+                    stack.enter_context(FileLock(Path(folder, ".training.lock"), timeout=0))
                 except Timeout:
-                    raise ValueError(
-                        f"another training is running in {folder}: wait for it, or choose another "
-                        "--out-dir"
-                    ) from None
+                    text = f"another training is running in {folder}: wait, or change --out-dir"
+                    raise ValueError(text) from None
                 except NotImplementedError:  # some network file systems
                     log0(f"warning: {folder} cannot be locked: run one training at a time")
         yield
+
+
+def check_output(args: argparse.Namespace, runtime: Runtime, *files: str, start: str = "") -> None:
+    """Refuses to lose an unfinished run in `args.out_dir`, of this script or of the model `start`
+    that it starts from; names the `files` that will be replaced, and the adapters on them."""
+    with rank_zero_first(runtime):
+        states = [state_path(args.out_dir / file) for file in (*files, start or files[0])]
+        unfinished = [path for path in states if path.is_file()]
+        if runtime.rank or (args.resume and unfinished):
+            return
+        if args.resume:
+            raise FileNotFoundError(f"there is no {states[0]} to resume: omit --resume")
+        if unfinished and not args.overwrite:
+            raise ValueError(f"{unfinished[0]} is an unfinished run: add --resume or --overwrite")
+        files += tuple(Path(file).with_suffix(".log.jsonl").name for file in files)
+        if replaced := [file for file in files if (args.out_dir / file).is_file()]:
+            note = adapters_on(args.out_dir, replaced)
+            log0(f"will replace {', '.join(replaced)} in {args.out_dir}{note}")
+
+
+def adapters_on(folder: str | Path, files: Sequence[str]) -> str:
+    """A note on the adapters in a folder whose base is among `files`, if there are any."""
+    names = []
+    for path in sorted(Path(folder).glob("*.pth")):
+        with contextlib.suppress(Exception):  # a damaged file is no adapter
+            checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
+            metadata = checkpoint.get("metadata", checkpoint)  # the former in a resumable state
+            if metadata["lora_config"] and metadata["base"] in files:
+                names.append(path.name)
+    return f"; adapters on that base, which need it: {', '.join(names)}" if names else ""
 
 
 def bfloat16_is_faster(device: torch.device) -> bool:
@@ -635,22 +657,23 @@ def peak_memory_bytes(device: torch.device) -> int:
 # ---- command lines
 
 
-class HelpFormatter(ArgumentDefaultsHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default but None."""
 
-    def _get_help_string(self, action: Action) -> str | None:
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         if isinstance(action.default, tuple):
             return f"{action.help} (default: {' '.join(action.default)})"
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def new_parser(description: str, **options: Any) -> ArgumentParser:
-    """A parser whose help shows defaults."""
-    return ArgumentParser(description=description, formatter_class=HelpFormatter, **options)
+def new_parser(description: str, **options: Any) -> argparse.ArgumentParser:
+    """A parser whose help shows defaults; it takes no abbreviations."""
+    options |= {"formatter_class": HelpFormatter, "allow_abbrev": False}
+    return argparse.ArgumentParser(description=description, **options)
 
 
 def add_run_flags(
-    parser: ArgumentParser, data_sets: Iterable[str], data_help: str, max_examples: int = 0
+    parser: argparse.ArgumentParser, data_sets: Iterable[str], data_help: str, max_examples: int = 0
 ) -> None:
     """Adds the flags that all trainings share, and with `max_examples` those of fine-tunings."""
     add = parser.add_argument
@@ -659,14 +682,16 @@ def add_run_flags(
     add("--data", type=Path, help=f"your own data instead: {data_help}")
     add("--data-dir", type=Path, help="folder of downloads (default: $GPT_DATA_DIR, else data)")
     add("--out-dir", type=Path, default=Path("models"), help="folder to write to")
-    add("--resume", action="store_true", help="continue an interrupted run with the same options")
     if max_examples:
         add("--max-examples", type=int, default=max_examples, help="maximum number of examples")
         text = "base model (default: models/model_weights.pth, else that of models/shipped)"
         add("--base", type=Path, help=text)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--resume", action="store_true", help="continue an unfinished run with the same options")
+    add("--overwrite", action="store_true", help="discard an unfinished run and start over")
 
 
-def add_config_flags(parser: ArgumentParser, config_class: type) -> None:
+def add_config_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
     """Adds a `--kebab-case` flag for each field of a config dataclass, with its default and its
     text under "Attributes:". `parser.set_defaults` changes defaults, and the help shows it."""
     group = parser.add_argument_group(config_class.__name__)
@@ -674,7 +699,7 @@ def add_config_flags(parser: ArgumentParser, config_class: type) -> None:
     for config_field in fields(config_class):
         options = {"type": config_field.type, "metavar": config_field.type.__name__.upper()}
         if config_field.type is bool:
-            options = {"action": BooleanOptionalAction}
+            options = {"action": argparse.BooleanOptionalAction}
         elif config_field.type == tuple[str, ...]:
             options = {"nargs": "+", "metavar": "NAME"}
         flag = "--" + config_field.name.replace("_", "-")
@@ -702,11 +727,14 @@ def check_range(config: Any, minimum: float, below: float, *names: str) -> None:
             raise ValueError(f"{name} must lie in [{minimum}, {below}), not {value}")
 
 
+COMMAND: ContextVar[list[str]] = ContextVar("COMMAND")  # script and arguments of a running `main`
+
+
 def command_line() -> str:
-    """The command that started this process, to show and to record."""
+    """The command that runs, to show and to record."""
     n = os.environ.get("WORLD_SIZE", "1")
     launcher = ["python"] if n == "1" else ["torchrun", f"--nproc_per_node={n}"]
-    return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join([*launcher, *COMMAND.get([Path(sys.argv[0]).name, *sys.argv[1:]])])
 
 
 def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
@@ -717,6 +745,8 @@ def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str
     def wrapped(argv: list[str] | None = None) -> int:
         if hasattr(sys.stdout, "reconfigure"):  # terminals that lack a character show "?"
             sys.stdout.reconfigure(errors="replace")
+        arguments = sys.argv[1:] if argv is None else argv
+        previous = COMMAND.set([Path(main.__code__.co_filename).name, *arguments])
         try:
             return main(argv)
         except (ValueError, OSError, FloatingPointError) as error:
@@ -724,11 +754,13 @@ def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str
         except torch.OutOfMemoryError:
             message, code = "error: out of GPU memory: in a training, raise --grad-accumulation", 2
         except Interrupted as stop:
-            resume = "" if "--resume" in sys.argv else " --resume"
-            message = f"interrupted; continue with: {command_line()}{resume}"
+            COMMAND.get()[:] = [a for a in COMMAND.get() if a not in ("--resume", "--overwrite")]
+            message = f"interrupted; continue with: {command_line()} --resume"
             code = 128 + stop.args[0]
         except KeyboardInterrupt:
             message, code = "interrupted", 130
+        finally:
+            COMMAND.reset(previous)
         log0(message)
         return code
 

@@ -90,9 +90,9 @@ READERS: dict[str, Callable[[Path], int]] = {
     LINEAR: lambda folder: weighed([str(folder)]),
     QLORA: answered,
     "base/model_weights.resume.pth": lambda folder: trained(folder, "--resume"),
-    "base/cache/train.bin": trained,
-    "base/cache/tokenizer.json": trained,
-    "base/model_weights.log.jsonl": lambda folder: trained(folder, "--resume"),
+    "base/cache/train.bin": lambda folder: trained(folder, "--overwrite"),
+    "base/cache/tokenizer.json": lambda folder: trained(folder, "--overwrite"),
+    "base/model_weights.resume.log.jsonl": lambda folder: trained(folder, "--resume"),
     "qlora_instruction_weights.resume.pth": fine_tuned,
     "lora_classifier_weights.resume.pth": adapted,
 }

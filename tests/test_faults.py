@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PLAY, TINY_INSTRUCTIONS, TINY_LORA, TINY_SENTIMENT
+from conftest import PLAY, TINY_INSTRUCTIONS, TINY_LORA, TINY_SENTIMENT, unsaved
 from streamlit.testing.v1 import AppTest
 
 import app
@@ -31,7 +31,7 @@ from data_utils import prepare_token_ids
 from generation import continue_prompt
 from model import GPTModel
 from tokenizer import BPETokenizer
-from training import load_checkpoint, save_checkpoint
+from training import load_checkpoint, save_checkpoint, state_path
 
 ROOT = Path(__file__).parents[1]
 TINY_BASE = """--n-layer 1 --n-head 1 --n-embd 16 --context-length 16 --batch-size 4 --steps 150
@@ -178,7 +178,49 @@ def test_killed_trainings_end_with_the_same_weights(
     assert found["weights_sha256"] == whole["weights_sha256"]
     assert found["metrics"] == whole["metrics"]
     assert log_of(folder, name) == log_of(expected, name)
-    assert not list(folder.glob("*.resume.pth"))
+    assert not list(folder.glob("*.resume.*"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.suffix in (".pth", ".jsonl", ".json")
+    }
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_state_of_an_unfinished_run_is_not_overwritten(
+    name: str, all_models: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Nor are weights and log of a finished one, until the new result is whole."""
+    script, _, _ = TRAININGS[name]
+    steps = ["--steps", "6", *(["--review-lm-steps", "3"] if "classifier" in name else [])]
+    options = options_of(name, all_models, own, tmp_path / "out", *steps)
+    assert script.main(options) == 0
+    finished = contents(tmp_path / "out")
+    capsys.readouterr()
+    with unsaved():
+        assert script.main([*options, "--seed", "1"]) == 2
+    first_line = capsys.readouterr().err.split("\n")[0]
+    log = Path(name).with_suffix(".log.jsonl").name
+    assert first_line.startswith(f"will replace {name}, ") and log in first_line
+    before = contents(tmp_path / "out")
+    assert {
+        n: before[n] for n in finished if n != "linear_baseline.pth"
+    }.items() <= finished.items()
+    assert before.keys() - finished.keys() == {
+        state_path(name).name,
+        state_path(name, ".log.jsonl").name,
+    }
+    assert script.main(options) == 2
+    said = capsys.readouterr().err
+    assert f"{state_path(name)} is an unfinished run: add --resume or --overwrite" in said
+    assert said.count("\n") == 1 and contents(tmp_path / "out") == before
+    if "classifier" in name:  # the language model that it starts from may be unfinished, too
+        state_path(tmp_path / "out" / "review_lm_weights.pth").write_bytes(b"158 steps")
+    assert script.main([*options, "--overwrite"]) == 0
+    assert contents(tmp_path / "out").keys() == finished.keys()
 
 
 @pytest.mark.parametrize(
@@ -356,7 +398,10 @@ def test_a_second_training_in_a_folder_is_refused(
         assert f"error: another training is running in {folder}" in capsys.readouterr().err
     first.kill()
     first.wait()
-    assert main.main(options_of(name, all_models, own, folder, "--steps", "3")) == 0
+    again = options_of(name, all_models, own, folder, "--steps", "3")
+    assert main.main(again) == 2
+    assert "model_weights.resume.pth is an unfinished run" in capsys.readouterr().err
+    assert main.main([*again, "--overwrite"]) == 0
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

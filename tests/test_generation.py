@@ -6,11 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 import generation
-from generation import continue_prompt, generate, sample_next_token, token_probabilities
-from model import GPTModel
+from data_loader import Instruction
+from generation import (
+    class_probabilities,
+    continue_prompt,
+    generate,
+    generate_response,
+    sample_next_token,
+    token_probabilities,
+)
+from model import GPTClassificationModel, GPTModel, KVCache
 from tokenizer import END_OF_TEXT, BPETokenizer
 
 LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3
@@ -36,8 +44,34 @@ def test_temperature_zero_and_top_k_one_take_the_likeliest():
     assert torch.equal(sample_next_token(LOGITS, top_p=1e-6), likeliest)
 
 
-def test_a_top_k_above_the_vocabulary_changes_nothing():
-    assert torch.equal(token_probabilities(LOGITS, top_k=1000), token_probabilities(LOGITS))
+@pytest.mark.parametrize("top_k", [0, 1000])
+def test_a_top_k_of_zero_or_above_the_vocabulary_changes_nothing(top_k: int):
+    assert torch.equal(token_probabilities(LOGITS, top_k=top_k), token_probabilities(LOGITS))
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.0, 1.3, 5.0])
+def test_the_repetition_penalty_equals_that_of_transformers(penalty: float):
+    previous = torch.randint(40, (5, 12), generator=torch.Generator().manual_seed(1))
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(previous, LOGITS.clone()).argmax(-1)
+    sampling = {"temperature": 0, "repetition_penalty": penalty}
+    assert torch.equal(sample_next_token(LOGITS, previous, **sampling), expected)
+    flat = torch.zeros(5, 40).scatter(1, previous, 1.0) - 0.5  # only the penalty decides
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(previous, flat.clone()).argmax(-1)
+    assert torch.equal(sample_next_token(flat, previous, **sampling), expected)
+
+
+def test_penalised_greedy_text_equals_a_plain_loop(model: GPTModel, tokenizer: BPETokenizer):
+    prompt = tokenizer.encode("the king and the queen")
+    tokens, penalise = list(prompt), RepetitionPenaltyLogitsProcessor(1.5)
+    for _ in range(20):
+        start = generation.window_start(len(tokens), model.config.context_length)
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens[start:]]))[:, -1]
+        tokens.append(penalise(torch.tensor([tokens]), logits).argmax().item())
+    options = {"temperature": 0, "repetition_penalty": 1.5}
+    text = list(continue_prompt(model, tokenizer, prompt, 20, **options))
+    assert text == tokens[len(prompt) :]
+    assert text != list(continue_prompt(model, tokenizer, prompt, 20, temperature=0))
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
@@ -52,7 +86,9 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     [
         ({"temperature": -1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_k": 0}, "top-k"),
+        ({"top_k": -1}, "top-k"),
+        ({"repetition_penalty": 0}, "repetition-penalty"),
+        ({"repetition_penalty": float("nan")}, "repetition-penalty"),
         ({"top_p": 0}, "top-p"),
         ({"top_p": 1.5}, "top-p"),
     ],
@@ -94,6 +130,34 @@ def test_the_stop_token_ends_the_text(model: GPTModel):
     assert stopped == tokens[: tokens.index(tokens[4])]
 
 
+def test_a_row_that_ended_is_padded_and_costs_nothing_more(
+    model: GPTModel, monkeypatch: pytest.MonkeyPatch
+):
+    prompt = torch.randint(400, (4, 5), generator=torch.Generator().manual_seed(2))
+    alone = [[t.item() for t in generate(model, row[None], 30, temperature=0)] for row in prompt]
+    stop = alone[2][3]
+    ends = [row.index(stop) if stop in row else 30 for row in alone]
+    assert len(set(ends)) > 1 and ends[2] <= 3
+    computed, hidden = [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda i, c: computed.append(len(i)) or hidden(i, c))
+    rows = torch.stack([*generate(model, prompt, 30, temperature=0, stop_token=stop)], dim=1)
+    assert rows.shape == (4, max(ends))
+    for row, expected, end in zip(rows.tolist(), alone, ends):
+        assert row == expected[:end] + [stop] * (max(ends) - end)
+    assert computed == [sum(end >= step for end in ends) for step in range(len(computed))]
+    assert len(computed) == min(30, max(ends) + 1)
+
+
+@pytest.mark.parametrize(("n_prompt", "n_new", "expected"), [(3, 4, 7), (3, 40, 16), (20, 1, 16)])
+def test_the_cache_is_as_long_as_the_text_at_most_the_context(
+    model: GPTModel, monkeypatch: pytest.MonkeyPatch, n_prompt: int, n_new: int, expected: int
+):
+    caches = []
+    monkeypatch.setattr(generation, "KVCache", lambda *a: caches.append(KVCache(*a)) or caches[-1])
+    assert len([*generate(model, torch.ones(2, n_prompt, dtype=torch.long), n_new)]) == n_new
+    assert [keys.shape[2] for keys in caches[0].keys] == [expected] * 2
+
+
 def test_the_seed_decides(model: GPTModel, tokenizer: BPETokenizer):
     texts = [list(continue_prompt(model, tokenizer, "To be", 20, seed=s)) for s in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
@@ -119,6 +183,71 @@ def test_command_line(base_checkpoint: Path, capsys: pytest.CaptureFixture[str])
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 12 and "ROMEO:" + found["text"] + "\n" == text
     assert found["tokens_per_second"] == pytest.approx(12 / found["seconds"])
+
+
+def shown(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert generation.main([*options, "--temperature", "0"]) == 0
+    return capsys.readouterr().out
+
+
+def test_command_line_of_an_instruction_model(
+    all_models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    path = all_models / "qlora_instruction_weights.pth"
+    model, tokenizer, _ = generation.load_model(path)
+    task = ["--instruct", "Name a fish.", "--context", "It is red.", "--max-new-tokens", "40"]
+    ids = generate_response(
+        *(model, tokenizer, Instruction("Name a fish.", "It is red.")),
+        **{"temperature": 0, "max_new_tokens": 40},
+    )
+    expected = tokenizer.decode(list(ids))
+    assert shown(capsys, *task, "--checkpoint", str(path)) == expected + "\n"
+    found = json.loads(shown(capsys, *task, "--checkpoint", str(path), "--json"))
+    assert found["text"] == expected and found["tokens"] <= 40
+    monkeypatch.setattr(generation, "default_model_set", lambda: all_models)
+    assert shown(capsys, *task) == expected + "\n"  # the set's QLoRA model
+    base = shown(capsys, *task, "--checkpoint", str(all_models / "model_weights.pth"))
+    assert base != expected + "\n"
+    text = shown(capsys, "--prompt", "the king", "--checkpoint", str(path))
+    assert text.startswith("the king") and text != shown(capsys, "--prompt", "the king")
+
+
+@pytest.mark.parametrize(
+    "name", ["finetuned_classifier_weights.pth", "lora_classifier_weights.pth"]
+)
+def test_a_classifier_is_refused_with_the_right_command(
+    name: str, all_models: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = all_models / name
+    for task in ("--prompt", "--instruct"):
+        assert generation.main([task, "x", "--checkpoint", str(path)]) == 2
+        assert capsys.readouterr().err == (
+            f"error: {path} is a classifier and writes no text: use "
+            f"`python evaluate.py sentiment --checkpoint {path} --data FILE`\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--context", "x"], "--context needs --instruct"),
+        (["--prompt", "x", "--instruct", "y"], "--instruct: not allowed with argument --prompt"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stopped:
+        generation.main(options)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_empty_text_is_no_text_to_classify(model: GPTModel, tokenizer: BPETokenizer):
+    classifier = GPTClassificationModel(model, 2)
+    with pytest.raises(ValueError, match="text 2 of 3 is empty"):
+        class_probabilities(classifier, tokenizer, ["good", "", "bad"])
+    assert class_probabilities(classifier, tokenizer, [" ", "\n"]).shape == (2, 2)
+    assert class_probabilities(classifier, tokenizer, []).shape == (0, 2)
 
 
 def test_a_missing_checkpoint_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,15 +2,19 @@
 
 import copy
 import warnings
+from pathlib import Path
+from types import ModuleType
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomised, tiny_config
+from conftest import TINY_INSTRUCTIONS, TINY_SENTIMENT, randomised, tiny_config
 from torch import nn
 
 import finetune_lora_classifier
+import finetune_qlora_instructions
+import generation
 from lora import (
     LoRAConfig,
     LoRAEmbedding,
@@ -18,8 +22,11 @@ from lora import (
     apply_lora,
     count_parameters,
     load_lora_state_dict,
+    lora_layers,
     lora_state_dict,
     merge_lora,
+    quantize_4bit,
+    resolve_targets,
 )
 from model import GPTClassificationModel, GPTConfig, GPTModel
 from training import from_options
@@ -111,27 +118,104 @@ def test_only_adapters_and_head_train(classifier):
 
 def test_the_default_trains_under_one_percent_of_the_default_model():
     classifier = GPTClassificationModel(GPTModel(GPTConfig()), 2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # every target is found
-        apply_lora(classifier, from_options(LoRAConfig, finetune_lora_classifier.RECIPE))
+    apply_lora(classifier, from_options(LoRAConfig, finetune_lora_classifier.RECIPE))
     trained, total = count_parameters(classifier)
     assert trained == 8 * (2048 + 192) + 8 * (192 + 576) + 2 * 192 + 2
     assert total == sum(p.numel() for p in classifier.parameters())
     assert trained < 0.01 * total
 
 
-def test_a_target_that_matches_nothing_is_warned_of(classifier):
-    with pytest.warns(UserWarning, match="'q_proj' matches no linear layer or"):
-        apply_lora(classifier, LoRAConfig(target_modules=("qkv", "q_proj")))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        apply_lora(randomised(GPTModel(tiny_config(50))), CONFIG)
+@pytest.mark.parametrize(
+    "target",
+    [
+        "q_proj",
+        "blocks.2.attn.qkv",
+        "blocks.-3.attn.qkv",
+        "classifier_head",  # trained anyway
+        "head",  # a classifier does not read it: the adapter would learn nothing
+    ],
+)
+def test_a_target_that_matches_nothing_is_an_error_with_the_names_that_exist(
+    target: str, classifier
+):
+    before = list(classifier.state_dict())
+    with pytest.raises(ValueError) as error:
+        apply_lora(classifier, LoRAConfig(target_modules=("qkv", target)))
+    assert str(error.value) == (
+        f"target_modules: {target} is no layer: the 2 blocks and what is around them have "
+        "token_embedding, attn.qkv, attn.proj, mlp.fc, mlp.proj"
+    )
+    assert list(classifier.state_dict()) == before
+
+
+@pytest.mark.parametrize("names", ["qkv,fc", "qkv fc", ("qkv,", "fc"), ("qkv", "fc"), ["qkv , fc"]])
+def test_targets_are_separated_by_commas_or_spaces(names):
+    assert LoRAConfig(target_modules=names).target_modules == ("qkv", "fc")
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 12])
+def test_a_negative_block_is_counted_from_the_end(n_layer: int):
+    model = GPTModel(tiny_config(50, n_layer=n_layer))
+    config = LoRAConfig(target_modules=("blocks.-1.attn.qkv", f"blocks.-{n_layer}.mlp.fc"))
+    resolved = (f"blocks.{n_layer - 1}.attn.qkv", "blocks.0.mlp.fc")
+    assert resolve_targets(model, config).target_modules == resolved
+    apply_lora(model, config)
+    assert {name for name, _ in lora_layers(model)} == set(resolved)
+    for name in resolved:
+        assert resolve_targets(GPTModel(model.config), LoRAConfig(target_modules=(name,)))
 
 
 def test_a_layer_that_two_targets_name_is_wrapped_once(classifier):
-    with pytest.warns(UserWarning, match="'attn.proj' matches no linear layer or"):
-        apply_lora(classifier, LoRAConfig(target_modules=("proj", "attn.proj")))
+    apply_lora(classifier, LoRAConfig(target_modules=("proj", "attn.proj")))
     assert not any("base_layer.base_layer" in name for name, _ in classifier.named_modules())
+    assert len([*lora_layers(classifier)]) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_an_adapter_in_float32_on_a_base_in_half_precision(dtype: torch.dtype, position: str):
+    """Logits and gradients of A and B as in float32, up to the rounding of the base."""
+    base = randomised(GPTModel(tiny_config(50, position=position))).to(dtype)
+    config = LoRAConfig(r=3, target_modules=(*TARGETS, "head"))
+    half, full = adapted(base, config), adapted(copy.deepcopy(base).float(), config)
+    load_lora_state_dict(full, lora_state_dict(half))
+    ids = torch.arange(14).view(2, 7)
+    gradients = []
+    for model in (half, full):
+        logits = model(ids[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert {p.dtype for p in trained.values()} == {torch.float32}
+        gradients.append({name: p.grad for name, p in trained.items()})
+    assert gradients[0].keys() == gradients[1].keys() and half(ids).dtype == dtype
+    error = 0.1 if dtype == torch.bfloat16 else 0.02
+    assert relative_error(half(ids), full(ids)) < error
+    for name, gradient in gradients[0].items():
+        assert relative_error(gradient, gradients[1][name]) < error, name
+    merged = copy.deepcopy(half)
+    merge_lora(merged)
+    assert {p.dtype for p in merged.parameters()} == {dtype}
+    merge_lora(full)
+    expected = full.blocks[1].attn.qkv.weight.to(dtype)  # added in float32, rounded once
+    assert torch.equal(merged.blocks[1].attn.qkv.weight, expected)
+    assert relative_error(merged(ids), full(ids)) < error
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("n_embd", [64, 16])  # bitsandbytes, and plain PyTorch
+def test_a_4_bit_base_in_bfloat16_merges_into_bfloat16(n_embd: int):
+    base = randomised(GPTModel(tiny_config(50, n_embd=n_embd))).bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantize_4bit(base, torch.bfloat16)
+    ids = torch.arange(7)[None]
+    logits = adapted(base, LoRAConfig(r=3, target_modules=("qkv", "mlp.proj")))(ids)
+    merge_lora(base)
+    assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
+    assert relative_error(base(ids), logits.float()) < 0.1
 
 
 def test_merging_gives_the_same_logits_and_can_be_done_twice(classifier, batch):
@@ -195,6 +279,44 @@ def test_lora_dropout_hides_inputs_from_the_adapter_alone():
     nn.init.zeros_(layer.lora_B)
     assert torch.equal(layer(x), layer.base_layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
+
+
+# ---- scripts
+
+SAMPLE = ["--dataset", "sample", "--max-examples", "80"]
+
+
+def test_the_default_targets_follow_the_base(base_checkpoint: Path, tmp_path: Path):
+    """The last block of a base of two; the checkpoint records its number."""
+    options = ["--base", str(base_checkpoint), "--out-dir", str(tmp_path), *SAMPLE]
+    assert finetune_lora_classifier.main([*options, *TINY_SENTIMENT]) == 0
+    path = tmp_path / "lora_classifier_weights.pth"
+    model, _, checkpoint = generation.load_model(path)
+    targets = ("token_embedding", "blocks.1.attn.qkv")
+    assert checkpoint["lora_config"]["target_modules"] == targets
+    assert {name for name, _ in lora_layers(model)} == {f"backbone.{name}" for name in targets}
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        (finetune_lora_classifier, TINY_SENTIMENT),
+        (finetune_qlora_instructions, TINY_INSTRUCTIONS),
+    ],
+)
+@pytest.mark.parametrize("targets", [["qkv,q_proj"], ["qkv", "q_proj"]])
+def test_an_unknown_target_ends_a_script_before_it_trains(
+    script: ModuleType,
+    options: list[str],
+    targets: list[str],
+    base_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    paths = ["--base", str(base_checkpoint), "--out-dir", str(tmp_path / "out")]
+    assert script.main([*paths, *SAMPLE, *options, "--target-modules", *targets]) == 2
+    assert "error: target_modules: q_proj is no layer: the 2 blocks" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.pth"))
 
 
 # ---- peft as oracle

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import training
 from training import (
     FORMAT_VERSION,
     Batch,
@@ -23,13 +26,19 @@ from training import (
     LossFn,
     Runtime,
     TrainConfig,
+    add_run_flags,
     bfloat16_is_faster,
+    check_output,
+    command_line,
     learning_rate_factor,
     load_checkpoint,
     make_optimizers,
     mean_loss,
+    new_parser,
     next_token_loss,
+    report_errors,
     save_checkpoint,
+    save_result,
     train,
 )
 
@@ -305,7 +314,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     assert signal.getsignal(sent) == handler
     resumed, _ = run(tmp_path / "b", runtime, resume=True)
     assert same(resumed.state_dict(), expected.state_dict())
-    logs = [(tmp_path / d / "run.log.jsonl").read_text() for d in "ab"]
+    logs = [(tmp_path / d / "run.resume.log.jsonl").read_text() for d in "ab"]
     assert len(logs[0].split("\n")) <= len(logs[1].split("\n"))
 
 
@@ -324,7 +333,7 @@ def test_a_run_that_died_resumes_from_its_last_state(tmp_path: Path, runtime: Ru
     resumed, best = run(tmp_path / "b", runtime, resume=True)
     assert same(resumed.state_dict(), expected.state_dict())
     assert best["step"] in (5, 10, 15, 20)
-    steps = [line.split(",")[0] for line in (tmp_path / "b" / "run.log.jsonl").open()]
+    steps = [line.split(",")[0] for line in (tmp_path / "b" / "run.resume.log.jsonl").open()]
     assert steps == ['{"step": 5', '{"step": 10', '{"step": 15', '{"step": 20']
 
 
@@ -345,8 +354,115 @@ def test_another_run_is_not_resumed(
 
 
 def test_nothing_to_resume_is_an_error(tmp_path: Path, runtime: Runtime):
-    with pytest.raises(FileNotFoundError, match="to resume: omit --resume"):
+    with pytest.raises(FileNotFoundError, match="the command without --resume"):
         run(tmp_path, runtime, resume=True)
+
+
+def output_options(folder: Path, resume: bool = False, overwrite: bool = False) -> Namespace:
+    return Namespace(out_dir=folder, resume=resume, overwrite=overwrite)
+
+
+def test_an_unfinished_run_is_refused_by_name_and_stays(tmp_path: Path, runtime: Runtime):
+    """Not `--resume` in vain, and the same for the model that a script goes on from."""
+    state = tmp_path / "b.resume.pth"
+    state.write_bytes(b"158 steps")
+    for files, start in ((("b.pth", "c.pth"), ""), (("a.pth",), "b.pth")):
+        with pytest.raises(ValueError, match=r"b\.resume\.pth .* add --resume or --overwrite"):
+            check_output(output_options(tmp_path), runtime, *files, start=start)
+        check_output(output_options(tmp_path, resume=True), runtime, *files, start=start)
+        check_output(output_options(tmp_path, overwrite=True), runtime, *files, start=start)
+    check_output(output_options(tmp_path), runtime, "a.pth")  # another script's state
+    with pytest.raises(FileNotFoundError, match=r"no .*a\.resume\.pth to resume: omit --resume"):
+        check_output(output_options(tmp_path, resume=True), runtime, "a.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["b.resume.pth"]
+    assert state.read_bytes() == b"158 steps"
+
+
+def test_what_will_be_replaced_is_named_with_the_adapters_on_it(
+    tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+):
+    check_output(output_options(tmp_path), runtime, "base.pth", "tokenizer.json")
+    assert capsys.readouterr().err == ""  # nothing there, nothing to say
+    adapter = {"base": "base.pth", "lora_config": {"r": 1}, "weights": {}}
+    on_another, merged = {**adapter, "base": "other.pth"}, {**adapter, "lora_config": None}
+    files = {"base": {"weights": {}}, "on it": adapter, "on other": on_another, "full": merged}
+    files["unfinished.resume"] = {"metadata": adapter, "weights": {}}
+    for name, content in files.items():
+        save_checkpoint(tmp_path / f"{name}.pth", {"kind": name, **content})
+    (tmp_path / "damaged.pth").write_bytes(b"?")
+    for name in ("base.log.jsonl", "tokenizer.json"):
+        (tmp_path / name).write_text("")
+    check_output(output_options(tmp_path), runtime, "base.pth", "tokenizer.json")
+    said = capsys.readouterr().err
+    assert said == (
+        f"will replace base.pth, tokenizer.json, base.log.jsonl in {tmp_path}; adapters on that "
+        "base, which need it: on it.pth, unfinished.resume.pth\n"
+    )
+    check_output(output_options(tmp_path), runtime, "on it.pth")
+    assert capsys.readouterr().err == f"will replace on it.pth in {tmp_path}\n"
+
+
+def test_the_log_of_a_finished_run_stays_until_the_new_result_is_whole(
+    tmp_path: Path, runtime: Runtime
+):
+    (tmp_path / "run.log.jsonl").write_text("older")
+    net, _ = run(tmp_path, runtime)
+    assert (tmp_path / "run.log.jsonl").read_text() == "older"
+    provenance = {"seconds": 1.0, "peak_memory_bytes": 1}
+    path = str(tmp_path / "run.pth")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(training, "save_checkpoint", lambda *_: (_ for _ in ()).throw(OSError))
+        save_result(path, "base", net.state_dict(), provenance=provenance)
+    assert (tmp_path / "run.log.jsonl").read_text() == "older"
+    save_result(path, "base", net.state_dict(), provenance=provenance)
+    assert (tmp_path / "run.log.jsonl").read_text().count("\n") == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.log.jsonl", "run.pth"]
+
+
+# ---- as a library
+
+
+def test_training_runs_in_a_thread_and_ends_with_the_same_weights(tmp_path: Path, runtime: Runtime):
+    expected, _ = run(tmp_path / "a", runtime)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with ThreadPoolExecutor(1) as pool:
+        net, _ = pool.submit(run, tmp_path / "b", runtime).result()
+    assert same(net.state_dict(), expected.state_dict())
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@report_errors
+def interrupted_main(argv: list[str] | None = None) -> int:
+    assert command_line().startswith("python test_training.py ")
+    raise Interrupted(signal.SIGINT)
+
+
+def test_the_command_to_continue_is_that_of_main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["somewhere/pytest", "--steps", "3", "-c"])
+    before = command_line()
+    for argv in (["--out-dir", "a b"], ["--overwrite", "--out-dir", "a b"]):
+        for more in ([], ["--resume"]):
+            assert interrupted_main([*argv, *more]) == 130
+            command = "python test_training.py --out-dir 'a b' --resume"
+            assert capsys.readouterr().err == f"interrupted; continue with: {command}\n"
+    assert interrupted_main() == 130
+    command = "python test_training.py --steps 3 -c --resume"
+    assert capsys.readouterr().err == f"interrupted; continue with: {command}\n"
+    assert command_line() == before == "python pytest --steps 3 -c"
+
+
+def test_flags_are_not_abbreviated_and_exclude_each_other(capsys: pytest.CaptureFixture[str]):
+    parser = new_parser("x")
+    add_run_flags(parser, ("sample",), "a file")
+    for flags, message in (
+        (["--over"], "unrecognized arguments: --over"),
+        (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            parser.parse_args(flags)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 # ---- faults
@@ -385,7 +501,6 @@ def test_other_files_are_not_taken_for_a_checkpoint(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_checkpoint(path, "base")
     for content, message in (
-        ({"format": FORMAT_VERSION, "kind": "resume"}, "of kind resume, not base"),
         ({"format": 1, "kind": "base"}, "of format 1"),
         ({"format": FORMAT_VERSION, "kind": "base"}, "another file \\('weights'\\)"),
         ([1, 2], "'list' object"),
@@ -393,6 +508,12 @@ def test_other_files_are_not_taken_for_a_checkpoint(tmp_path: Path):
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):
             load_checkpoint(path, "base")
+
+
+def test_a_checkpoint_of_another_kind_is_not_called_damaged(tmp_path: Path):
+    save_checkpoint(tmp_path / "a.pth", {"kind": "resume", "weights": {"x": torch.ones(2)}})
+    with pytest.raises(ValueError, match=r"a\.pth is of kind resume, not base or classifier$"):
+        load_checkpoint(tmp_path / "a.pth", ("base", "classifier"))
 
 
 def test_a_file_saved_on_a_gpu_loads_without_one(tmp_path: Path):
