@@ -9,6 +9,7 @@ why the others were skipped.
 import codecs
 import contextlib
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -21,10 +22,11 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 import requests
@@ -36,9 +38,13 @@ if TYPE_CHECKING:  # slow to import
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 CHUNK_BYTES = 1 << 20
-MAX_REPORTED_ROWS = 5
+MAX_REPORTED_ROWS, MAX_SHOWN = 5, 6
 LABELS = ("negative", "positive")  # names of classes 0 and 1
 LABEL_VALUES = {"0", "1", "2", *LABELS}  # as files have them
+
+
+# Row numbers with the fields of each row, or with the reason why it cannot be used.
+Records = list[tuple[int, Any]]
 
 
 class SourceError(ValueError):
@@ -262,7 +268,8 @@ def read_reviews(path: str | Path) -> list[Review]:
     in Kaggle's files) or text, label (as in UCI's). Labels are 0 and 1, or 1 and 2, or negative
     and positive, never a mixture of the two numberings.
     """
-    rows = _valid_rows(path, _review_fields)
+    records = read_records(path, ["text", "title", "content", "label"])
+    rows = valid_rows(path, records, _review_fields)
     labels = {label for _, label in rows}
     if {"0", "2"} <= labels:
         raise ValueError(f"{path} has labels 0 and 2: use 0 and 1, or 1 and 2")
@@ -275,7 +282,8 @@ def read_reviews(path: str | Path) -> list[Review]:
 def read_unlabelled(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a file as `read_reviews` takes it, labels optional, and the text of each; the
     first invalid row is an error."""
-    rows, problems = _parse_file(path, lambda record: (record, review_text(record)))
+    records = read_records(path, ["text", "title", "content", "label"])
+    rows, problems = parse_records(records, lambda record: (record, review_text(record)))
     if problems:
         raise ValueError(problems[0])
     if not rows:
@@ -323,10 +331,11 @@ def read_instructions(path: str | Path) -> list[Instruction]:
     then user and assistant in turn. Other fields are ignored, and named.
     """
     ignored: dict[str, None] = {}
-    rows, problems = _parse_file(path, partial(_instruction_fields, ignored=ignored), ".jsonl")
+    records = read_records(path, INSTRUCTION_NAMES)
+    rows = valid_rows(path, records, partial(_instruction_fields, ignored=ignored))
     if ignored:
         log0(f"{path}: ignored columns: {', '.join(ignored)}")
-    return _report_problems(path, rows, problems)
+    return rows
 
 
 def _instruction_fields(record: dict[str, Any], ignored: dict[str, None]) -> Instruction:
@@ -397,43 +406,126 @@ def sample_texts() -> list[str]:
 
 # ---- file formats
 
+SIGNATURES = {  # first bytes of files that are not text
+    b"PK\x03\x04": "a ZIP archive or an Office file: save a workbook as CSV, a document as text",
+    b"\xd0\xcf\x11\xe0": "an old Office file: save a workbook as CSV, a document as text",
+    b"%PDF": "a PDF: extract its text",
+    b"PAR1": "a Parquet table, not a text",
+}
+BYTE_ORDER_MARKS = {  # longer ones first
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+WIDE_ENCODINGS = ["utf_16_le", "utf_16_be"]
+BYTE_ENCODINGS = ["cp1252", "cp1250", "cp1251", "cp1254", "iso8859_7", "koi8_r", "cp1255", "cp1256"]
+BYTE_ENCODINGS += ["cp932", "gb18030", "big5", "cp949"]
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
-def _valid_rows(path, parse, suffix=None):
-    rows, problems = _parse_file(path, parse, suffix)
-    return _report_problems(path, rows, problems)
 
-
-def _report_problems(path, rows, problems):
+def valid_rows(path: str | Path, records: Records, parse: Callable[[dict], Any]) -> list[Any]:
+    """What `parse` makes of each record; those that it refuses are reported by row number."""
+    rows, problems = parse_records(records, parse)
     shown = "; ".join(problems[:MAX_REPORTED_ROWS])
     if not rows:
         raise ValueError(f"{path} has no valid row" + (f": {shown}" if shown else ""))
     if problems:
         more = "; ..." if len(problems) > MAX_REPORTED_ROWS else ""
-        n_rows = len(problems) + len(rows)
-        log0(f"{path}: skipped {len(problems):,} of {n_rows:,} rows ({shown}{more})")
+        log0(f"{path}: skipped {len(problems):,} of {len(records):,} rows ({shown}{more})")
     return rows
 
 
-def _parse_file(path, parse, suffix=None):
-    """Parses a file; returns the valid rows and a message for each invalid one. `suffix`, by
-    default the path's own, gives the format."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    text = "".join(read_text(ByteRange(path, 0, path.stat().st_size))).removeprefix("\ufeff")
-    suffix = suffix or path.suffix.lower()
-    records = _json_records(text) if suffix == ".jsonl" else _table_records(text, suffix == ".csv")
+def parse_records(records: Records, parse: Callable[[dict], Any]) -> tuple[list[Any], list[str]]:
+    """What `parse` makes of each record, and a message for each that it refuses."""
     rows, problems = [], []
     for number, record in records:
         try:
             if isinstance(record, ValueError):
                 raise record
-            if not isinstance(record, dict):
-                raise ValueError("not an object with fields")
             rows.append(parse(record))
         except ValueError as error:
             problems.append(f"row {number}: {error}")
     return rows, problems
+
+
+def read_records(path: str | Path, columns: Collection[str]) -> Records:
+    """Row numbers, and the fields of each row by name or a ValueError in their place.
+
+    The suffix gives the format; Parquet, and gzip around any format, are recognised by their first
+    bytes. `.json`: an array, or an object that holds one. `.jsonl`, `.ndjson`: an object on each
+    line. Any other is a table. Between tabs, unless the suffix is `.csv`, quotation marks are
+    literal, as in UCI's files; other tables have quoted fields between commas, semicolons, tabs or
+    bars. The first row is a header if it has one of `columns`, in any case. Without one, the
+    columns are text and label, in either order, or label, title, content, as in Kaggle's files.
+    Row numbers count blank rows and the header.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    with _open_bytes(path) as file:
+        is_parquet = file.read(4) == b"PAR1"
+    text = "" if is_parquet else "".join(read_chunks(path))
+    try:
+        if is_parquet:
+            records = _parquet_records(path)
+        elif suffix in (".json", ".jsonl", ".ndjson"):
+            records = _json_records(text, suffix == ".json")
+        else:
+            is_quoted = suffix == ".csv" or "\t" not in text.strip().partition("\n")[0]
+            records = _table_records(_table_rows(text, is_quoted), columns)
+        return [(number, _check_record(record)) for number, record in records]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def find_columns(
+    path: str | Path,
+    records: Records,
+    roles: Mapping[str, Collection[str]],
+    chosen: Mapping[str, str | None] = MappingProxyType({}),
+) -> dict[str, str]:
+    """The column of each role that a file has. `roles` lists the names known for a role, in lower
+    case; `chosen` has the user's own choice for those that have a flag. Two columns for one role
+    are an error, and columns without a role are named."""
+    names = list(dict.fromkeys(n for _, r in records if isinstance(r, dict) for n in r))
+    columns = {}
+    for role, known in roles.items():
+        choice = chosen.get(role)
+        found = [n for n in names if (n == choice if choice else n.strip().lower() in known)]
+        if choice and not found:
+            raise ValueError(f"{path} has no column {choice!r}: its columns are {_shorten(names)}")
+        if len(found) > 1:
+            way = f"choose one with --{role}-column" if role in chosen else "remove or rename one"
+            raise ValueError(
+                f"{path} has {len(found)} columns for {role}, {_shorten(found)}: {way}"
+            )
+        columns |= dict.fromkeys([role], *found) if found else {}
+    if unknown := [name for name in names if name not in columns.values()]:
+        log0(f"{path}: ignored {_shorten(unknown)}")
+    return columns
+
+
+def _shorten(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+    return ", ".join(name[:40] for name in names[:MAX_SHOWN]) + more
+
+
+def _check_record(record: Any) -> Any:
+    if isinstance(record, dict):
+        return _unify_line_ends(record)
+    return record if isinstance(record, ValueError) else ValueError("not an object with fields")
+
+
+def _unify_line_ends(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
+    if isinstance(value, list):
+        return [_unify_line_ends(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _unify_line_ends(item) for name, item in value.items()}
+    return value
 
 
 def _check_characters(text: str) -> str:
@@ -442,36 +534,208 @@ def _check_characters(text: str) -> str:
     return text
 
 
-def _json_records(text: str) -> Iterator[tuple[int, object]]:
-    """Row numbers, and the JSON value of each row or an error in its place."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError):
-                yield number, ValueError("not JSON")
+def _parquet_records(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with _open_bytes(path) as file:
+            table = pyarrow.parquet.read_table(io.BytesIO(file.read()))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"a damaged Parquet file ({str(error).splitlines()[0]})") from None
+    _check_distinct(table.column_names)
+    return enumerate(table.to_pylist(), 1)
 
 
-def _table_records(text: str, is_csv: bool) -> Iterator[tuple[int, object]]:
-    """Row numbers, and the fields of each row by column or an error in their place."""
-    if is_csv:
+def _check_distinct(names: list[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two columns are named {twice[0]!r}: rename or remove one")
+
+
+def _json_records(text: str, is_array: bool) -> Iterator[tuple[int, Any]]:
+    """Items of an array, or else values of lines."""
+    try:
+        value = json.loads(text, object_pairs_hook=_json_object)
+    except (ValueError, RecursionError) as error:
+        if is_array and text.lstrip().startswith("["):
+            raise ValueError(f"not a JSON array ({error})") from None
+        lines = enumerate(text.split("\n"), 1)
+        return ((number, _parse_line(line)) for number, line in lines if line.strip())
+    if is_array and isinstance(value, dict):
+        arrays = {n: v for n, v in value.items() if isinstance(v, list)}
+        if len(arrays) > 1:
+            raise ValueError(f"{len(arrays)} arrays, {_shorten([*arrays])}: keep the one to read")
+        value = next(iter(arrays.values()), value)
+    return enumerate(value if isinstance(value, list) else [value], 1)
+
+
+def _parse_line(line: str) -> Any:
+    try:
+        return json.loads(line, object_pairs_hook=_json_object)
+    except (ValueError, RecursionError):
+        return ValueError("not JSON")
+
+
+def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | ValueError:
+    if len(fields := dict(pairs)) == len(pairs):
+        return fields
+    return ValueError("a field occurs twice")  # where the record would be
+
+
+def _table_rows(text: str, is_quoted: bool) -> list[tuple[int, list[str]]]:
+    """Row numbers and cells of the rows that are not blank."""
+    if is_quoted:
         csv.field_size_limit(1 << 30)
-        reader = csv.reader(io.StringIO(text, newline=""))
-        rows = ((reader.line_num, fields) for fields in reader)
+        start = text[: 1 << 16]
+        delimiter = max(",;\t|", key=lambda d: _regularity(start, d))  # of equals the first
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        rows, first_lines = [], [0]
+        for cells in reader:
+            rows.append(cells)
+            first_lines.append(reader.line_num)
+        if first_lines[-1] - first_lines[-2:][0] > 1:
+            last = text.split("\n")[first_lines[-2] :]
+            if "\n".join(last).count('"') % 2:
+                raise ValueError(f"row {len(rows)}: a quotation mark that is never closed")
     else:
-        lines = (line.removesuffix("\r").split("\t") for line in text.split("\n"))
-        rows = enumerate(lines, 1)
-    rows = [(number, fields) for number, fields in rows if any(field.strip() for field in fields)]
-    header = [field.strip().lower() for field in rows[0][1]] if rows else []
-    if {"label", "text", "content"} & set(header) and not LABEL_VALUES & set(header):
-        names, rows = header, rows[1:]
+        rows = [line.split("\t") for line in text.split("\n")]
+    return [(n, cells) for n, cells in enumerate(rows, 1) if any(cell.strip() for cell in cells)]
+
+
+def _regularity(text: str, delimiter: str) -> int:
+    """Number of rows with as many cells as the first one, if that has several."""
+    rows = [cells for cells in csv.reader(io.StringIO(text), delimiter=delimiter) if cells]
+    return sum(len(cells) == len(rows[0]) > 1 for cells in rows)
+
+
+def _table_records(rows: list, columns: Collection[str]) -> Iterator[tuple[int, Any]]:
+    """Row numbers, and the cells of each row by column."""
+    if rows and _is_header(rows, columns):
+        header, rows = [cell.strip() for cell in rows[0][1]], rows[1:]
+        names = [name or f"column {i}" for i, name in enumerate(header, 1)]
+        _check_distinct(names)
     else:
-        names = ["text", "label"] if len(header) == 2 else ["label", "title", "content"]
-    for number, fields in rows:
-        if len(fields) == len(names):
-            yield number, dict(zip(names, fields))
+        names, header = _usual_columns([cells for _, cells in rows]), None
+    for number, cells in rows:
+        if [cell.strip() for cell in cells] == header:
+            yield number, ValueError("the header again")
+        elif len(cells) == len(names):
+            yield number, dict(zip(names, cells))
         else:
-            yield number, ValueError(f"{len(fields)} fields instead of {len(names)}")
+            yield number, ValueError(f"{len(cells)} fields instead of {len(names)}")
+
+
+def _is_header(rows: list, columns: Collection[str]) -> bool:
+    """Whether the first row has known names only, or a known name, no number, and no cell that
+    occurs again in its column, as labels do."""
+    header, *below = ([cell.strip().lower() for cell in cells] for _, cells in rows)
+    known = {name.lower() for name in columns}
+    if known >= set(header) or not known & set(header) or any(map(NUMBER.fullmatch, header)):
+        return known >= set(header)
+    pairs = (pair for cells in below if cells != header for pair in zip(header, cells))
+    return not any(name == cell and name for name, cell in pairs)
+
+
+def _usual_columns(rows: list[list[str]]) -> list[str]:
+    """Names of the columns of a table without a header."""
+    width = len(rows[0]) if rows else 1
+    if width == 2:
+        columns = zip(*(cells for cells in rows if len(cells) == 2))
+        first, second = (
+            (
+                not all(NUMBER.fullmatch(c.strip()) for c in column),
+                len(set(column)),
+                len("".join(column)),
+            )
+            for column in columns
+        )
+        return ["label", "text"] if first < second else ["text", "label"]
+    names = {1: ["text"], 3: ["label", "title", "content"]}
+    if width not in names:
+        first_row = _shorten(rows[0])
+        raise ValueError(
+            f"{width} columns, none with a known name ({first_row}): add a first row with their "
+            "names, such as text and label"
+        )
+    return names[width]
+
+
+# ---- files as text
+
+
+def read_chunks(path: Path, encoding: str | None = None) -> Iterator[str]:
+    """Yields the text of a file, gzipped or not, in chunks of about a million characters: decoded,
+    without byte order mark, and with "\\n" at the end of every line."""
+    encoding = encoding or find_encoding(path)
+    with _open_bytes(path) as file, io.TextIOWrapper(file, encoding) as text:  # unifies line ends
+        try:
+            while chunk := text.read(CHUNK_BYTES):
+                if "\0" in chunk:
+                    raise ValueError(f"{path} contains NUL bytes: it is a binary file, not text")
+                yield chunk
+        except UnicodeError as error:
+            raise ValueError(f"{path} is not {encoding} throughout ({error.reason})") from None
+
+
+def find_encoding(path: Path) -> str:
+    """The codec of a text file: UTF-8 if all of it is, else as its byte order mark says, else a
+    guess; a codec other than UTF-8 is announced."""
+    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
+    with _open_bytes(path) as file:
+        chunk = file.read(CHUNK_BYTES)
+        for signature, name in SIGNATURES.items():
+            if chunk.startswith(signature):
+                raise ValueError(f"{path} is {name}")
+        for mark, encoding in BYTE_ORDER_MARKS.items():
+            if chunk.startswith(mark):
+                log0(f"{path}: read as {encoding}")
+                return encoding
+        while chunk:
+            n_pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(chunk, final=len(chunk) < CHUNK_BYTES)
+                bad = chunk.find(b"\0")
+            except UnicodeDecodeError as error:
+                bad = max(0, error.start - n_pending)
+            if bad >= 0:
+                return _guess_encoding(path, chunk, bad, position + bad)
+            position, chunk = position + len(chunk), file.read(CHUNK_BYTES)
+    return "utf-8-sig"  # with or without a mark
+
+
+def _guess_encoding(path: Path, chunk: bytes, bad: int, position: int) -> str:
+    """The most plausible codec of a chunk with a byte that is not UTF-8."""
+    from charset_normalizer import from_bytes
+
+    text = chunk.decode("utf-8", errors="replace")
+    n_ascii = sum(byte < 0x80 for byte in chunk)
+    n_bad = text.count("\ufffd")
+    encodings = WIDE_ENCODINGS if b"\0" in chunk else BYTE_ENCODINGS
+    start = 0 if b"\0" in chunk else chunk.rfind(b"\n", 0, bad) + 1
+    sample = chunk[start : start + (1 << 16)]
+    matches = from_bytes(sample, cp_isolation=encodings)
+    names = [name for match in matches for name in match.could_be_from_charset]
+    if not names or len(text) - n_ascii > 2 * n_bad:  # most of it is UTF-8
+        raise ValueError(
+            f"{path} is no text in UTF-8 or a known encoding (byte {position}): if it is a text, "
+            "save it as UTF-8"
+        )
+    # Texts of Western Europe differ from those of Eastern Europe in few letters.
+    encoding = "cp1252" if names[0] == "cp1250" and "cp1252" in names else names[0]
+    log0(f"{path} is not UTF-8: read as {encoding}")
+    return encoding
+
+
+@contextlib.contextmanager
+def _open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file, or what it holds if it is gzipped."""
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        try:
+            yield gzip.GzipFile(fileobj=file) if is_gzip else file
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is a damaged gzip file ({error})") from None
 
 
 # ---- where data sets come from
