@@ -12,8 +12,10 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -22,7 +24,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -39,9 +41,20 @@ if TYPE_CHECKING:  # slow to import
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 CHUNK_BYTES = 1 << 20
 MAX_REPORTED_ROWS, MAX_SHOWN = 5, 6
-LABELS = ("negative", "positive")  # names of classes 0 and 1
-LABEL_VALUES = {"0", "1", "2", *LABELS}  # as files have them
-
+MAX_LABELS = 100
+LABELS = ("negative", "positive")
+# Spellings of these two. Others, such as 1 to 5 stars, are classes of their own.
+NEGATIVE, POSITIVE = {"0", "neg", "negative", "false"}, {"1", "pos", "positive", "true"}
+NUMBERINGS = (("1", "2"), ("0", "4"), ("-1", "1"))
+REVIEW_COLUMNS = {  # names in files, by what the column holds
+    "label": ["label", "labels", "class", "category", "sentiment", "rating", "stars", "score"],
+    "text": ["text", "review", "sentence", "content", "body", "message", "reviewtext"],
+    "title": ["title", "summary"],
+}
+REVIEW_COLUMNS["label"] += ["target", "y"]
+DOCUMENT_END = "\0"  # between documents; no text contains it
+END_MARKER = re.compile(r"<\|endoftext\|>\n?")
+MARKER_LENGTH = len("<|endoftext|>\n")
 
 # Row numbers with the fields of each row, or with the reason why it cannot be used.
 Records = list[tuple[int, Any]]
@@ -60,46 +73,103 @@ def find_data_dir(option: Path | None = None) -> Path:
 
 
 @dataclass(frozen=True)
-class ByteRange:
-    """Bytes `start` to `stop` of a text file, both at character boundaries."""
-
-    path: Path
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class Corpus:
-    """UTF-8 text files, read one after the other and never held in memory as a whole."""
+    """Text files, one after the other, never held in memory as a whole.
+
+    Their text is decoded, without byte order marks, and "\\n" ends every line; DOCUMENT_END stands
+    between files and for each `<|endoftext|>`. Sizes, positions and the hash are those of this text
+    in UTF-8.
+    """
 
     name: str
     paths: tuple[Path, ...]
 
+    @cached_property
+    def encodings(self) -> list[str]:
+        """The codec of each file."""
+        return [find_encoding(path) for path in self.paths]
+
+    @cached_property
+    def _summary(self) -> tuple[int, int, str]:
+        size, n_ends, text, digest = 0, 0, "", hashlib.sha256()
+        for text in self.read():
+            size, n_ends = size + len(text.encode()), n_ends + text.count(DOCUMENT_END)
+            digest.update(text.encode())
+        return size, n_ends + (text[-1:] != DOCUMENT_END), digest.hexdigest()
+
     @property
     def size(self) -> int:
         """Length in bytes."""
-        return sum(path.stat().st_size for path in self.paths)
+        return self._summary[0]
 
-    @cached_property
+    @property
+    def n_documents(self) -> int:
+        """Number of documents that are not empty."""
+        return self._summary[1]
+
+    @property
     def sha256(self) -> str:
-        """SHA-256 of the lengths and bytes of the files."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            digest.update(path.stat().st_size.to_bytes(8, "little"))
-            _digest_file(digest, path)
-        return digest.hexdigest()
+        """SHA-256 of the text."""
+        return self._summary[2]
 
-    def split(self, fraction: float = 0.9) -> tuple[list[ByteRange], list[ByteRange]]:
+    def read(self) -> Iterator[str]:
+        """Yields the text in chunks of about a million characters."""
+        last = DOCUMENT_END
+        for path, encoding in zip(self.paths, self.encodings):
+            chunks = _mark_documents(read_chunks(path, encoding))
+            for text in itertools.chain([DOCUMENT_END], chunks):
+                text = re.sub(f"{DOCUMENT_END}+", DOCUMENT_END, text)
+                if last == DOCUMENT_END:
+                    text = text.removeprefix(DOCUMENT_END)
+                if text:
+                    yield text
+                    last = text[-1]
+
+    def split(self, fraction: float = 0.9) -> tuple["ByteRange", "ByteRange"]:
         """The first `fraction` of the bytes, for training, and the rest, for validation."""
         cut = int(fraction * self.size)
-        splits: tuple[list[ByteRange], list[ByteRange]] = ([], [])
-        for path in self.paths:
-            size = path.stat().st_size
-            boundary = _character_boundary(path, max(0, min(cut, size)))
-            splits[0].append(ByteRange(path, 0, boundary))
-            splits[1].append(ByteRange(path, boundary, size))
-            cut -= size
-        return tuple([r for r in ranges if r.stop > r.start] for ranges in splits)
+        return ByteRange(self, 0, cut), ByteRange(self, cut, self.size)
+
+
+@dataclass(frozen=True)
+class ByteRange:
+    """The characters of a corpus that start in the bytes `start` to `stop`."""
+
+    corpus: Corpus
+    start: int
+    stop: int
+
+
+def read_text(byte_range: ByteRange) -> Iterator[str]:
+    """Yields the text of a byte range in chunks of about a million characters."""
+    position = 0
+    for text in byte_range.corpus.read():
+        content = text.encode()
+        edges = (byte_range.start - position, byte_range.stop - position)
+        start, stop = (_character_boundary(content, edge) for edge in edges)
+        if start < stop:
+            yield content[start:stop].decode()
+        position += len(content)
+        if position >= byte_range.stop:
+            break
+
+
+def _character_boundary(content: bytes, position: int) -> int:
+    position = max(0, min(position, len(content)))
+    while position < len(content) and content[position] & 0xC0 == 0x80:  # continues a character
+        position += 1
+    return position
+
+
+def _mark_documents(chunks: Iterable[str]) -> Iterator[str]:
+    pending = ""
+    for chunk in chunks:
+        text = pending + chunk
+        start = text.rfind("<", max(0, len(text) - MARKER_LENGTH))  # perhaps of a cut marker
+        start = len(text) if start < 0 else start
+        pending = text[start:]
+        yield END_MARKER.sub(DOCUMENT_END, text[:start])
+    yield END_MARKER.sub(DOCUMENT_END, pending)
 
 
 def load_corpus(dataset: str, data: str | Path | None, data_dir: Path) -> Corpus:
@@ -118,48 +188,37 @@ def load_corpus(dataset: str, data: str | Path | None, data_dir: Path) -> Corpus
 
 
 def corpus_from_path(data: str | Path) -> Corpus:
-    """A text file, or the `.txt` files of a folder."""
+    """A text file, or the text files of a folder, each content once."""
     data = Path(data)
     if not (data.is_file() or data.is_dir()):
         raise FileNotFoundError(f"no such file or folder: {data}")
-    paths = [data] if data.is_file() else sorted(filter(Path.is_file, data.rglob("*.txt")))
-    if not paths:
-        raise FileNotFoundError(f"the folder {data} holds no .txt file")
+    paths = [data] if data.is_file() else _text_files(data)
     corpus = Corpus(data.resolve().name, tuple(paths))
     if not corpus.size:
         raise ValueError(f"{data} is empty")
+    if corpus.n_documents > 1:
+        log0(f"{data}: {corpus.n_documents:,} documents")
     return corpus
 
 
-def read_text(byte_range: ByteRange) -> Iterator[str]:
-    """Yields the text of a byte range in chunks of about a mebibyte; bytes that are not UTF-8 are
-    an error that gives their position."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    path, stop = byte_range.path, byte_range.stop
-    with path.open("rb") as file:
-        file.seek(byte_range.start)
-        for position in range(byte_range.start, stop, CHUNK_BYTES):
-            chunk = file.read(min(CHUNK_BYTES, stop - position))
-            pending = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(chunk, final=position + CHUNK_BYTES >= stop)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} is not UTF-8 text (byte {position - pending + error.start}): "
-                    "convert it, for example with iconv -t UTF-8"
-                ) from None
-            if "\0" in text:
-                raise ValueError(f"{path} contains NUL bytes: it is a binary file, not text")
-            yield text
-
-
-def _character_boundary(path: Path, position: int) -> int:
-    with path.open("rb") as file:
-        file.seek(position)
-        following = file.read(4)
-    while following and following[0] & 0xC0 == 0x80:  # 10xxxxxx continues a UTF-8 character
-        position, following = position + 1, following[1:]
-    return position
+def _text_files(folder: Path) -> list[Path]:
+    """The visible `.txt` and `.txt.gz` files of a folder, without copies."""
+    files = {path: str(path.relative_to(folder)) for path in sorted(folder.rglob("*"))}
+    paths = [
+        path
+        for path, name in files.items()
+        if name.lower().removesuffix(".gz").endswith(".txt")
+        and not any(part.startswith(".") for part in Path(name).parts)
+        and path.is_file()
+    ]
+    if not paths:
+        raise FileNotFoundError(f"the folder {folder} holds no .txt file")
+    distinct = {file_sha256(path): path for path in reversed(paths)}
+    copies = [files[path] for path in paths if path not in distinct.values()]
+    log0(f"{folder}: {len(distinct):,} files: {_shorten([files[p] for p in paths])}")
+    if copies:
+        log0(f"{folder}: skipped copies of other files: {_shorten(copies)}")
+    return [path for path in paths if path in distinct.values()]
 
 
 # ---- labelled reviews and instructions
@@ -167,7 +226,7 @@ def _character_boundary(path: Path, position: int) -> int:
 
 @dataclass(frozen=True)
 class Review:
-    """A text and its sentiment: 1 is positive, 0 negative."""
+    """A text and its label, an index into the names of a data set's labels."""
 
     text: str
     label: int
@@ -221,6 +280,7 @@ class Examples(Generic[Example]):
 
     name: str
     rows: list[Example]
+    labels: tuple[str, ...] = ()  # names of the labels of reviews
     has_test_split: bool = False  # the last fifth is the test split; else one is sampled
 
     @property
@@ -237,14 +297,24 @@ def load_examples(
     data: str | Path | None,
     data_dir: Path,
     max_examples: int,
+    **columns: str | None,
 ) -> Examples[Example]:
-    """Reads the first `max_examples` rows of the user's `data`, else of the source of that name;
-    "auto" is the first available source."""
+    """Reads the user's `data`, of which `max_examples` rows are drawn, else that many first rows of
+    the source of that name; "auto" is the first available source. `columns` are the user's choices
+    of columns."""
     if max_examples < 1:
         raise ValueError(f"max-examples must be at least 1, not {max_examples}")
     if data is not None:
         _, read = sources["sample"]
-        return Examples(Path(data).name, read(data)[:max_examples])
+        rows, labels = read(data, **columns)
+        if len(rows) > max_examples:
+            log0(f"{data}: {max_examples:,} of {len(rows):,} rows, drawn at random")
+            drawn = random.Random(0).sample(range(len(rows)), max_examples)
+            rows = [rows[i] for i in sorted(drawn)]
+        return Examples(Path(data).name, rows, labels)
+    for name, column in columns.items():
+        if column is not None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --data")
     for name in sources if dataset == "auto" else [dataset]:
         find, read = sources[name]
         try:
@@ -256,45 +326,75 @@ def load_examples(
             log0(f"{name} is not available: {error}")
     if dataset == "auto":
         log0(f"data set: {name}, from {path}")
-    return Examples(name, read(path)[:max_examples], has_test_split=name == "amazon_polarity")
+    rows, labels = read(path)
+    return Examples(name, rows[:max_examples], labels, has_test_split=name == "amazon_polarity")
 
 
-def read_reviews(path: str | Path) -> list[Review]:
-    """Reads labelled texts; invalid rows are skipped and reported by row number.
+def read_reviews(
+    path: str | Path,
+    labels: Sequence[str] = (),
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> tuple[list[Review], tuple[str, ...]]:
+    """Reads labelled texts, and the names of their labels; invalid rows are skipped and reported.
 
-    The suffix gives the format. `.jsonl`: an object on each line. `.csv`: quoted as usual. Any
-    other: fields between tabs, never quoted. A first line with the column names `text`, or `title`
-    and `content`, and `label` is a header; without one the columns are label, title, content (as
-    in Kaggle's files) or text, label (as in UCI's). Labels are 0 and 1, or 1 and 2, or negative
-    and positive, never a mixture of the two numberings.
+    The formats are those of `read_records`, the names of columns those of REVIEW_COLUMNS, in any
+    case. A title is put before its text. Labels are any short strings or numbers. Known pairs, such
+    as 0 and 1, 1 and 2, or neg and pos, are negative and positive; other numbers are sorted by
+    value, other names by the alphabet. A file to measure has only labels of the given `labels`.
     """
-    records = read_records(path, ["text", "title", "content", "label"])
-    rows = valid_rows(path, records, _review_fields)
-    labels = {label for _, label in rows}
-    if {"0", "2"} <= labels:
-        raise ValueError(f"{path} has labels 0 and 2: use 0 and 1, or 1 and 2")
-    if labels == {"1"}:
-        log0(f"{path}: all labels are 1, taken as positive")
-    positive = {"positive", "2"} if "2" in labels else {"positive", "1"}
-    return [Review(text, int(label in positive)) for text, label in rows]
+    chosen = {"text": text_column, "label": label_column}
+    records, columns = _review_records(path, REVIEW_COLUMNS, chosen)
+
+    def parse(record: dict[str, Any]) -> tuple[str, str]:
+        return review_text(record, columns), _label(record.get(columns["label"]))
+
+    rows = valid_rows(path, records, parse)
+    found = {label.lower(): label for _, label in reversed(rows)}
+    try:
+        indices = _match_labels(found, labels) if labels else None
+        if indices is None:
+            names, indices = _sort_labels(found, len(rows))
+    except ValueError as error:
+        raise ValueError(f"{path}, column {columns['label']}: {error}") from None
+    return [Review(text, indices[label.lower()]) for text, label in rows], tuple(labels or names)
 
 
-def read_unlabelled(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
+def read_unlabelled(
+    path: str | Path, text_column: str | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a file as `read_reviews` takes it, labels optional, and the text of each; the
     first invalid row is an error."""
-    records = read_records(path, ["text", "title", "content", "label"])
-    rows, problems = parse_records(records, lambda record: (record, review_text(record)))
+    roles = {role: names for role, names in REVIEW_COLUMNS.items() if role != "label"}
+    records, columns = _review_records(path, roles, {"text": text_column})
+    rows, problems = parse_records(records, lambda record: (record, review_text(record, columns)))
     if problems:
         raise ValueError(problems[0])
-    if not rows:
-        raise ValueError("the file has no rows")
     return [record for record, _ in rows], [text for _, text in rows]
 
 
-def review_text(record: dict[str, Any]) -> str:
-    """The field `text` of a record, or else its `title` and `content`."""
-    names = ["text"] if "text" in record else ["title", "content"]
-    values = [record[name] for name in names if record.get(name) is not None]
+def _review_records(path, roles, chosen):
+    """Records of a file, and the columns that they have for these roles."""
+    known = [*itertools.chain(*REVIEW_COLUMNS.values()), *filter(None, chosen.values())]
+    records = read_records(path, known)
+    if not records:
+        raise ValueError(f"{path} has no valid row")
+    if chosen["text"]:  # a text of its own, without the title
+        roles = {role: names for role, names in roles.items() if role != "title"}
+    columns = find_columns(path, records, roles, chosen)
+    found = {*columns, "text"} if "title" in columns else {*columns}
+    if any(isinstance(record, dict) for _, record in records):
+        for role in ({"text", "label"} & roles.keys()) - found:
+            raise ValueError(
+                f"{path} has no column {role}: rename one, or choose with --{role}-column"
+            )
+    return records, columns
+
+
+def review_text(record: dict[str, Any], columns: Mapping[str, str]) -> str:
+    """The title and the text of a record."""
+    fields = (record.get(columns[role]) for role in ("title", "text") if role in columns)
+    values = [value for value in fields if value is not None]
     if not all(isinstance(value, str) for value in values):
         raise ValueError("the text is not a string")
     text = "\n".join(value.strip() for value in values if value.strip())
@@ -303,12 +403,52 @@ def review_text(record: dict[str, Any]) -> str:
     return _check_characters(text)
 
 
-def _review_fields(record: dict[str, Any]) -> tuple[str, str]:
-    text = review_text(record)
-    label = str(record.get("label", "")).strip().lower().removesuffix(".0")
-    if label not in LABEL_VALUES:
-        raise ValueError(f"label {label[:20]!r}")
-    return text, label
+def _label(value: Any) -> str:
+    """A label as one line of text; 4.0 is 4."""
+    label = " ".join(_check_characters("" if value is None else str(value)).split())
+    if NUMBER.fullmatch(label):
+        return re.sub(r"^\+|\.0+$", "", label)
+    if label in ("", "nan"):
+        raise ValueError("no label")
+    return label
+
+
+def _match_labels(found: Mapping[str, str], labels: Sequence[str]) -> dict[str, int]:
+    """The index in `labels` of each label found."""
+    indices = {name.lower(): i for i, name in enumerate(labels)}
+    if tuple(labels) == LABELS and (pair := _known_pair(found)):
+        return pair
+    if unknown := [label for key, label in found.items() if key not in indices]:
+        raise ValueError(f"the model's labels are {_shorten(labels)}, not {_shorten(unknown)}")
+    return indices
+
+
+def _sort_labels(found: Mapping[str, str], n_rows: int) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Names of the labels of a data set, and the index of each label found."""
+    if pair := _known_pair(found):
+        if [*found] == ["1"]:
+            log0("all labels are 1, taken as positive")
+        return LABELS, pair
+    numbers = [label for label in found if NUMBER.fullmatch(label)]
+    if numbers and (words := (NEGATIVE | POSITIVE) & found.keys() - set(numbers)):
+        raise ValueError(f"a mixture of {_shorten(numbers)} and {_shorten(sorted(words))}")
+    if len(found) > MAX_LABELS or len(found) > max(10, n_rows / 2):
+        examples = _shorten([*found.values()][:3])
+        raise ValueError(
+            f"{len(found):,} different labels in {n_rows:,} rows, such as {examples}: choose the "
+            "column of the labels with --label-column"
+        )
+    key = (lambda label: float(label)) if len(numbers) == len(found) else None
+    ordered = sorted(found, key=key)
+    return tuple(found[label] for label in ordered), {x: i for i, x in enumerate(ordered)}
+
+
+def _known_pair(found: Mapping[str, str]) -> dict[str, int] | None:
+    """0 for negative and 1 for positive, if all labels are spellings of them."""
+    if found.keys() <= NEGATIVE | POSITIVE:
+        return {label: int(label in POSITIVE) for label in found}
+    pairs = (dict(zip(pair, (0, 1))) for pair in NUMBERINGS if found.keys() <= set(pair))
+    return next(pairs, None)
 
 
 INSTRUCTION_NAMES = {  # in files, of the fields of a record
@@ -395,7 +535,7 @@ def _named_fields(record: Any, names: dict[str, str], ignored: dict[str, None]) 
 
 def sample_texts() -> list[str]:
     """The bundled reviews and instructions as plain text, to train the tokenizer on."""
-    reviews = read_reviews(SAMPLES / "reviews.jsonl")
+    reviews, _ = read_reviews(SAMPLES / "reviews.jsonl")
     tasks = read_instructions(SAMPLES / "instructions.jsonl")
     turns = (turn for task in tasks for turn in task.turns)
     return [
@@ -470,7 +610,9 @@ def read_records(path: str | Path, columns: Collection[str]) -> Records:
     try:
         if is_parquet:
             records = _parquet_records(path)
-        elif suffix in (".json", ".jsonl", ".ndjson"):
+        elif suffix in (".json", ".jsonl", ".ndjson") or (
+            suffix not in (".csv", ".tsv") and text.lstrip()[:1] == "{"
+        ):
             records = _json_records(text, suffix == ".json")
         else:
             is_quoted = suffix == ".csv" or "\t" not in text.strip().partition("\n")[0]
@@ -497,7 +639,8 @@ def find_columns(
         if choice and not found:
             raise ValueError(f"{path} has no column {choice!r}: its columns are {_shorten(names)}")
         if len(found) > 1:
-            way = f"choose one with --{role}-column" if role in chosen else "remove or rename one"
+            flag = role if role in chosen else "text"
+            way = f"choose one with --{flag}-column" if chosen else "remove or rename one"
             raise ValueError(
                 f"{path} has {len(found)} columns for {role}, {_shorten(found)}: {way}"
             )
@@ -781,16 +924,17 @@ SNIPPETS = RemoteFile(
 DOLLY, DOLLY_ROWS = "databricks/databricks-dolly-15k", 15_011
 NEUTRAL_RATING = 0.5  # ratings from -0.5 to 0.5 are skipped
 
-# (find, read): `find(n, data_dir)` downloads n rows if need be and returns the path; `read(path)`.
-Source = tuple[Callable[[int, Path], Path], Callable[[Path], list[Example]]]
+# (find, read): `find(n, data_dir)` downloads n rows if need be and returns the path; `read(path)`
+# returns the rows and the names of their labels.
+Source = tuple[Callable[[int, Path], Path], Callable[..., tuple[list[Example], tuple[str, ...]]]]
 
 
-def read_snippets(path: Path) -> list[Review]:
+def read_snippets(path: Path) -> tuple[list[Review], tuple[str, ...]]:
     """Reads the rated sentences: number, mean rating from -4 to 4, and text, between tabs."""
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = (line.strip().split("\t") for line in lines if line.strip())
     rated = ((text, float(rating)) for _, rating, text in rows)
-    return [Review(text, int(r > 0)) for text, r in rated if abs(r) > NEUTRAL_RATING]
+    return [Review(text, int(r > 0)) for text, r in rated if abs(r) > NEUTRAL_RATING], LABELS
 
 
 REVIEW_SOURCES: dict[str, Source[Review]] = {
@@ -805,9 +949,12 @@ REVIEW_SOURCES: dict[str, Source[Review]] = {
 INSTRUCTION_SOURCES: dict[str, Source[Instruction]] = {
     "dolly": (
         lambda n, folder: _fetch_rows("dolly", DOLLY, min(n, DOLLY_ROWS), folder),
-        read_instructions,
+        lambda path: (read_instructions(path), ()),
     ),
-    "sample": (lambda *_: SAMPLES / "instructions.jsonl", read_instructions),
+    "sample": (
+        lambda *_: SAMPLES / "instructions.jsonl",
+        lambda path: (read_instructions(path), ()),
+    ),
 }
 load_reviews = partial(load_examples, REVIEW_SOURCES)
 load_instructions = partial(load_examples, INSTRUCTION_SOURCES)

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data_loader
-from data_loader import Examples, Review, SourceError, load_reviews, read_reviews
+from data_loader import LABELS, Examples, Review, SourceError, load_reviews, read_reviews
 from data_utils import (
     pad_batch,
     review_batches,
@@ -26,6 +26,16 @@ from data_utils import (
     truncate_middle,
 )
 from tokenizer import BPETokenizer
+
+
+def unified(text: str) -> str:
+    """The text as it is read."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def read_rows(path: Path) -> list[Review]:
+    return read_reviews(path)[0]
+
 
 GOOD, BAD = Review("Great stuff", 1), Review("Broke at once", 0)
 PRINTABLE = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"))
@@ -50,28 +60,28 @@ def write(path: Path, text: str) -> Path:
     ],
 )
 def test_the_formats_that_people_have(tmp_path: Path, name: str, text: str):
-    assert read_reviews(write(tmp_path / name, text)) == [GOOD, BAD]
+    assert read_rows(write(tmp_path / name, text)) == [GOOD, BAD]
 
 
 def test_a_first_row_with_a_label_is_no_header(tmp_path: Path):
     path = write(tmp_path / "a.csv", '"2","Content","I like it."\n"1","Text","No."\n')
-    assert read_reviews(path) == [Review("Content\nI like it.", 1), Review("Text\nNo.", 0)]
+    assert read_rows(path) == [Review("Content\nI like it.", 1), Review("Text\nNo.", 0)]
     path = write(tmp_path / "b.tsv", "Text\t1\ncontent\t0\n")
-    assert read_reviews(path) == [Review("Text", 1), Review("content", 0)]
+    assert read_rows(path) == [Review("Text", 1), Review("content", 0)]
 
 
 def test_title_and_content_become_one_text(tmp_path: Path):
     rows = [{"label": 1, "title": "Great", "content": "I like it."}, {"label": 0, "content": "No."}]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
-    assert read_reviews(path) == [Review("Great\nI like it.", 1), Review("No.", 0)]
+    assert read_rows(path) == [Review("Great\nI like it.", 1), Review("No.", 0)]
 
 
 def test_odd_separators_and_stray_quotes_do_not_end_a_row(tmp_path: Path):
     odd = 'one\u0085two\u2028three\x0cfour "quote'
     tab = write(tmp_path / "a.txt", f'{odd}\t1\n"starts with a quote\t0\n')
-    assert [r.text for r in read_reviews(tab)] == [odd, '"starts with a quote']
+    assert [r.text for r in read_rows(tab)] == [odd, '"starts with a quote']
     lines = write(tmp_path / "b.jsonl", json.dumps({"text": odd, "label": 1}, ensure_ascii=False))
-    assert read_reviews(lines) == [Review(odd, 1)]
+    assert read_rows(lines) == [Review(odd, 1)]
 
 
 @given(st.lists(st.tuples(PRINTABLE.filter(str.strip), st.sampled_from([0, 1])), min_size=1))
@@ -79,7 +89,7 @@ def test_csv_keeps_any_text(tmp_path_factory: pytest.TempPathFactory, rows: list
     buffer = io.StringIO(newline="")
     csv.writer(buffer).writerows([("text", "label"), *rows])
     path = write(tmp_path_factory.mktemp("csv") / "a.csv", buffer.getvalue())
-    assert [(r.text, r.label) for r in read_reviews(path)] == [(t.strip(), n) for t, n in rows]
+    assert [(r.text, r.label) for r in read_rows(path)] == [(unified(t), n) for t, n in rows]
 
 
 def test_bad_rows_are_named_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -91,17 +101,17 @@ def test_bad_rows_are_named_by_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         '{"text": 5, "label": 1}',
         '{"label": 1}',
         "",
-        '{"text": "x", "label": 7}',
+        '{"text": "x", "label": null}',
         '{"text": "\\ud800", "label": 1}',
         '{"text": "a\\u0000", "label": 1}',
         '{"text": "Broke at once", "label": 0}',
     ]
-    assert read_reviews(write(tmp_path / "a.jsonl", "\n".join(rows))) == [GOOD, BAD]
+    assert read_rows(write(tmp_path / "a.jsonl", "\n".join(rows))) == [GOOD, BAD]
     said = capsys.readouterr().err
     assert "skipped 8 of 10 rows (row 2: not JSON; row 3: not an object" in said
     assert "row 4: no text; row 5: the text is not a string; row 6: no text; ...)" in said
     path = write(tmp_path / "b.tsv", "label\ttitle\tcontent\n1\tonly two\n2\ta\tb\n")
-    assert read_reviews(path) == [Review("a\nb", 1)]
+    assert read_rows(path) == [Review("a\nb", 1)]
     assert "row 2: 2 fields instead of 3" in capsys.readouterr().err
 
 
@@ -110,37 +120,37 @@ def test_bad_rows_are_named_by_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         ("", "no valid row"),
         ("hello\nworld", "no valid row"),
-        ('{"text": "x", "label": 9}', "no valid row"),
-        ('{"text": "x", "label": 0}\n{"text": "y", "label": 2}', "labels 0 and 2"),
+        ('{"text": "x", "label": ""}', "no label"),
+        ('{"text": "x", "label": "negative"}\n{"text": "y", "label": 2}', "mixture of 2 and neg"),
     ],
 )
 def test_a_file_without_use_is_an_error(tmp_path: Path, text: str, message: str):
     with pytest.raises(ValueError, match=message):
-        read_reviews(write(tmp_path / "a.jsonl", text))
+        read_rows(write(tmp_path / "a.jsonl", text))
 
 
 @given(st.lists(st.tuples(PRINTABLE.filter(str.strip), st.sampled_from([0, 1])), min_size=1))
 def test_json_lines_keep_any_text(tmp_path_factory: pytest.TempPathFactory, rows: list):
     lines = [json.dumps({"text": t, "label": n}, ensure_ascii=False) for t, n in rows]
     path = write(tmp_path_factory.mktemp("jsonl") / "a.jsonl", "\r\n".join(lines))
-    assert [(r.text, r.label) for r in read_reviews(path)] == [(t.strip(), n) for t, n in rows]
+    assert [(r.text, r.label) for r in read_rows(path)] == [(unified(t), n) for t, n in rows]
 
 
 def test_a_hundred_thousand_rows_with_every_spelling_of_the_labels(tmp_path: Path):
     spellings = ["0", "1", "1.0", "positive", "NEGATIVE"]
     rows = [f'"text, {i}",{spellings[i % 5]}' for i in range(100_000)]
-    found = read_reviews(write(tmp_path / "a.csv", "\n".join(["text,label", *rows])))
+    found = read_rows(write(tmp_path / "a.csv", "\n".join(["text,label", *rows])))
     assert len(found) == 100_000 and found[3] == Review("text, 3", 1)
     assert sum(review.label for review in found) == 60_000
 
 
 def test_files_that_are_no_text(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no such file"):
-        read_reviews(tmp_path / "none.csv")
-    for content in (b"\xff\xfe\x00x", b"text\tlabel\nx\0y\t1\n"):
+        read_rows(tmp_path / "none.csv")
+    for content in (b"\xff\xfe\x00x\x00\xd8\n\x00", b"text\tlabel\nx\0y\t1\n"):
         (tmp_path / "binary.tsv").write_bytes(content)
-        with pytest.raises(ValueError, match=r"not UTF-8|NUL"):
-            read_reviews(tmp_path / "binary.tsv")
+        with pytest.raises(ValueError, match=r"not utf-16 throughout|no text in UTF-8"):
+            read_rows(tmp_path / "binary.tsv")
 
 
 # ---- sources
@@ -259,28 +269,35 @@ def many(n: int = 100) -> list[Review]:
 
 def test_parts_are_stratified_seeded_and_share_no_text():
     rows = [*many(), Review("TEXT  7", 0), Review("text 8 ", 0)]
-    split = split_examples(Examples("r", rows))
+    split = split_examples(Examples("r", rows, LABELS))
     keys = [{row.key for row in part} for part in vars(split).values()]
     assert [len(part) for part in keys] == pytest.approx([72, 8, 20], abs=1)
     assert len(set.union(*keys)) == sum(map(len, keys)) == 100
     assert sum(map(len, vars(split).values())) == 102
     for part in (split.train, split.test):
         assert sum(row.label for row in part) / len(part) == pytest.approx(0.2, abs=0.02)
-    assert split_examples(Examples("r", rows)) == split
+    assert split_examples(Examples("r", rows, LABELS)) == split
 
 
 def test_a_fixed_test_part_stays_and_loses_what_stands_before_it():
     rows = many()
     rows[90] = Review(rows[3].text.upper(), 1)
-    split = split_reviews(Examples("r", rows, has_test_split=True))
+    split = split_reviews(Examples("r", rows, LABELS, has_test_split=True))
     assert split.test == [*rows[80:90], *rows[91:]]
     assert set(split.train + split.validation) == set(rows[:80])
 
 
-@pytest.mark.parametrize("rows", [many(4), [Review(f"t{i}", 1) for i in range(50)]])
-def test_too_few_rows_of_a_class_are_an_error(rows: list[Review]):
-    with pytest.raises(ValueError, match="too few rows"):
-        split_reviews(Examples("r", rows))
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (many(4), "too few rows"),
+        ([Review(f"t{i}", 1) for i in range(50)], "has the label positive only"),
+        ([Review(f"t{i}", int(i == 7)) for i in range(50)], "'positive': 1, none of them"),
+    ],
+)
+def test_too_few_rows_of_a_class_are_an_error(rows: list[Review], message: str):
+    with pytest.raises(ValueError, match=message):
+        split_reviews(Examples("r", rows, LABELS))
 
 
 # ---- tensors
