@@ -213,12 +213,14 @@ def _text_files(folder: Path) -> list[Path]:
     ]
     if not paths:
         raise FileNotFoundError(f"the folder {folder} holds no .txt file")
-    distinct = {file_sha256(path): path for path in reversed(paths)}
-    copies = [files[path] for path in paths if path not in distinct.values()]
-    log0(f"{folder}: {len(distinct):,} files: {_shorten([files[p] for p in paths])}")
+    distinct: dict[str, Path] = {}
+    for path in paths:
+        distinct.setdefault(file_sha256(path), path)
+    copies = [files[path] for path in {*paths} - {*distinct.values()}]
+    log0(f"{folder}: {len(distinct):,} files: {_shorten([files[p] for p in distinct.values()])}")
     if copies:
-        log0(f"{folder}: skipped copies of other files: {_shorten(copies)}")
-    return [path for path in paths if path in distinct.values()]
+        log0(f"{folder}: skipped {len(copies):,} copies of others: {_shorten(sorted(copies))}")
+    return list(distinct.values())
 
 
 # ---- labelled reviews and instructions

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import gzip
 import io
 import json
 import sys
@@ -11,11 +12,14 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import app
 import data_loader
 from data_loader import LABELS, Examples, Review, SourceError, load_reviews, read_reviews
 from data_utils import (
@@ -151,6 +155,175 @@ def test_files_that_are_no_text(tmp_path: Path):
         (tmp_path / "binary.tsv").write_bytes(content)
         with pytest.raises(ValueError, match=r"not utf-16 throughout|no text in UTF-8"):
             read_rows(tmp_path / "binary.tsv")
+
+
+def gzipped(content: bytes) -> bytes:
+    return gzip.compress(content)
+
+
+def parquet(rows: list[dict]) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+TABLE = 'text,label\n"Great, café\nstuff",1\nBroke at once,0\n'
+ROWS = [{"text": "Great, café\r\nstuff", "label": 1}, {"text": "Broke at once", "label": 0}]
+EVERY_KIND = {
+    "comma.csv": TABLE.encode(),
+    "windows.csv": TABLE.replace("\n", "\r\n").encode(),
+    "macintosh.csv": TABLE.replace("\n", "\r").encode(),
+    "mark.csv": TABLE.encode("utf-8-sig"),
+    "utf-16.csv": TABLE.encode("utf-16"),
+    "cp1252.csv": TABLE.encode("cp1252"),
+    "semicolon.csv": TABLE.replace(",1", ";1").replace(",0", ";0").replace("t,l", "t;l").encode(),
+    "tab.csv": TABLE.replace(",1", "\t1").replace(",0", "\t0").replace("t,l", "t\tl").encode(),
+    "comma.txt": TABLE.encode(),
+    "comma.csv.gz": gzipped(TABLE.encode()),
+    "named.csv": TABLE.replace("text,label", "Review, SENTIMENT ").encode(),
+    "lines.jsonl": "\n".join(map(json.dumps, ROWS)).encode(),
+    "lines.NDJSON": "\r\n".join(map(json.dumps, ROWS)).encode("utf-16"),
+    "lines.json": "\n".join(map(json.dumps, ROWS)).encode(),
+    "lines.txt": "\n".join(map(json.dumps, ROWS)).encode(),
+    "array.json": json.dumps(ROWS, indent=1).encode(),
+    "object.json": json.dumps({"version": 2, "rows": ROWS}).encode(),
+    "table.parquet": parquet(ROWS),
+    "table.parquet.gz": gzipped(parquet(ROWS)),
+    "floats.parquet": parquet([{**row, "label": float(row["label"])} for row in ROWS]),
+    "truths.parquet": parquet([{**row, "label": bool(row["label"])} for row in ROWS]),
+    "title.json": json.dumps(
+        [
+            {"Summary": "Great, café", "reviewText": "stuff", "Stars": "2"},
+            {"Summary": None, "reviewText": "Broke at once", "Stars": 1},
+        ]
+    ).encode(),
+}
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_scripts_and_app_read_the_same_of_every_kind(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(EVERY_KIND[name])
+    texts = ["Great, café\nstuff", "Broke at once"]
+    rows, labels = read_reviews(tmp_path / name)
+    assert rows == [Review(texts[0], 1), Review(texts[1], 0)] and labels == LABELS
+    assert app.read_upload(EVERY_KIND[name], name)[1] == texts
+
+
+REFUSED = {
+    "book.xlsx": (b"PK\x03\x04 xl/workbook.xml", "save a workbook as CSV"),
+    "old.xls": (b"\xd0\xcf\x11\xe0 ...", "save a workbook as CSV"),
+    "cut.parquet": (parquet(ROWS)[:99], "damaged Parquet"),
+    "cut.csv.gz": (gzipped(TABLE.encode())[:-9], "damaged gzip"),
+    "cut.json": (b'[{"text": "a", "label": 1},', "not a JSON array"),
+    "twice.csv": (b"text,label,label\na,1,0\n", "two columns are named 'label'"),
+    "texts.jsonl": (b'{"text": "a", "Body": "b", "label": 1}', "2 columns for text, text, Body"),
+    "arrays.json": (b'{"a": [], "b": []}', "2 arrays, a, b: keep the one"),
+    "quote.csv": (b'text,label\n"Great,1\nb,0\nc,0\n', "row 2: a quotation mark that is never"),
+    "noise.csv": (bytes(range(256)) * 9, "no text in UTF-8"),
+    "wide.csv": (b"0,7,Mon,me,Hi\n4,8,Tue,you,Ho\n", "5 columns, none with a known name"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_scripts_and_app_refuse_the_same_for_the_reason(tmp_path: Path, name: str):
+    content, reason = REFUSED[name]
+    (tmp_path / name).write_bytes(content)
+    for read in (lambda: read_reviews(tmp_path / name), lambda: app.read_upload(content, name)):
+        with pytest.raises(ValueError, match=reason):
+            read()
+
+
+LABELLED = [
+    (["0", "1"], ("negative", "positive")),
+    ([1, 2], ("negative", "positive")),
+    (["4", "0"], ("negative", "positive")),
+    ([-1.0, 1.0], ("negative", "positive")),
+    (["POS", "neg"], ("negative", "positive")),
+    ([True, False], ("negative", "positive")),
+    ([1, 2, 3, 4, 5], ("1", "2", "3", "4", "5")),
+    (["5.0", "1.0", "3.0"], ("1", "3", "5")),
+    ([0, 2], ("0", "2")),
+    ([10, 9, 2.5], ("2.5", "9", "10")),
+    (["spam", "ham"], ("ham", "spam")),
+    (["World", "Sports", "None", "NA", "null"], ("NA", "None", "null", "Sports", "World")),
+    (["positive", "neutral", "negative"], ("negative", "neutral", "positive")),
+]
+
+
+@pytest.mark.parametrize(("values", "names"), LABELLED)
+def test_a_file_decides_its_labels(tmp_path: Path, values: list, names: tuple[str, ...]):
+    lines = [json.dumps({"text": str(v), "label": v}) for v in values for _ in range(3)]
+    rows, labels = read_reviews(write(tmp_path / "a.jsonl", "\n".join(lines)))
+    assert labels == names and len(rows) == 3 * len(values)
+    pairs = {row.label: row.text.lower().removesuffix(".0") for row in rows}
+    if names != LABELS:
+        assert pairs == {i: name.lower() for i, name in enumerate(names)}
+    else:
+        high = {"1", "2", "4", "pos", "true", "positive"} - ({"1"} if values == [1, 2] else set())
+        assert pairs[1] in high and pairs[0] not in high
+    again, _ = read_reviews(tmp_path / "a.jsonl", names)
+    assert again == rows, "measured against these labels, the file means the same"
+
+
+def test_measured_against_stars_one_and_two_are_stars(tmp_path: Path):
+    path = write(tmp_path / "a.csv", "text,label\na,1\nb,2\n")
+    assert [r.label for r in read_reviews(path, ("1", "2", "3"))[0]] == [0, 1]
+    assert [r.label for r in read_reviews(path, ("2", "1"))[0]] == [1, 0]
+    with pytest.raises(ValueError, match="the model's labels are ham, spam, not 1, 2"):
+        read_reviews(path, ("ham", "spam"))
+
+
+def test_free_text_in_the_label_column_is_named(tmp_path: Path):
+    rows = "".join(f"a,some free text {i}\n" for i in range(40))
+    with pytest.raises(ValueError, match=r"column category: 40 different labels in 40 rows"):
+        read_reviews(write(tmp_path / "a.csv", "text,category\n" + rows))
+
+
+def test_spam_without_a_header_has_its_label_first(tmp_path: Path):
+    rows = ['ham\tGo until "jurong', "spam\tText", "ham\ttext", "ham\tOk"]
+    found, labels = read_reviews(write(tmp_path / "SMSSpamCollection", "\n".join(rows)))
+    assert labels == ("ham", "spam") and [row.label for row in found] == [0, 1, 0, 0]
+    assert [row.text for row in found] == ['Go until "jurong', "Text", "text", "Ok"]
+
+
+def test_columns_are_chosen_ignored_and_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = write(tmp_path / "a.csv", "id,title,text,notes,score,label\n7,T,x,y,5,1\n8,T,z,w,1,0\n")
+    with pytest.raises(ValueError, match="2 columns for label, score, label: .*--label-column"):
+        read_reviews(path)
+    rows, labels = read_reviews(path, label_column="score")
+    assert rows == [Review("T\nx", 1), Review("T\nz", 0)] and labels == ("1", "5")
+    assert "ignored id, notes, label" in capsys.readouterr().err
+    rows, _ = read_reviews(path, text_column="notes", label_column="label")
+    assert rows == [Review("y", 1), Review("w", 0)]
+    with pytest.raises(ValueError, match="no column 'nothing': its columns are id, title"):
+        read_reviews(path, label_column="nothing")
+
+
+def test_a_sorted_file_is_sampled_from_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = "".join(f"text {i},{int(i >= 3000)}\n" for i in range(6000))
+    path = write(tmp_path / "sorted.csv", "text,label\n" + rows)
+    drawn = load_reviews("auto", path, tmp_path, 2000)
+    assert "2,000 of 6,000 rows, drawn at random" in capsys.readouterr().err
+    assert sum(row.label for row in drawn.rows) == pytest.approx(1000, abs=80)
+    numbers = [int(row.text.split()[1]) for row in drawn.rows]
+    assert (
+        numbers == sorted({*numbers}) and drawn.rows == load_reviews("", path, tmp_path, 2000).rows
+    )
+    split_reviews(drawn)
+    with pytest.raises(ValueError, match="--text-column needs --data"):
+        load_reviews("sample", None, tmp_path, 9, text_column="x")
+
+
+@given(st.lists(st.tuples(PRINTABLE.filter(str.strip), st.sampled_from([0, 1])), min_size=1))
+def test_json_and_parquet_keep_any_text(tmp_path_factory: pytest.TempPathFactory, rows: list):
+    folder = tmp_path_factory.mktemp("any")
+    records = [{"text": text, "label": label} for text, label in rows]
+    (folder / "a.parquet").write_bytes(parquet(records))
+    write(folder / "a.json", json.dumps(records, ensure_ascii=False))
+    for path in folder.iterdir():
+        assert [(r.text, r.label) for r in read_rows(path)] == [(unified(t), n) for t, n in rows]
 
 
 # ---- sources
