@@ -420,7 +420,7 @@ def _match_labels(found: Mapping[str, str], labels: Sequence[str]) -> dict[str, 
     indices = {name.lower(): i for i, name in enumerate(labels)}
     if tuple(labels) == LABELS and (pair := _known_pair(found)):
         return pair
-    if unknown := [label for key, label in found.items() if key not in indices]:
+    if unknown := sorted(label for key, label in found.items() if key not in indices):
         raise ValueError(f"the model's labels are {_shorten(labels)}, not {_shorten(unknown)}")
     return indices
 
