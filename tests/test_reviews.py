@@ -288,7 +288,7 @@ def test_spam_without_a_header_has_its_label_first(tmp_path: Path):
 
 def test_columns_are_chosen_ignored_and_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write(tmp_path / "a.csv", "id,title,text,notes,score,label\n7,T,x,y,5,1\n8,T,z,w,1,0\n")
-    with pytest.raises(ValueError, match="2 columns for label, score, label: .*--label-column"):
+    with pytest.raises(ValueError, match=r"2 columns for label, score, label: .*--label-column"):
         read_reviews(path)
     rows, labels = read_reviews(path, label_column="score")
     assert rows == [Review("T\nx", 1), Review("T\nz", 0)] and labels == ("1", "5")
@@ -309,7 +309,8 @@ def test_a_sorted_file_is_sampled_from_end_to_end(
     assert sum(row.label for row in drawn.rows) == pytest.approx(1000, abs=80)
     numbers = [int(row.text.split()[1]) for row in drawn.rows]
     assert (
-        numbers == sorted({*numbers}) and drawn.rows == load_reviews("", path, tmp_path, 2000).rows
+        numbers == sorted({*numbers})
+        and drawn.rows == load_reviews("auto", path, tmp_path, 2000).rows
     )
     split_reviews(drawn)
     with pytest.raises(ValueError, match="--text-column needs --data"):

@@ -1,5 +1,6 @@
 """The two sentiment scripts from reviews to checkpoint, their metrics, and what is refused."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -262,9 +263,8 @@ def test_calibration_of_two_classes_is_platts_and_of_more_recovers_the_truth(
         labels = [int(rng.choice(n_classes, p=np.exp(row))) for row in true]
         rows = [Review("", label) for label in labels]
         probabilities = np.exp(log_softmax(logits, axis=1))
-        monkeypatch.setattr(
-            finetune_classifier, "class_probabilities", lambda *_, p=probabilities: p
-        )
+        answer = functools.partial(lambda p, *_: p, probabilities)
+        monkeypatch.setattr(finetune_classifier, "class_probabilities", answer)
         model = GPTClassificationModel(GPTModel(tiny_config(tokenizer.vocab_size)), n_classes)
         torch.nn.init.ones_(model.classifier_head.weight)
         finetune_classifier.calibrate(model, tokenizer, rows, runtime)
