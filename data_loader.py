@@ -26,9 +26,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 import requests
@@ -72,45 +71,24 @@ def find_data_dir(option: Path | None = None) -> Path:
 # ---- a corpus to train a language model on
 
 
-@dataclass(frozen=True)
 class Corpus:
     """Text files, one after the other, never held in memory as a whole.
 
     Their text is decoded, without byte order marks, and "\\n" ends every line; DOCUMENT_END stands
-    between files and for each `<|endoftext|>`. Sizes, positions and the hash are those of this text
-    in UTF-8.
+    between files and for each `<|endoftext|>`. The size in bytes, positions and the SHA-256 are
+    those of this text in UTF-8.
     """
 
-    name: str
-    paths: tuple[Path, ...]
-
-    @cached_property
-    def encodings(self) -> list[str]:
-        """The codec of each file."""
-        return [find_encoding(path) for path in self.paths]
-
-    @cached_property
-    def _summary(self) -> tuple[int, int, str]:
-        size, n_ends, text, digest = 0, 0, "", hashlib.sha256()
+    def __init__(self, name: str, paths: Sequence[Path]):
+        self.name, self.paths = name, paths
+        self.encodings = [find_encoding(path) for path in paths]
+        self.size, self.n_documents, text, digest = 0, 1, "", hashlib.sha256()
         for text in self.read():
-            size, n_ends = size + len(text.encode()), n_ends + text.count(DOCUMENT_END)
+            self.size += len(text.encode())
+            self.n_documents += text.count(DOCUMENT_END)
             digest.update(text.encode())
-        return size, n_ends + (text[-1:] != DOCUMENT_END), digest.hexdigest()
-
-    @property
-    def size(self) -> int:
-        """Length in bytes."""
-        return self._summary[0]
-
-    @property
-    def n_documents(self) -> int:
-        """Number of documents that are not empty."""
-        return self._summary[1]
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the text."""
-        return self._summary[2]
+        self.n_documents -= text.endswith(DOCUMENT_END)
+        self.sha256 = digest.hexdigest()
 
     def read(self) -> Iterator[str]:
         """Yields the text in chunks of about a million characters."""
@@ -119,9 +97,7 @@ class Corpus:
             chunks = _mark_documents(read_chunks(path, encoding))
             for text in itertools.chain([DOCUMENT_END], chunks):
                 text = re.sub(f"{DOCUMENT_END}+", DOCUMENT_END, text)
-                if last == DOCUMENT_END:
-                    text = text.removeprefix(DOCUMENT_END)
-                if text:
+                if text := text.removeprefix(last if last == DOCUMENT_END else ""):
                     yield text
                     last = text[-1]
 
@@ -131,8 +107,7 @@ class Corpus:
         return ByteRange(self, 0, cut), ByteRange(self, cut, self.size)
 
 
-@dataclass(frozen=True)
-class ByteRange:
+class ByteRange(NamedTuple):
     """The characters of a corpus that start in the bytes `start` to `stop`."""
 
     corpus: Corpus
@@ -203,23 +178,17 @@ def corpus_from_path(data: str | Path) -> Corpus:
 
 def _text_files(folder: Path) -> list[Path]:
     """The visible `.txt` and `.txt.gz` files of a folder, without copies."""
-    files = {path: str(path.relative_to(folder)) for path in sorted(folder.rglob("*"))}
-    paths = [
-        path
-        for path, name in files.items()
-        if name.lower().removesuffix(".gz").endswith(".txt")
-        and not any(part.startswith(".") for part in Path(name).parts)
-        and path.is_file()
-    ]
-    if not paths:
-        raise FileNotFoundError(f"the folder {folder} holds no .txt file")
     distinct: dict[str, Path] = {}
-    for path in paths:
-        distinct.setdefault(file_sha256(path), path)
-    copies = [files[path] for path in {*paths} - {*distinct.values()}]
-    log0(f"{folder}: {len(distinct):,} files: {_shorten([files[p] for p in distinct.values()])}")
-    if copies:
-        log0(f"{folder}: skipped {len(copies):,} copies of others: {_shorten(sorted(copies))}")
+    for path in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if re.search(r"(?i)\.txt(\.gz)?$", path.name) and path.is_file() and not is_hidden:
+            first = distinct.setdefault(file_sha256(path), path)
+            if first != path:
+                log0(f"{path}: skipped, the same as {first.name}")
+    if not distinct:
+        raise FileNotFoundError(f"the folder {folder} holds no .txt file")
+    names = [str(path.relative_to(folder)) for path in distinct.values()]
+    log0(f"{folder}: {len(names):,} files: {_shorten(names)}")
     return list(distinct.values())
 
 
@@ -548,19 +517,14 @@ def sample_texts() -> list[str]:
 
 # ---- file formats
 
+OFFICE = "an Office file or another archive: save a workbook as CSV, a document as text"
 SIGNATURES = {  # first bytes of files that are not text
-    b"PK\x03\x04": "a ZIP archive or an Office file: save a workbook as CSV, a document as text",
-    b"\xd0\xcf\x11\xe0": "an old Office file: save a workbook as CSV, a document as text",
+    b"PK\x03\x04": OFFICE,
+    b"\xd0\xcf\x11\xe0": OFFICE,
     b"%PDF": "a PDF: extract its text",
     b"PAR1": "a Parquet table, not a text",
 }
-BYTE_ORDER_MARKS = {  # longer ones first
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-WIDE_ENCODINGS = ["utf_16_le", "utf_16_be"]
+WIDE_ENCODINGS = ["utf_16", "utf_16_le", "utf_16_be", "utf_32"]
 BYTE_ENCODINGS = ["cp1252", "cp1250", "cp1251", "cp1254", "iso8859_7", "koi8_r", "cp1255", "cp1256"]
 BYTE_ENCODINGS += ["cp932", "gb18030", "big5", "cp949"]
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
@@ -619,7 +583,7 @@ def read_records(path: str | Path, columns: Collection[str]) -> Records:
         else:
             is_quoted = suffix == ".csv" or "\t" not in text.strip().partition("\n")[0]
             records = _table_records(_table_rows(text, is_quoted), columns)
-        return [(number, _check_record(record)) for number, record in records]
+        return [(number, _unify_line_ends(record)) for number, record in records]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -628,11 +592,11 @@ def find_columns(
     path: str | Path,
     records: Records,
     roles: Mapping[str, Collection[str]],
-    chosen: Mapping[str, str | None] = MappingProxyType({}),
+    chosen: Mapping[str, str | None],
 ) -> dict[str, str]:
     """The column of each role that a file has. `roles` lists the names known for a role, in lower
-    case; `chosen` has the user's own choice for those that have a flag. Two columns for one role
-    are an error, and columns without a role are named."""
+    case, `chosen` the user's own choice of columns. Two columns for one role are an error, and
+    columns without a role are named."""
     names = list(dict.fromkeys(n for _, r in records if isinstance(r, dict) for n in r))
     columns = {}
     for role, known in roles.items():
@@ -641,12 +605,10 @@ def find_columns(
         if choice and not found:
             raise ValueError(f"{path} has no column {choice!r}: its columns are {_shorten(names)}")
         if len(found) > 1:
-            flag = role if role in chosen else "text"
-            way = f"choose one with --{flag}-column" if chosen else "remove or rename one"
-            raise ValueError(
-                f"{path} has {len(found)} columns for {role}, {_shorten(found)}: {way}"
-            )
-        columns |= dict.fromkeys([role], *found) if found else {}
+            flag = f"--{role if role in chosen else 'text'}-column"
+            raise ValueError(f"{path} has two columns for {role} ({_shorten(found)}): use {flag}")
+        if found:
+            columns[role] = found[0]
     if unknown := [name for name in names if name not in columns.values()]:
         log0(f"{path}: ignored {_shorten(unknown)}")
     return columns
@@ -655,12 +617,6 @@ def find_columns(
 def _shorten(names: list[str]) -> str:
     more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
     return ", ".join(name[:40] for name in names[:MAX_SHOWN]) + more
-
-
-def _check_record(record: Any) -> Any:
-    if isinstance(record, dict):
-        return _unify_line_ends(record)
-    return record if isinstance(record, ValueError) else ValueError("not an object with fields")
 
 
 def _unify_line_ends(value: Any) -> Any:
@@ -699,32 +655,34 @@ def _check_distinct(names: list[str]) -> None:
 
 def _json_records(text: str, is_array: bool) -> Iterator[tuple[int, Any]]:
     """Items of an array, or else values of lines."""
-    try:
-        value = json.loads(text, object_pairs_hook=_json_object)
-    except (ValueError, RecursionError) as error:
+    value = _parse_json(text)
+    if isinstance(value, ValueError):
         if is_array and text.lstrip().startswith("["):
-            raise ValueError(f"not a JSON array ({error})") from None
+            raise ValueError("not a whole JSON array")
         lines = enumerate(text.split("\n"), 1)
-        return ((number, _parse_line(line)) for number, line in lines if line.strip())
-    if is_array and isinstance(value, dict):
-        arrays = {n: v for n, v in value.items() if isinstance(v, list)}
-        if len(arrays) > 1:
-            raise ValueError(f"{len(arrays)} arrays, {_shorten([*arrays])}: keep the one to read")
-        value = next(iter(arrays.values()), value)
-    return enumerate(value if isinstance(value, list) else [value], 1)
+        records = ((number, _parse_json(line)) for number, line in lines if line.strip())
+    else:
+        if is_array and isinstance(value, dict):
+            arrays = [item for item in value.values() if isinstance(item, list)]
+            if len(arrays) > 1:
+                raise ValueError("several arrays: keep the one to read")
+            value = arrays[0] if arrays else value
+        records = enumerate(value if isinstance(value, list) else [value], 1)
+    error = ValueError("not an object with fields")
+    return ((n, r if isinstance(r, dict | ValueError) else error) for n, r in records)
 
 
-def _parse_line(line: str) -> Any:
+def _parse_json(text: str) -> Any:
+    """The value, or a ValueError in its place or in that of an object with a field twice."""
+
+    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | ValueError:
+        fields = dict(pairs)
+        return fields if len(fields) == len(pairs) else ValueError("a field occurs twice")
+
     try:
-        return json.loads(line, object_pairs_hook=_json_object)
+        return json.loads(text, object_pairs_hook=to_object)
     except (ValueError, RecursionError):
         return ValueError("not JSON")
-
-
-def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | ValueError:
-    if len(fields := dict(pairs)) == len(pairs):
-        return fields
-    return ValueError("a field occurs twice")  # where the record would be
 
 
 def _table_rows(text: str, is_quoted: bool) -> list[tuple[int, list[str]]]:
@@ -734,14 +692,13 @@ def _table_rows(text: str, is_quoted: bool) -> list[tuple[int, list[str]]]:
         start = text[: 1 << 16]
         delimiter = max(",;\t|", key=lambda d: _regularity(start, d))  # of equals the first
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        rows, first_lines = [], [0]
+        rows, line = [], 0
         for cells in reader:
             rows.append(cells)
-            first_lines.append(reader.line_num)
-        if first_lines[-1] - first_lines[-2:][0] > 1:
-            last = text.split("\n")[first_lines[-2] :]
-            if "\n".join(last).count('"') % 2:
-                raise ValueError(f"row {len(rows)}: a quotation mark that is never closed")
+            first_line, line = line, reader.line_num
+        last = "\n".join(text.split("\n")[first_line:]) if rows else ""
+        if "\n" in last.strip() and last.count('"') % 2:
+            raise ValueError(f"row {len(rows)}: a quotation mark that is never closed")
     else:
         rows = [line.split("\t") for line in text.split("\n")]
     return [(n, cells) for n, cells in enumerate(rows, 1) if any(cell.strip() for cell in cells)]
@@ -783,25 +740,17 @@ def _is_header(rows: list, columns: Collection[str]) -> bool:
 
 def _usual_columns(rows: list[list[str]]) -> list[str]:
     """Names of the columns of a table without a header."""
-    width = len(rows[0]) if rows else 1
+    names = {0: [], 1: ["text"], 2: ["text", "label"], 3: ["label", "title", "content"]}
+    width = len(rows[0]) if rows else 0
+    if width not in names:
+        first_row = _shorten(rows[0])
+        raise ValueError(f"{width} columns without known names ({first_row}): add a row of names")
     if width == 2:
         columns = zip(*(cells for cells in rows if len(cells) == 2))
         first, second = (
-            (
-                not all(NUMBER.fullmatch(c.strip()) for c in column),
-                len(set(column)),
-                len("".join(column)),
-            )
-            for column in columns
+            (not all(map(NUMBER.fullmatch, c)), len({*c}), len("".join(c))) for c in columns
         )
-        return ["label", "text"] if first < second else ["text", "label"]
-    names = {1: ["text"], 3: ["label", "title", "content"]}
-    if width not in names:
-        first_row = _shorten(rows[0])
-        raise ValueError(
-            f"{width} columns, none with a known name ({first_row}): add a first row with their "
-            "names, such as text and label"
-        )
+        return ["label", "text"] if first < second else names[2]
     return names[width]
 
 
@@ -827,24 +776,17 @@ def find_encoding(path: Path) -> str:
     guess; a codec other than UTF-8 is announced."""
     decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
     with _open_bytes(path) as file:
-        chunk = file.read(CHUNK_BYTES)
-        for signature, name in SIGNATURES.items():
-            if chunk.startswith(signature):
-                raise ValueError(f"{path} is {name}")
-        for mark, encoding in BYTE_ORDER_MARKS.items():
-            if chunk.startswith(mark):
-                log0(f"{path}: read as {encoding}")
-                return encoding
-        while chunk:
-            n_pending = len(decoder.getstate()[0])
+        while chunk := file.read(CHUNK_BYTES):
+            if position == 0 and chunk[:4] in SIGNATURES:
+                raise ValueError(f"{path} is {SIGNATURES[chunk[:4]]}")
+            bad, n_pending = chunk.find(b"\0"), len(decoder.getstate()[0])
             try:
                 decoder.decode(chunk, final=len(chunk) < CHUNK_BYTES)
-                bad = chunk.find(b"\0")
             except UnicodeDecodeError as error:
                 bad = max(0, error.start - n_pending)
             if bad >= 0:
                 return _guess_encoding(path, chunk, bad, position + bad)
-            position, chunk = position + len(chunk), file.read(CHUNK_BYTES)
+            position += len(chunk)
     return "utf-8-sig"  # with or without a mark
 
 
@@ -852,19 +794,15 @@ def _guess_encoding(path: Path, chunk: bytes, bad: int, position: int) -> str:
     """The most plausible codec of a chunk with a byte that is not UTF-8."""
     from charset_normalizer import from_bytes
 
-    text = chunk.decode("utf-8", errors="replace")
-    n_ascii = sum(byte < 0x80 for byte in chunk)
-    n_bad = text.count("\ufffd")
-    encodings = WIDE_ENCODINGS if b"\0" in chunk else BYTE_ENCODINGS
-    start = 0 if b"\0" in chunk else chunk.rfind(b"\n", 0, bad) + 1
-    sample = chunk[start : start + (1 << 16)]
-    matches = from_bytes(sample, cp_isolation=encodings)
+    is_wide = b"\0" in chunk
+    start = 0 if is_wide else chunk.rfind(b"\n", 0, bad) + 1
+    encodings = WIDE_ENCODINGS if is_wide else BYTE_ENCODINGS
+    matches = from_bytes(chunk[start : start + (1 << 16)], cp_isolation=encodings)
     names = [name for match in matches for name in match.could_be_from_charset]
+    text = chunk.decode("utf-8", errors="replace")
+    n_bad, n_ascii = text.count("\ufffd"), len(text.encode("ascii", "ignore"))
     if not names or len(text) - n_ascii > 2 * n_bad:  # most of it is UTF-8
-        raise ValueError(
-            f"{path} is no text in UTF-8 or a known encoding (byte {position}): if it is a text, "
-            "save it as UTF-8"
-        )
+        raise ValueError(f"{path} is no text, or damaged at byte {position}: save it as UTF-8")
     # Texts of Western Europe differ from those of Eastern Europe in few letters.
     encoding = "cp1252" if names[0] == "cp1250" and "cp1252" in names else names[0]
     log0(f"{path} is not UTF-8: read as {encoding}")
