@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 import streamlit as st
 import torch
 
 import generation
-from data_loader import LABELS, Instruction, read_unlabelled
+from data_loader import Instruction, read_unlabelled
 from data_utils import IGNORE, encode_instruction
 from evaluate import LINEAR, LINEAR_BASELINE, REPORT_COLUMNS, load_linear_baseline, table_cells
 from generation import BASE, QLORA, TEMPERATURE, TOP_P, continue_prompt, generate_response
@@ -229,54 +230,55 @@ def show_attention(model: GPTModel, tokenizer: BPETokenizer, ids: list[int]) -> 
 
 
 def sentiment_page() -> None:
-    """A review classified by three models, or a file of reviews by one."""
+    """A text classified by three models, or a file of texts by one."""
     st.title("Sentiment")
-    st.write("Is a product review positive? Two fine-tuned models beside a linear one.")
+    st.write("Which label fits a text? Two fine-tuned models beside a linear one.")
     example = "Stopped working after two days, and nobody answered my letters."
     text = st.text_area("Review", example, max_chars=MAX_CHARACTERS)
     if text.strip():
         for column, name in zip(st.columns(len(CLASSIFIERS)), CLASSIFIERS):
             with column, errors_as_messages():
-                (positive,) = classify(name, [text])
-                verdict = LABELS[positive >= 0.5]
-                sure = f"{max(positive, 1 - positive):.0%} sure"
+                labels, (row,) = classify(name, [text])
+                frame = pd.DataFrame({"probability": row, "class": labels})
+                verdict, sure = labels[row.argmax()], f"{row.max():.0%} sure"
                 st.metric(name, verdict, sure, delta_color="off", delta_arrow="off")
-                frame = pd.DataFrame({"probability": [1 - positive, positive], "class": LABELS})
                 st.altair_chart(bars(frame, "probability", "class", x_max=1))
     else:
         st.info("Write a review to classify it.")
     classify_file()
 
 
-def classify(name: str, texts: list[str]) -> list[float]:
-    """Probability that each text is positive, according to one of `CLASSIFIERS`."""
-    model, tokenizer, _ = loaded(CLASSIFIERS[name])
+def classify(name: str, texts: list[str]) -> tuple[list[str], np.ndarray]:
+    """The labels of one of `CLASSIFIERS`, and their probabilities (N, labels) for texts."""
+    model, tokenizer, checkpoint = loaded(CLASSIFIERS[name])
     if name == LINEAR:
-        return model.predict_proba(texts)[:, 1].tolist()
-    return generation.class_probabilities(model, tokenizer, texts)[:, 1].tolist()
+        return list(checkpoint["labels"]), model.predict_proba(texts)
+    probabilities = generation.class_probabilities(model, tokenizer, texts)
+    return list(checkpoint["labels"]), probabilities
 
 
 def classify_file() -> None:
     """Predictions for the rows of an uploaded file."""
     st.subheader("A file of reviews")
     st.write(
-        "CSV, TSV or JSONL with a column `text`, or `title` and `content`; at most "
-        f"{MAX_ROWS:,} rows."
+        f"CSV, TSV, JSON, JSON Lines or Parquet with a column of texts; at most {MAX_ROWS:,} rows."
     )
     name = st.selectbox("Classifier", list(CLASSIFIERS))
-    types = ["csv", "tsv", "txt", "jsonl"]
+    column = st.text_input("Column of the texts", help="Only if its name is not text or the like")
+    types = ["csv", "tsv", "txt", "jsonl", "ndjson", "json", "parquet", "gz"]
     upload = st.file_uploader("File", type=types, max_upload_size=MAX_UPLOAD_MB)
     if upload is None:
         return
     with errors_as_messages():
-        rows, texts = read_upload(upload.getvalue(), Path(upload.name).suffix)
-        with st.spinner(f"Classifying {len(texts):,} reviews"):
-            positive = classify_once(name, texts)
+        rows, texts = read_upload(upload.getvalue(), upload.name, column or None)
+        with st.spinner(f"Classifying {len(texts):,} texts"):
+            labels, probabilities = classify_once(name, texts)
         frame = pd.DataFrame(rows, dtype=object)
-        frame["prediction"] = [LABELS[p >= 0.5] for p in positive]
-        frame["probability_positive"] = [round(p, 4) for p in positive]
+        frame["prediction"] = [labels[i] for i in probabilities.argmax(1)]
+        for label, column in zip(labels, probabilities.T):
+            frame[f"probability_{label}"] = column.round(4)
         st.dataframe(frame)
-        if upload.name.lower().endswith(".jsonl"):
+        if "json" in Path(upload.name.lower().removesuffix(".gz")).suffix:
             lines = (json.dumps(row, default=str) + "\n" for row in frame.to_dict("records"))
             file, content = "predictions.jsonl", "".join(lines)
         else:
@@ -284,18 +286,23 @@ def classify_file() -> None:
         st.download_button("Download with predictions", content, file, on_click="ignore")
 
 
-def read_upload(content: bytes, suffix: str) -> tuple[list[dict[str, Any]], list[str]]:
+def read_upload(
+    content: bytes, name: str, text_column: str | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows and texts of an uploaded file, read as the scripts read a file of their own."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, f"upload{suffix}")
+        path = Path(folder, Path(name).name)
         path.write_bytes(content)
-        rows, texts = read_unlabelled(path)
+        try:
+            rows, texts = read_unlabelled(path, text_column)
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from None
     if len(rows) > MAX_ROWS:
         raise ValueError(f"the file has {len(rows):,} rows; the maximum is {MAX_ROWS:,}")
     return rows, [text[: 10 * MAX_CHARACTERS] for text in texts]
 
 
-def classify_once(name: str, texts: list[str]) -> list[float]:
+def classify_once(name: str, texts: list[str]) -> tuple[list[str], np.ndarray]:
     """As `classify`; the last result of a session is reused."""
     request = (str(model_set()), name, texts)
     if st.session_state.get("classified") != request:

@@ -9,10 +9,13 @@ why the others were skipped.
 import codecs
 import contextlib
 import csv
+import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -21,9 +24,9 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, TypeVar
 
@@ -36,9 +39,24 @@ if TYPE_CHECKING:  # slow to import
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 CHUNK_BYTES = 1 << 20
-MAX_REPORTED_ROWS = 5
-LABELS = ("negative", "positive")  # names of classes 0 and 1
-LABEL_VALUES = {"0", "1", "2", *LABELS}  # as files have them
+MAX_REPORTED_ROWS, MAX_SHOWN = 5, 6
+MAX_LABELS = 100
+LABELS = ("negative", "positive")
+# Spellings of these two. Others, such as 1 to 5 stars, are classes of their own.
+NEGATIVE, POSITIVE = {"0", "neg", "negative", "false"}, {"1", "pos", "positive", "true"}
+NUMBERINGS = (("1", "2"), ("0", "4"), ("-1", "1"))
+REVIEW_COLUMNS = {  # names in files, by what the column holds
+    "label": ["label", "labels", "class", "category", "sentiment", "rating", "stars", "score"],
+    "text": ["text", "review", "sentence", "content", "body", "message", "reviewtext"],
+    "title": ["title", "summary"],
+}
+REVIEW_COLUMNS["label"] += ["target", "y"]
+DOCUMENT_END = "\0"  # between documents; no text contains it
+END_MARKER = re.compile(r"<\|endoftext\|>\n?")
+MARKER_LENGTH = len("<|endoftext|>\n")
+
+# Row numbers with the fields of each row, or with the reason why it cannot be used.
+Records = list[tuple[int, Any]]
 
 
 class SourceError(ValueError):
@@ -53,47 +71,80 @@ def find_data_dir(option: Path | None = None) -> Path:
 # ---- a corpus to train a language model on
 
 
-@dataclass(frozen=True)
-class ByteRange:
-    """Bytes `start` to `stop` of a text file, both at character boundaries."""
+class Corpus:
+    """Text files, one after the other, never held in memory as a whole.
 
-    path: Path
+    Their text is decoded, without byte order marks, and "\\n" ends every line; DOCUMENT_END stands
+    between files and for each `<|endoftext|>`. The size in bytes, positions and the SHA-256 are
+    those of this text in UTF-8.
+    """
+
+    def __init__(self, name: str, paths: Sequence[Path]):
+        self.name, self.paths = name, paths
+        self.encodings = [find_encoding(path) for path in paths]
+        self.size, self.n_documents, text, digest = 0, 1, "", hashlib.sha256()
+        for text in self.read():
+            self.size += len(text.encode())
+            self.n_documents += text.count(DOCUMENT_END)
+            digest.update(text.encode())
+        self.n_documents -= text.endswith(DOCUMENT_END)
+        self.sha256 = digest.hexdigest()
+
+    def read(self) -> Iterator[str]:
+        """Yields the text in chunks of about a million characters."""
+        last = DOCUMENT_END
+        for path, encoding in zip(self.paths, self.encodings):
+            chunks = _mark_documents(read_chunks(path, encoding))
+            for text in itertools.chain([DOCUMENT_END], chunks):
+                text = re.sub(f"{DOCUMENT_END}+", DOCUMENT_END, text)
+                if text := text.removeprefix(last if last == DOCUMENT_END else ""):
+                    yield text
+                    last = text[-1]
+
+    def split(self, fraction: float = 0.9) -> tuple["ByteRange", "ByteRange"]:
+        """The first `fraction` of the bytes, for training, and the rest, for validation."""
+        cut = int(fraction * self.size)
+        return ByteRange(self, 0, cut), ByteRange(self, cut, self.size)
+
+
+class ByteRange(NamedTuple):
+    """The characters of a corpus that start in the bytes `start` to `stop`."""
+
+    corpus: Corpus
     start: int
     stop: int
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """UTF-8 text files, read one after the other and never held in memory as a whole."""
+def read_text(byte_range: ByteRange) -> Iterator[str]:
+    """Yields the text of a byte range in chunks of about a million characters."""
+    position = 0
+    for text in byte_range.corpus.read():
+        content = text.encode()
+        edges = (byte_range.start - position, byte_range.stop - position)
+        start, stop = (_character_boundary(content, edge) for edge in edges)
+        if start < stop:
+            yield content[start:stop].decode()
+        position += len(content)
+        if position >= byte_range.stop:
+            break
 
-    name: str
-    paths: tuple[Path, ...]
 
-    @property
-    def size(self) -> int:
-        """Length in bytes."""
-        return sum(path.stat().st_size for path in self.paths)
+def _character_boundary(content: bytes, position: int) -> int:
+    position = max(0, min(position, len(content)))
+    while position < len(content) and content[position] & 0xC0 == 0x80:  # continues a character
+        position += 1
+    return position
 
-    @cached_property
-    def sha256(self) -> str:
-        """SHA-256 of the lengths and bytes of the files."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            digest.update(path.stat().st_size.to_bytes(8, "little"))
-            _digest_file(digest, path)
-        return digest.hexdigest()
 
-    def split(self, fraction: float = 0.9) -> tuple[list[ByteRange], list[ByteRange]]:
-        """The first `fraction` of the bytes, for training, and the rest, for validation."""
-        cut = int(fraction * self.size)
-        splits: tuple[list[ByteRange], list[ByteRange]] = ([], [])
-        for path in self.paths:
-            size = path.stat().st_size
-            boundary = _character_boundary(path, max(0, min(cut, size)))
-            splits[0].append(ByteRange(path, 0, boundary))
-            splits[1].append(ByteRange(path, boundary, size))
-            cut -= size
-        return tuple([r for r in ranges if r.stop > r.start] for ranges in splits)
+def _mark_documents(chunks: Iterable[str]) -> Iterator[str]:
+    pending = ""
+    for chunk in chunks:
+        text = pending + chunk
+        start = text.rfind("<", max(0, len(text) - MARKER_LENGTH))  # perhaps of a cut marker
+        start = len(text) if start < 0 else start
+        pending = text[start:]
+        yield END_MARKER.sub(DOCUMENT_END, text[:start])
+    yield END_MARKER.sub(DOCUMENT_END, pending)
 
 
 def load_corpus(dataset: str, data: str | Path | None, data_dir: Path) -> Corpus:
@@ -112,48 +163,33 @@ def load_corpus(dataset: str, data: str | Path | None, data_dir: Path) -> Corpus
 
 
 def corpus_from_path(data: str | Path) -> Corpus:
-    """A text file, or the `.txt` files of a folder."""
+    """A text file, or the text files of a folder, each content once."""
     data = Path(data)
     if not (data.is_file() or data.is_dir()):
         raise FileNotFoundError(f"no such file or folder: {data}")
-    paths = [data] if data.is_file() else sorted(filter(Path.is_file, data.rglob("*.txt")))
-    if not paths:
-        raise FileNotFoundError(f"the folder {data} holds no .txt file")
+    paths = [data] if data.is_file() else _text_files(data)
     corpus = Corpus(data.resolve().name, tuple(paths))
     if not corpus.size:
         raise ValueError(f"{data} is empty")
+    if corpus.n_documents > 1:
+        log0(f"{data}: {corpus.n_documents:,} documents")
     return corpus
 
 
-def read_text(byte_range: ByteRange) -> Iterator[str]:
-    """Yields the text of a byte range in chunks of about a mebibyte; bytes that are not UTF-8 are
-    an error that gives their position."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    path, stop = byte_range.path, byte_range.stop
-    with path.open("rb") as file:
-        file.seek(byte_range.start)
-        for position in range(byte_range.start, stop, CHUNK_BYTES):
-            chunk = file.read(min(CHUNK_BYTES, stop - position))
-            pending = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(chunk, final=position + CHUNK_BYTES >= stop)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} is not UTF-8 text (byte {position - pending + error.start}): "
-                    "convert it, for example with iconv -t UTF-8"
-                ) from None
-            if "\0" in text:
-                raise ValueError(f"{path} contains NUL bytes: it is a binary file, not text")
-            yield text
-
-
-def _character_boundary(path: Path, position: int) -> int:
-    with path.open("rb") as file:
-        file.seek(position)
-        following = file.read(4)
-    while following and following[0] & 0xC0 == 0x80:  # 10xxxxxx continues a UTF-8 character
-        position, following = position + 1, following[1:]
-    return position
+def _text_files(folder: Path) -> list[Path]:
+    """The visible `.txt` and `.txt.gz` files of a folder, without copies."""
+    distinct: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if re.search(r"(?i)\.txt(\.gz)?$", path.name) and path.is_file() and not is_hidden:
+            first = distinct.setdefault(file_sha256(path), path)
+            if first != path:
+                log0(f"{path}: skipped, the same as {first.name}")
+    if not distinct:
+        raise FileNotFoundError(f"the folder {folder} holds no .txt file")
+    names = [str(path.relative_to(folder)) for path in distinct.values()]
+    log0(f"{folder}: {len(names):,} files: {_shorten(names)}")
+    return list(distinct.values())
 
 
 # ---- labelled reviews and instructions
@@ -161,7 +197,7 @@ def _character_boundary(path: Path, position: int) -> int:
 
 @dataclass(frozen=True)
 class Review:
-    """A text and its sentiment: 1 is positive, 0 negative."""
+    """A text and its label, an index into the names of a data set's labels."""
 
     text: str
     label: int
@@ -215,6 +251,7 @@ class Examples(Generic[Example]):
 
     name: str
     rows: list[Example]
+    labels: tuple[str, ...] = ()  # names of the labels of reviews
     has_test_split: bool = False  # the last fifth is the test split; else one is sampled
 
     @property
@@ -231,14 +268,24 @@ def load_examples(
     data: str | Path | None,
     data_dir: Path,
     max_examples: int,
+    **columns: str | None,
 ) -> Examples[Example]:
-    """Reads the first `max_examples` rows of the user's `data`, else of the source of that name;
-    "auto" is the first available source."""
+    """Reads the user's `data`, of which `max_examples` rows are drawn, else that many first rows of
+    the source of that name; "auto" is the first available source. `columns` are the user's choices
+    of columns."""
     if max_examples < 1:
         raise ValueError(f"max-examples must be at least 1, not {max_examples}")
     if data is not None:
         _, read = sources["sample"]
-        return Examples(Path(data).name, read(data)[:max_examples])
+        rows, labels = read(data, **columns)
+        if len(rows) > max_examples:
+            log0(f"{data}: {max_examples:,} of {len(rows):,} rows, drawn at random")
+            drawn = random.Random(0).sample(range(len(rows)), max_examples)
+            rows = [rows[i] for i in sorted(drawn)]
+        return Examples(Path(data).name, rows, labels)
+    for name, column in columns.items():
+        if column is not None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --data")
     for name in sources if dataset == "auto" else [dataset]:
         find, read = sources[name]
         try:
@@ -250,43 +297,75 @@ def load_examples(
             log0(f"{name} is not available: {error}")
     if dataset == "auto":
         log0(f"data set: {name}, from {path}")
-    return Examples(name, read(path)[:max_examples], has_test_split=name == "amazon_polarity")
+    rows, labels = read(path)
+    return Examples(name, rows[:max_examples], labels, has_test_split=name == "amazon_polarity")
 
 
-def read_reviews(path: str | Path) -> list[Review]:
-    """Reads labelled texts; invalid rows are skipped and reported by row number.
+def read_reviews(
+    path: str | Path,
+    labels: Sequence[str] = (),
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> tuple[list[Review], tuple[str, ...]]:
+    """Reads labelled texts, and the names of their labels; invalid rows are skipped and reported.
 
-    The suffix gives the format. `.jsonl`: an object on each line. `.csv`: quoted as usual. Any
-    other: fields between tabs, never quoted. A first line with the column names `text`, or `title`
-    and `content`, and `label` is a header; without one the columns are label, title, content (as
-    in Kaggle's files) or text, label (as in UCI's). Labels are 0 and 1, or 1 and 2, or negative
-    and positive, never a mixture of the two numberings.
+    The formats are those of `read_records`, the names of columns those of REVIEW_COLUMNS, in any
+    case. A title is put before its text. Labels are any short strings or numbers. Known pairs, such
+    as 0 and 1, 1 and 2, or neg and pos, are negative and positive; other numbers are sorted by
+    value, other names by the alphabet. A file to measure has only labels of the given `labels`.
     """
-    rows = _valid_rows(path, _review_fields)
-    labels = {label for _, label in rows}
-    if {"0", "2"} <= labels:
-        raise ValueError(f"{path} has labels 0 and 2: use 0 and 1, or 1 and 2")
-    if labels == {"1"}:
-        log0(f"{path}: all labels are 1, taken as positive")
-    positive = {"positive", "2"} if "2" in labels else {"positive", "1"}
-    return [Review(text, int(label in positive)) for text, label in rows]
+    chosen = {"text": text_column, "label": label_column}
+    records, columns = _review_records(path, REVIEW_COLUMNS, chosen)
+
+    def parse(record: dict[str, Any]) -> tuple[str, str]:
+        return review_text(record, columns), _label(record.get(columns["label"]))
+
+    rows = valid_rows(path, records, parse)
+    found = {label.lower(): label for _, label in reversed(rows)}
+    try:
+        indices = _match_labels(found, labels) if labels else None
+        if indices is None:
+            names, indices = _sort_labels(found, len(rows))
+    except ValueError as error:
+        raise ValueError(f"{path}, column {columns['label']}: {error}") from None
+    return [Review(text, indices[label.lower()]) for text, label in rows], tuple(labels or names)
 
 
-def read_unlabelled(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
+def read_unlabelled(
+    path: str | Path, text_column: str | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a file as `read_reviews` takes it, labels optional, and the text of each; the
     first invalid row is an error."""
-    rows, problems = _parse_file(path, lambda record: (record, review_text(record)))
+    roles = {role: names for role, names in REVIEW_COLUMNS.items() if role != "label"}
+    records, columns = _review_records(path, roles, {"text": text_column})
+    rows, problems = parse_records(records, lambda record: (record, review_text(record, columns)))
     if problems:
         raise ValueError(problems[0])
-    if not rows:
-        raise ValueError("the file has no rows")
     return [record for record, _ in rows], [text for _, text in rows]
 
 
-def review_text(record: dict[str, Any]) -> str:
-    """The field `text` of a record, or else its `title` and `content`."""
-    names = ["text"] if "text" in record else ["title", "content"]
-    values = [record[name] for name in names if record.get(name) is not None]
+def _review_records(path, roles, chosen):
+    """Records of a file, and the columns that they have for these roles."""
+    known = [*itertools.chain(*REVIEW_COLUMNS.values()), *filter(None, chosen.values())]
+    records = read_records(path, known)
+    if not records:
+        raise ValueError(f"{path} has no valid row")
+    if chosen["text"]:  # a text of its own, without the title
+        roles = {role: names for role, names in roles.items() if role != "title"}
+    columns = find_columns(path, records, roles, chosen)
+    found = {*columns, "text"} if "title" in columns else {*columns}
+    if any(isinstance(record, dict) for _, record in records):
+        for role in ({"text", "label"} & roles.keys()) - found:
+            raise ValueError(
+                f"{path} has no column {role}: rename one, or choose with --{role}-column"
+            )
+    return records, columns
+
+
+def review_text(record: dict[str, Any], columns: Mapping[str, str]) -> str:
+    """The title and the text of a record."""
+    fields = (record.get(columns[role]) for role in ("title", "text") if role in columns)
+    values = [value for value in fields if value is not None]
     if not all(isinstance(value, str) for value in values):
         raise ValueError("the text is not a string")
     text = "\n".join(value.strip() for value in values if value.strip())
@@ -295,12 +374,52 @@ def review_text(record: dict[str, Any]) -> str:
     return _check_characters(text)
 
 
-def _review_fields(record: dict[str, Any]) -> tuple[str, str]:
-    text = review_text(record)
-    label = str(record.get("label", "")).strip().lower().removesuffix(".0")
-    if label not in LABEL_VALUES:
-        raise ValueError(f"label {label[:20]!r}")
-    return text, label
+def _label(value: Any) -> str:
+    """A label as one line of text; 4.0 is 4."""
+    label = " ".join(_check_characters("" if value is None else str(value)).split())
+    if NUMBER.fullmatch(label):
+        return re.sub(r"^\+|\.0+$", "", label)
+    if label in ("", "nan"):
+        raise ValueError("no label")
+    return label
+
+
+def _match_labels(found: Mapping[str, str], labels: Sequence[str]) -> dict[str, int]:
+    """The index in `labels` of each label found."""
+    indices = {name.lower(): i for i, name in enumerate(labels)}
+    if tuple(labels) == LABELS and (pair := _known_pair(found)):
+        return pair
+    if unknown := sorted(label for key, label in found.items() if key not in indices):
+        raise ValueError(f"the model's labels are {_shorten(labels)}, not {_shorten(unknown)}")
+    return indices
+
+
+def _sort_labels(found: Mapping[str, str], n_rows: int) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Names of the labels of a data set, and the index of each label found."""
+    if pair := _known_pair(found):
+        if [*found] == ["1"]:
+            log0("all labels are 1, taken as positive")
+        return LABELS, pair
+    numbers = [label for label in found if NUMBER.fullmatch(label)]
+    if numbers and (words := (NEGATIVE | POSITIVE) & found.keys() - set(numbers)):
+        raise ValueError(f"a mixture of {_shorten(numbers)} and {_shorten(sorted(words))}")
+    if len(found) > MAX_LABELS or len(found) > max(10, n_rows / 2):
+        examples = _shorten([*found.values()][:3])
+        raise ValueError(
+            f"{len(found):,} different labels in {n_rows:,} rows, such as {examples}: choose the "
+            "column of the labels with --label-column"
+        )
+    key = (lambda label: float(label)) if len(numbers) == len(found) else None
+    ordered = sorted(found, key=key)
+    return tuple(found[label] for label in ordered), {x: i for i, x in enumerate(ordered)}
+
+
+def _known_pair(found: Mapping[str, str]) -> dict[str, int] | None:
+    """0 for negative and 1 for positive, if all labels are spellings of them."""
+    if found.keys() <= NEGATIVE | POSITIVE:
+        return {label: int(label in POSITIVE) for label in found}
+    pairs = (dict(zip(pair, (0, 1))) for pair in NUMBERINGS if found.keys() <= set(pair))
+    return next(pairs, None)
 
 
 INSTRUCTION_NAMES = {  # in files, of the fields of a record
@@ -323,10 +442,11 @@ def read_instructions(path: str | Path) -> list[Instruction]:
     then user and assistant in turn. Other fields are ignored, and named.
     """
     ignored: dict[str, None] = {}
-    rows, problems = _parse_file(path, partial(_instruction_fields, ignored=ignored), ".jsonl")
+    records = read_records(path, INSTRUCTION_NAMES)
+    rows = valid_rows(path, records, partial(_instruction_fields, ignored=ignored))
     if ignored:
         log0(f"{path}: ignored columns: {', '.join(ignored)}")
-    return _report_problems(path, rows, problems)
+    return rows
 
 
 def _instruction_fields(record: dict[str, Any], ignored: dict[str, None]) -> Instruction:
@@ -386,7 +506,7 @@ def _named_fields(record: Any, names: dict[str, str], ignored: dict[str, None]) 
 
 def sample_texts() -> list[str]:
     """The bundled reviews and instructions as plain text, to train the tokenizer on."""
-    reviews = read_reviews(SAMPLES / "reviews.jsonl")
+    reviews, _ = read_reviews(SAMPLES / "reviews.jsonl")
     tasks = read_instructions(SAMPLES / "instructions.jsonl")
     turns = (turn for task in tasks for turn in task.turns)
     return [
@@ -397,43 +517,116 @@ def sample_texts() -> list[str]:
 
 # ---- file formats
 
+OFFICE = "an Office file or another archive: save a workbook as CSV, a document as text"
+SIGNATURES = {  # first bytes of files that are not text
+    b"PK\x03\x04": OFFICE,
+    b"\xd0\xcf\x11\xe0": OFFICE,
+    b"%PDF": "a PDF: extract its text",
+    b"PAR1": "a Parquet table, not a text",
+}
+WIDE_ENCODINGS = ["utf_16", "utf_16_le", "utf_16_be", "utf_32"]
+BYTE_ENCODINGS = ["cp1252", "cp1250", "cp1251", "cp1254", "iso8859_7", "koi8_r", "cp1255", "cp1256"]
+BYTE_ENCODINGS += ["cp932", "gb18030", "big5", "cp949"]
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
-def _valid_rows(path, parse, suffix=None):
-    rows, problems = _parse_file(path, parse, suffix)
-    return _report_problems(path, rows, problems)
 
-
-def _report_problems(path, rows, problems):
+def valid_rows(path: str | Path, records: Records, parse: Callable[[dict], Any]) -> list[Any]:
+    """What `parse` makes of each record; those that it refuses are reported by row number."""
+    rows, problems = parse_records(records, parse)
     shown = "; ".join(problems[:MAX_REPORTED_ROWS])
     if not rows:
         raise ValueError(f"{path} has no valid row" + (f": {shown}" if shown else ""))
     if problems:
         more = "; ..." if len(problems) > MAX_REPORTED_ROWS else ""
-        n_rows = len(problems) + len(rows)
-        log0(f"{path}: skipped {len(problems):,} of {n_rows:,} rows ({shown}{more})")
+        log0(f"{path}: skipped {len(problems):,} of {len(records):,} rows ({shown}{more})")
     return rows
 
 
-def _parse_file(path, parse, suffix=None):
-    """Parses a file; returns the valid rows and a message for each invalid one. `suffix`, by
-    default the path's own, gives the format."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    text = "".join(read_text(ByteRange(path, 0, path.stat().st_size))).removeprefix("\ufeff")
-    suffix = suffix or path.suffix.lower()
-    records = _json_records(text) if suffix == ".jsonl" else _table_records(text, suffix == ".csv")
+def parse_records(records: Records, parse: Callable[[dict], Any]) -> tuple[list[Any], list[str]]:
+    """What `parse` makes of each record, and a message for each that it refuses."""
     rows, problems = [], []
     for number, record in records:
         try:
             if isinstance(record, ValueError):
                 raise record
-            if not isinstance(record, dict):
-                raise ValueError("not an object with fields")
             rows.append(parse(record))
         except ValueError as error:
             problems.append(f"row {number}: {error}")
     return rows, problems
+
+
+def read_records(path: str | Path, columns: Collection[str]) -> Records:
+    """Row numbers, and the fields of each row by name or a ValueError in their place.
+
+    The suffix gives the format; Parquet, and gzip around any format, are recognised by their first
+    bytes. `.json`: an array, or an object that holds one. `.jsonl`, `.ndjson`: an object on each
+    line. Any other is a table. Between tabs, unless the suffix is `.csv`, quotation marks are
+    literal, as in UCI's files; other tables have quoted fields between commas, semicolons, tabs or
+    bars. The first row is a header if it has one of `columns`, in any case. Without one, the
+    columns are text and label, in either order, or label, title, content, as in Kaggle's files.
+    Row numbers count blank rows and the header.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    with _open_bytes(path) as file:
+        is_parquet = file.read(4) == b"PAR1"
+    text = "" if is_parquet else "".join(read_chunks(path))
+    try:
+        if is_parquet:
+            records = _parquet_records(path)
+        elif suffix in (".json", ".jsonl", ".ndjson") or (
+            suffix not in (".csv", ".tsv") and text.lstrip()[:1] == "{"
+        ):
+            records = _json_records(text, suffix == ".json")
+        else:
+            is_quoted = suffix == ".csv" or "\t" not in text.strip().partition("\n")[0]
+            records = _table_records(_table_rows(text, is_quoted), columns)
+        return [(number, _unify_line_ends(record)) for number, record in records]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def find_columns(
+    path: str | Path,
+    records: Records,
+    roles: Mapping[str, Collection[str]],
+    chosen: Mapping[str, str | None],
+) -> dict[str, str]:
+    """The column of each role that a file has. `roles` lists the names known for a role, in lower
+    case, `chosen` the user's own choice of columns. Two columns for one role are an error, and
+    columns without a role are named."""
+    names = list(dict.fromkeys(n for _, r in records if isinstance(r, dict) for n in r))
+    columns = {}
+    for role, known in roles.items():
+        choice = chosen.get(role)
+        found = [n for n in names if (n == choice if choice else n.strip().lower() in known)]
+        if choice and not found:
+            raise ValueError(f"{path} has no column {choice!r}: its columns are {_shorten(names)}")
+        if len(found) > 1:
+            flag = f"--{role if role in chosen else 'text'}-column"
+            raise ValueError(f"{path} has two columns for {role} ({_shorten(found)}): use {flag}")
+        if found:
+            columns[role] = found[0]
+    if unknown := [name for name in names if name not in columns.values()]:
+        log0(f"{path}: ignored {_shorten(unknown)}")
+    return columns
+
+
+def _shorten(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+    return ", ".join(name[:40] for name in names[:MAX_SHOWN]) + more
+
+
+def _unify_line_ends(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
+    if isinstance(value, list):
+        return [_unify_line_ends(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _unify_line_ends(item) for name, item in value.items()}
+    return value
 
 
 def _check_characters(text: str) -> str:
@@ -442,36 +635,190 @@ def _check_characters(text: str) -> str:
     return text
 
 
-def _json_records(text: str) -> Iterator[tuple[int, object]]:
-    """Row numbers, and the JSON value of each row or an error in its place."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError):
-                yield number, ValueError("not JSON")
+def _parquet_records(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with _open_bytes(path) as file:
+            table = pyarrow.parquet.read_table(io.BytesIO(file.read()))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"a damaged Parquet file ({str(error).splitlines()[0]})") from None
+    _check_distinct(table.column_names)
+    return enumerate(table.to_pylist(), 1)
 
 
-def _table_records(text: str, is_csv: bool) -> Iterator[tuple[int, object]]:
-    """Row numbers, and the fields of each row by column or an error in their place."""
-    if is_csv:
+def _check_distinct(names: list[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two columns are named {twice[0]!r}: rename or remove one")
+
+
+def _json_records(text: str, is_array: bool) -> Iterator[tuple[int, Any]]:
+    """Items of an array, or else values of lines."""
+    value = _parse_json(text)
+    if isinstance(value, ValueError):
+        if is_array and text.lstrip().startswith("["):
+            raise ValueError("not a whole JSON array")
+        lines = enumerate(text.split("\n"), 1)
+        records = ((number, _parse_json(line)) for number, line in lines if line.strip())
+    else:
+        if is_array and isinstance(value, dict):
+            arrays = [item for item in value.values() if isinstance(item, list)]
+            if len(arrays) > 1:
+                raise ValueError("several arrays: keep the one to read")
+            value = arrays[0] if arrays else value
+        records = enumerate(value if isinstance(value, list) else [value], 1)
+    error = ValueError("not an object with fields")
+    return ((n, r if isinstance(r, dict | ValueError) else error) for n, r in records)
+
+
+def _parse_json(text: str) -> Any:
+    """The value, or a ValueError in its place or in that of an object with a field twice."""
+
+    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | ValueError:
+        fields = dict(pairs)
+        return fields if len(fields) == len(pairs) else ValueError("a field occurs twice")
+
+    try:
+        return json.loads(text, object_pairs_hook=to_object)
+    except (ValueError, RecursionError):
+        return ValueError("not JSON")
+
+
+def _table_rows(text: str, is_quoted: bool) -> list[tuple[int, list[str]]]:
+    """Row numbers and cells of the rows that are not blank."""
+    if is_quoted:
         csv.field_size_limit(1 << 30)
-        reader = csv.reader(io.StringIO(text, newline=""))
-        rows = ((reader.line_num, fields) for fields in reader)
+        start = text[: 1 << 16]
+        delimiter = max(",;\t|", key=lambda d: _regularity(start, d))  # of equals the first
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        rows, line = [], 0
+        for cells in reader:
+            rows.append(cells)
+            first_line, line = line, reader.line_num
+        last = "\n".join(text.split("\n")[first_line:]) if rows else ""
+        if "\n" in last.strip() and last.count('"') % 2:
+            raise ValueError(f"row {len(rows)}: a quotation mark that is never closed")
     else:
-        lines = (line.removesuffix("\r").split("\t") for line in text.split("\n"))
-        rows = enumerate(lines, 1)
-    rows = [(number, fields) for number, fields in rows if any(field.strip() for field in fields)]
-    header = [field.strip().lower() for field in rows[0][1]] if rows else []
-    if {"label", "text", "content"} & set(header) and not LABEL_VALUES & set(header):
-        names, rows = header, rows[1:]
+        rows = [line.split("\t") for line in text.split("\n")]
+    return [(n, cells) for n, cells in enumerate(rows, 1) if any(cell.strip() for cell in cells)]
+
+
+def _regularity(text: str, delimiter: str) -> int:
+    """Number of rows with as many cells as the first one, if that has several."""
+    rows = [cells for cells in csv.reader(io.StringIO(text), delimiter=delimiter) if cells]
+    return sum(len(cells) == len(rows[0]) > 1 for cells in rows)
+
+
+def _table_records(rows: list, columns: Collection[str]) -> Iterator[tuple[int, Any]]:
+    """Row numbers, and the cells of each row by column."""
+    if rows and _is_header(rows, columns):
+        header, rows = [cell.strip() for cell in rows[0][1]], rows[1:]
+        names = [name or f"column {i}" for i, name in enumerate(header, 1)]
+        _check_distinct(names)
     else:
-        names = ["text", "label"] if len(header) == 2 else ["label", "title", "content"]
-    for number, fields in rows:
-        if len(fields) == len(names):
-            yield number, dict(zip(names, fields))
+        names, header = _usual_columns([cells for _, cells in rows]), None
+    for number, cells in rows:
+        if [cell.strip() for cell in cells] == header:
+            yield number, ValueError("the header again")
+        elif len(cells) == len(names):
+            yield number, dict(zip(names, cells))
         else:
-            yield number, ValueError(f"{len(fields)} fields instead of {len(names)}")
+            yield number, ValueError(f"{len(cells)} fields instead of {len(names)}")
+
+
+def _is_header(rows: list, columns: Collection[str]) -> bool:
+    """Whether the first row has known names only, or a known name, no number, and no cell that
+    occurs again in its column, as labels do."""
+    header, *below = ([cell.strip().lower() for cell in cells] for _, cells in rows)
+    known = {name.lower() for name in columns}
+    if known >= set(header) or not known & set(header) or any(map(NUMBER.fullmatch, header)):
+        return known >= set(header)
+    pairs = (pair for cells in below if cells != header for pair in zip(header, cells))
+    return not any(name == cell and name for name, cell in pairs)
+
+
+def _usual_columns(rows: list[list[str]]) -> list[str]:
+    """Names of the columns of a table without a header."""
+    names = {0: [], 1: ["text"], 2: ["text", "label"], 3: ["label", "title", "content"]}
+    width = len(rows[0]) if rows else 0
+    if width not in names:
+        first_row = _shorten(rows[0])
+        raise ValueError(f"{width} columns without known names ({first_row}): add a row of names")
+    if width == 2:
+        columns = zip(*(cells for cells in rows if len(cells) == 2))
+        first, second = (
+            (not all(map(NUMBER.fullmatch, c)), len({*c}), len("".join(c))) for c in columns
+        )
+        return ["label", "text"] if first < second else names[2]
+    return names[width]
+
+
+# ---- files as text
+
+
+def read_chunks(path: Path, encoding: str | None = None) -> Iterator[str]:
+    """Yields the text of a file, gzipped or not, in chunks of about a million characters: decoded,
+    without byte order mark, and with "\\n" at the end of every line."""
+    encoding = encoding or find_encoding(path)
+    with _open_bytes(path) as file, io.TextIOWrapper(file, encoding) as text:  # unifies line ends
+        try:
+            while chunk := text.read(CHUNK_BYTES):
+                if "\0" in chunk:
+                    raise ValueError(f"{path} contains NUL bytes: it is a binary file, not text")
+                yield chunk
+        except UnicodeError as error:
+            raise ValueError(f"{path} is not {encoding} throughout ({error.reason})") from None
+
+
+def find_encoding(path: Path) -> str:
+    """The codec of a text file: UTF-8 if all of it is, else as its byte order mark says, else a
+    guess; a codec other than UTF-8 is announced."""
+    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
+    with _open_bytes(path) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            if position == 0 and chunk[:4] in SIGNATURES:
+                raise ValueError(f"{path} is {SIGNATURES[chunk[:4]]}")
+            bad, n_pending = chunk.find(b"\0"), len(decoder.getstate()[0])
+            try:
+                decoder.decode(chunk, final=len(chunk) < CHUNK_BYTES)
+            except UnicodeDecodeError as error:
+                bad = max(0, error.start - n_pending)
+            if bad >= 0:
+                return _guess_encoding(path, chunk, bad, position + bad)
+            position += len(chunk)
+    return "utf-8-sig"  # with or without a mark
+
+
+def _guess_encoding(path: Path, chunk: bytes, bad: int, position: int) -> str:
+    """The most plausible codec of a chunk with a byte that is not UTF-8."""
+    from charset_normalizer import from_bytes
+
+    is_wide = b"\0" in chunk
+    start = 0 if is_wide else chunk.rfind(b"\n", 0, bad) + 1
+    encodings = WIDE_ENCODINGS if is_wide else BYTE_ENCODINGS
+    matches = from_bytes(chunk[start : start + (1 << 16)], cp_isolation=encodings)
+    names = [name for match in matches for name in match.could_be_from_charset]
+    text = chunk.decode("utf-8", errors="replace")
+    n_bad, n_ascii = text.count("\ufffd"), len(text.encode("ascii", "ignore"))
+    if not names or len(text) - n_ascii > 2 * n_bad:  # most of it is UTF-8
+        raise ValueError(f"{path} is no text, or damaged at byte {position}: save it as UTF-8")
+    # Texts of Western Europe differ from those of Eastern Europe in few letters.
+    encoding = "cp1252" if names[0] == "cp1250" and "cp1252" in names else names[0]
+    log0(f"{path} is not UTF-8: read as {encoding}")
+    return encoding
+
+
+@contextlib.contextmanager
+def _open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file, or what it holds if it is gzipped."""
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        try:
+            yield gzip.GzipFile(fileobj=file) if is_gzip else file
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is a damaged gzip file ({error})") from None
 
 
 # ---- where data sets come from
@@ -517,16 +864,17 @@ SNIPPETS = RemoteFile(
 DOLLY, DOLLY_ROWS = "databricks/databricks-dolly-15k", 15_011
 NEUTRAL_RATING = 0.5  # ratings from -0.5 to 0.5 are skipped
 
-# (find, read): `find(n, data_dir)` downloads n rows if need be and returns the path; `read(path)`.
-Source = tuple[Callable[[int, Path], Path], Callable[[Path], list[Example]]]
+# (find, read): `find(n, data_dir)` downloads n rows if need be and returns the path; `read(path)`
+# returns the rows and the names of their labels.
+Source = tuple[Callable[[int, Path], Path], Callable[..., tuple[list[Example], tuple[str, ...]]]]
 
 
-def read_snippets(path: Path) -> list[Review]:
+def read_snippets(path: Path) -> tuple[list[Review], tuple[str, ...]]:
     """Reads the rated sentences: number, mean rating from -4 to 4, and text, between tabs."""
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = (line.strip().split("\t") for line in lines if line.strip())
     rated = ((text, float(rating)) for _, rating, text in rows)
-    return [Review(text, int(r > 0)) for text, r in rated if abs(r) > NEUTRAL_RATING]
+    return [Review(text, int(r > 0)) for text, r in rated if abs(r) > NEUTRAL_RATING], LABELS
 
 
 REVIEW_SOURCES: dict[str, Source[Review]] = {
@@ -541,9 +889,12 @@ REVIEW_SOURCES: dict[str, Source[Review]] = {
 INSTRUCTION_SOURCES: dict[str, Source[Instruction]] = {
     "dolly": (
         lambda n, folder: _fetch_rows("dolly", DOLLY, min(n, DOLLY_ROWS), folder),
-        read_instructions,
+        lambda path: (read_instructions(path), ()),
     ),
-    "sample": (lambda *_: SAMPLES / "instructions.jsonl", read_instructions),
+    "sample": (
+        lambda *_: SAMPLES / "instructions.jsonl",
+        lambda path: (read_instructions(path), ()),
+    ),
 }
 load_reviews = partial(load_examples, REVIEW_SOURCES)
 load_instructions = partial(load_examples, INSTRUCTION_SOURCES)

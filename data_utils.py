@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data_loader
-from data_loader import ByteRange, Corpus, Example, Examples, Instruction, Review, log0, read_text
+from data_loader import (
+    DOCUMENT_END,
+    ByteRange,
+    Corpus,
+    Example,
+    Examples,
+    Instruction,
+    Review,
+    log0,
+    read_text,
+)
 from tokenizer import BPETokenizer
 
 IGNORE = -100  # target that carries no loss: `ignore_index` of PyTorch's cross entropy
@@ -43,17 +54,18 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETo
     if fraction < 0.9:
         log0(f"tokenizer: learning from the first {TOKENIZER_BYTES >> 20} MiB of the text")
     train, _ = corpus.split(fraction)
-    texts = itertools.chain(SAMPLE_WEIGHT * samples, *map(read_text, train))
+    documents = (text for chunk in read_text(train) for text in chunk.split(DOCUMENT_END))
+    texts = itertools.chain(SAMPLE_WEIGHT * samples, documents)
     tokenizer = BPETokenizer.train(texts, vocab_size)
     tokenizer.save(cache_dir / f"{stem}-{tokenizer.sha256[:16]}.json")
     return tokenizer
 
 
 def prepare_token_ids(
-    split: str, ranges: list[ByteRange], corpus: Corpus, tokenizer: BPETokenizer, cache_dir: Path
+    split: str, byte_range: ByteRange, corpus: Corpus, tokenizer: BPETokenizer, cache_dir: Path
 ) -> np.ndarray:
     """Token ids (N,) of a split of the corpus, as a memory-mapped file that is written once, chunk
-    by chunk; `<|endoftext|>` separates two byte ranges."""
+    by chunk; see `encode_documents`."""
     stem = f"{split}-{corpus.sha256[:16]}-{tokenizer.sha256[:16]}"
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     if path := _cached_file(cache_dir, stem, ".bin"):
@@ -61,16 +73,20 @@ def prepare_token_ids(
     else:
         new_path = cache_dir / f"{stem}.bin"
         with data_loader.atomic_write(new_path) as file:
-            for i, byte_range in enumerate(ranges):
-                if i:
-                    file.write(np.array([tokenizer.end_id], dtype).data)
-                n_chunks = -(-(byte_range.stop - byte_range.start) // data_loader.CHUNK_BYTES)
-                text = tqdm(read_text(byte_range), f"{split} tokens", n_chunks, unit="MiB")
-                for ids in tokenizer.encode_stream(text):
-                    file.write(np.array(ids, dtype).data)
+            n_chunks = -(-(byte_range.stop - byte_range.start) // data_loader.CHUNK_BYTES)
+            text = tqdm(read_text(byte_range), f"{split} tokens", n_chunks, unit="MiB")
+            for ids in encode_documents(text, tokenizer):
+                file.write(np.array(ids, dtype).data)
         sha256 = data_loader.file_sha256(new_path)
         path = new_path.replace(cache_dir / f"{stem}-{sha256[:16]}.bin")
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def encode_documents(chunks: Iterable[str], tokenizer: BPETokenizer) -> Iterator[list[int]]:
+    """Yields the token ids of a text in chunks, with `<|endoftext|>` between its documents."""
+    pieces = (p for chunk in chunks for p in re.split(f"({DOCUMENT_END})", chunk) if p)
+    for is_end, document in itertools.groupby(pieces, lambda piece: piece == DOCUMENT_END):
+        yield from [[tokenizer.end_id]] if is_end else tokenizer.encode_stream(document)
 
 
 def _cached_file(cache_dir: Path, stem: str, suffix: str) -> Path | None:
@@ -234,12 +250,17 @@ def split_examples(examples: Examples[Example]) -> Split[Example]:
 
 
 def split_reviews(reviews: Examples[Review]) -> Split[Review]:
-    """As `split_examples`; each split must have both labels."""
-    split = split_examples(reviews)
+    """As `split_examples`; each split must have every label."""
+    split, counts = split_examples(reviews), Counter(row.label for row in reviews.rows)
+    if len(counts) < 2:
+        names = ", ".join(reviews.labels[label] for label in counts)
+        raise ValueError(f"{reviews.name} has the label {names} only: a classifier needs two")
     for name, rows in vars(split).items():
-        if len({row.label for row in rows}) < 2:
-            problem = f"its {name} split, {len(rows)} rows, needs both labels"
-            raise ValueError(f"{reviews.name} has too few rows: {problem}")
+        for label in {*range(len(reviews.labels))} - {row.label for row in rows}:
+            raise ValueError(
+                f"{reviews.name} has too few rows with the label {reviews.labels[label]!r}: "
+                f"{counts[label]:,}, none of them in the {name} split"
+            )
     return split
 
 

@@ -2,7 +2,7 @@
 
     python evaluate.py [--models DIR]                            # table of a whole model set
     python evaluate.py perplexity --data FILE [--checkpoint FILE] [--json]
-    python evaluate.py sentiment --data FILE [--checkpoint FILE] [--json]
+    python evaluate.py sentiment (--data FILE | --text TEXT) [--checkpoint FILE] [--json]
     python evaluate.py instructions --data FILE [--checkpoint FILE] [--json]
 
 Bits per byte, the loss of a whole text in bits divided by its UTF-8 bytes, compares models with
@@ -13,12 +13,11 @@ predict.
 import argparse
 import contextlib
 import copy
-import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ import data_loader
 import data_utils
 import generation
 import training
-from data_loader import LABELS, ByteRange, Instruction, Review, log0
+from data_loader import ByteRange, Instruction, Review, log0
 from data_utils import EncodedInstruction, Split
 from generation import BASE, COMMANDS, FULL_CLASSIFIER, LORA_CLASSIFIER, QLORA, REVIEW_LM
 from lora import count_parameters, merge_lora
@@ -77,39 +76,46 @@ def validation_metrics(
 
 
 def text_metrics(
-    model: GPTModel, tokenizer: BPETokenizer, ranges: list[ByteRange], runtime: Runtime
+    model: GPTModel, tokenizer: BPETokenizer, byte_range: ByteRange, runtime: Runtime
 ) -> Metrics:
-    """`language_model_metrics` on text files."""
-    text = itertools.chain.from_iterable(map(data_loader.read_text, ranges))
-    ids = np.concatenate([np.array(ids) for ids in tokenizer.encode_stream(text)])
+    """`language_model_metrics` on a part of a corpus."""
+    chunks = data_utils.encode_documents(data_loader.read_text(byte_range), tokenizer)
+    ids = np.concatenate([np.array(ids) for ids in chunks])
     return language_model_metrics(model, tokenizer, ids, runtime)
 
 
-def classification_metrics(predicted: np.ndarray, labels: np.ndarray) -> Metrics:
-    """How well predicted classes (N,) match labels (N,); "ci95" is the 95 % interval of the
-    accuracy (Wilson 1927), and the rows of "confusion" are labels."""
+def classification_metrics(
+    predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]
+) -> Metrics:
+    """How well predicted classes (N,) match labels (N,), indices into `names`; "ci95" is the 95 %
+    interval of the accuracy (Wilson 1927), and the rows of "confusion" are labels."""
     from scipy.stats import binomtest
     from sklearn.metrics import confusion_matrix, f1_score
 
-    n, classes = len(labels), list(range(len(LABELS)))
+    n, classes = len(labels), list(range(len(names)))
     interval = binomtest(int((predicted == labels).sum()), n).proportion_ci(method="wilson")
     macro_f1 = f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)
     return {
         "accuracy": float((predicted == labels).mean()),
         "ci95": [float(interval.low), float(interval.high)],
         "macro_f1": float(macro_f1),
+        "labels": list(names),
         "confusion": confusion_matrix(labels, predicted, labels=classes).tolist(),
         "n": n,
     }
 
 
 def classifier_metrics(
-    model: GPTClassificationModel, tokenizer: BPETokenizer, rows: list[Review], runtime: Runtime
+    model: GPTClassificationModel,
+    tokenizer: BPETokenizer,
+    rows: list[Review],
+    names: Sequence[str],
+    runtime: Runtime,
 ) -> Metrics:
     """`classification_metrics` of a classifier on labelled reviews."""
     texts, labels = [row.text for row in rows], np.array([row.label for row in rows])
     predicted = generation.class_probabilities(model, tokenizer, texts, runtime).argmax(1)
-    return classification_metrics(predicted, labels)
+    return classification_metrics(predicted, labels, names)
 
 
 def response_metrics(
@@ -153,7 +159,7 @@ def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction])
 # ---- the linear baseline
 
 
-def fit_linear_baseline(split: Split[Review]) -> dict[str, Any]:
+def fit_linear_baseline(split: Split[Review], names: Sequence[str]) -> dict[str, Any]:
     """Fits the classifier to beat, logistic regression on TF-IDF weights of words and word pairs:
     its "model", its "metrics" (see `baseline_metrics`) and its "provenance"."""
     linear, train = _new_linear_model(), [*split.train, *split.validation]
@@ -164,7 +170,8 @@ def fit_linear_baseline(split: Split[Review]) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": training.peak_memory_bytes(torch.device("cpu")),
     }
-    return {"model": linear, "metrics": baseline_metrics(linear, split), "provenance": provenance}
+    metrics = baseline_metrics(linear, split, names)
+    return {"model": linear, "metrics": metrics, "provenance": provenance}
 
 
 def _new_linear_model(words: list[str] | None = None) -> Any:
@@ -176,13 +183,13 @@ def _new_linear_model(words: list[str] | None = None) -> Any:
     return make_pipeline(features, LogisticRegression(C=10, max_iter=1000))
 
 
-def baseline_metrics(linear: Any, split: Split[Review]) -> dict[str, Metrics]:
-    """Metrics on the test split of the linear baseline and of guessing the larger class."""
+def baseline_metrics(linear: Any, split: Split[Review], names: Sequence[str]) -> dict[str, Metrics]:
+    """Metrics on the test split of the linear baseline and of guessing the largest class."""
     labels = np.array([row.label for row in split.test])
     seen = [row.label for row in (*split.train, *split.validation)]
-    larger = np.full(len(labels), 2 * sum(seen) > len(seen), dtype=int)
-    guesses = {LINEAR: linear.predict([row.text for row in split.test]), MAJORITY: larger}
-    return {name: classification_metrics(guess, labels) for name, guess in guesses.items()}
+    largest = np.full(len(labels), np.bincount(seen).argmax())
+    guesses = {LINEAR: linear.predict([row.text for row in split.test]), MAJORITY: largest}
+    return {name: classification_metrics(guess, labels, names) for name, guess in guesses.items()}
 
 
 def save_linear_baseline(baseline: dict[str, Any], path: str | Path, data: dict[str, Any]) -> None:
@@ -192,7 +199,7 @@ def save_linear_baseline(baseline: dict[str, Any], path: str | Path, data: dict[
     contents = {
         "kind": "linear",
         "words": "\n".join(sorted(features.vocabulary_, key=features.vocabulary_.get)),
-        "labels": LABELS,
+        "labels": baseline["metrics"][LINEAR]["labels"],
         **data,
         "metrics": {"test": baseline["metrics"][LINEAR]},
         "provenance": baseline["provenance"],
@@ -210,7 +217,7 @@ def load_linear_baseline(path: str | Path) -> tuple[Any, None, dict[str, Any]]:
         features, model = linear[0], linear[1]
         features.idf_ = weights["idf"]
         model.coef_, model.intercept_ = weights["coef"], weights["intercept"]
-        model.classes_ = np.arange(len(LABELS))
+        model.classes_ = np.arange(len(checkpoint["labels"]))
     return linear, None, checkpoint
 
 
@@ -287,7 +294,7 @@ def _on_reviews_as_text(model, tokenizer, checkpoint, data_dir, runtime):
 
 def _on_reviews(model, tokenizer, checkpoint, data_dir, runtime):
     reviews = rebuild_split(checkpoint, data_loader.REVIEW_SOURCES, data_dir).test
-    return classifier_metrics(model, tokenizer, reviews, runtime)
+    return classifier_metrics(model, tokenizer, reviews, checkpoint["labels"], runtime)
 
 
 def _on_tasks(model, tokenizer, checkpoint, data_dir, runtime):
@@ -299,7 +306,7 @@ def _on_tasks(model, tokenizer, checkpoint, data_dir, runtime):
 def _baseline_row(name: str) -> Row:
     def measure(linear, _, checkpoint, data_dir, __):
         split = rebuild_split(checkpoint, data_loader.REVIEW_SOURCES, data_dir)
-        return baseline_metrics(linear, split)[name]
+        return baseline_metrics(linear, split, checkpoint["labels"])[name]
 
     return Row(
         name, LINEAR_BASELINE, measure, load=lambda path, runtime: load_linear_baseline(path)
@@ -368,14 +375,7 @@ REPORT_COLUMNS = {
         **COST_COLUMNS,
     },
 }
-CONFUSION_COLUMNS = {
-    "texts": "{n:,}",
-    **ACCURACY_COLUMNS,
-    "true neg.": "{confusion[0][0]}",
-    "false pos.": "{confusion[0][1]}",
-    "false neg.": "{confusion[1][0]}",
-    "true pos.": "{confusion[1][1]}",
-}
+SENTIMENT_COLUMNS = {"texts": "{n:,}", **ACCURACY_COLUMNS}
 
 
 def table_cells(columns: dict[str, str], rows: list[Metrics]) -> list[list[str]]:
@@ -394,10 +394,22 @@ def _cells(columns: dict[str, str], row: Metrics) -> list[str]:
     return list(cells.values())
 
 
+def sentiment_tables(rows: dict[str, Metrics]) -> str:
+    """Metrics of classifiers by name, and the confusion matrix of the first one."""
+    table = markdown_table(SENTIMENT_COLUMNS, [{"model": n, **row} for n, row in rows.items()])
+    names, counts = (next(iter(rows.values()))[key] for key in ("labels", "confusion"))
+    lines = [["label \\ prediction", *names], *([n, *map(str, c)] for n, c in zip(names, counts))]
+    return f"{table}\n\n{_markdown(lines)}"
+
+
 def markdown_table(columns: dict[str, str], rows: list[Metrics]) -> str:
     """`table_cells` as Markdown."""
-    header, *lines = table_cells(columns, rows)
-    lines = [header, ["---"] * len(header), *lines]
+    return _markdown(table_cells(columns, rows))
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -422,7 +434,7 @@ TASKS = {
         ("base",),
         lambda path: data_loader.corpus_from_path(path).split(1.0)[0],
         text_metrics,
-        "UTF-8 text file, or a folder of them",
+        "text file, or a folder of .txt files",
     ),
     "sentiment": Task(
         "a classifier on labelled reviews",
@@ -430,7 +442,7 @@ TASKS = {
         generation.CLASSIFIERS,
         data_loader.read_reviews,
         classifier_metrics,
-        "JSONL, CSV or TSV file with text, or title and content, and label",
+        "file of labelled texts",
     ),
     "instructions": Task(
         "an instruction model, or a base, on tasks with responses",
@@ -443,15 +455,29 @@ TASKS = {
 }
 
 
-def measure_file(name: str, checkpoint: Path, data: Path, runtime: Runtime) -> Metrics:
-    """Metrics of a checkpoint on a file; `name` is one of TASKS."""
+def measure_file(
+    name: str, checkpoint: Path, data: Path, runtime: Runtime, **columns: str | None
+) -> Metrics:
+    """Metrics of a checkpoint on a file; `name` is one of TASKS. `columns` are choices of columns
+    of labelled texts."""
     task = TASKS[name]
-    rows = task.read(data)
     model, tokenizer, metadata = generation.load_model(checkpoint, task.kinds, runtime)
+    if name == "sentiment":
+        rows, labels = task.read(data, metadata["labels"], **columns)
+        return task.measure(model, tokenizer, rows, labels, runtime)
+    rows = task.read(data)
     if name == "instructions" and metadata["kind"] == "base" and model.config.position == "rotary":
         length = max(INSTRUCTION_CONTEXT, model.config.context_length)  # as the fine-tuned models
         model = generation.clone_with(model, length).to(runtime.device)
     return task.measure(model, tokenizer, rows, runtime)
+
+
+def judge_text(checkpoint: Path, text: str, runtime: Runtime) -> dict[str, Any]:
+    """The label that a classifier gives a text, and the probability of each label."""
+    model, tokenizer, metadata = generation.load_model(checkpoint, generation.CLASSIFIERS, runtime)
+    (row,) = generation.class_probabilities(model, tokenizer, [text], runtime)
+    probabilities = dict(zip(metadata["labels"], row.tolist()))
+    return {"label": max(probabilities, key=probabilities.get), "probabilities": probabilities}
 
 
 @training.report_errors
@@ -471,11 +497,18 @@ def main(argv: list[str] | None = None) -> int:
         file = TASKS[args.task].file
         checkpoint = args.checkpoint or (args.models and args.models / file)
         checkpoint = checkpoint or generation.default_path(file)
-        metrics = measure_file(args.task, checkpoint, args.data, runtime)
+        if (text := getattr(args, "text", None)) is not None:
+            metrics = judge_text(checkpoint, text, runtime)
+        else:
+            options = {k: v for k, v in vars(args).items() if k.endswith("_column")}
+            metrics = measure_file(args.task, checkpoint, args.data, runtime, **options)
     if args.json:
         print(json.dumps(metrics))
+    elif text is not None:
+        print(metrics["label"])
+        print(*(f"{p:.1%} {label}" for label, p in metrics["probabilities"].items()), sep="\n")
     elif args.task == "sentiment":
-        print(markdown_table(CONFUSION_COLUMNS, [{"model": checkpoint.name, **metrics}]))
+        print(sentiment_tables({checkpoint.name: metrics}))
     else:
         print(*(f"{k}: {v:,.4f}".removesuffix(".0000") for k, v in metrics.items()), sep="\n")
     return 0
@@ -490,12 +523,24 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     tasks = parser.add_subparsers(dest="task", metavar="TASK")
     for name, task in TASKS.items():
         options = {"help": task.text, "formatter_class": training.HelpFormatter}
-        add = tasks.add_parser(name, **options).add_argument
+        subparser = tasks.add_parser(name, **options)
+        add = subparser.add_argument
         add("--models", type=Path, default=argparse.SUPPRESS, help=text)
         add("--checkpoint", type=Path, help=f"(default: {task.file} of the model set)")
-        add("--data", type=Path, required=True, help=task.data_help)
+        group = subparser.add_mutually_exclusive_group(required=True)
+        group.add_argument("--data", type=Path, help=task.data_help)
+        if name == "sentiment":
+            group.add_argument("--text", help="one text to classify")
+            add_column_flags(subparser)
         add("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
+
+
+def add_column_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags for the columns of labelled texts whose names are not known."""
+    for role in ("text", "label"):
+        text = f"column of --data that holds the {role}, if its name does not tell"
+        parser.add_argument(f"--{role}-column", metavar="NAME", help=text)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python finetune_classifier.py                     # Amazon polarity, eight minutes on two cores
     python finetune_classifier.py --dataset sample    # the small bundled reviews
-    python finetune_classifier.py --data FILE         # your own: JSONL, CSV or TSV
+    python finetune_classifier.py --data FILE         # your own texts and labels, of two or more
 
 Needs a base model (`python main.py`; else the one in `models/shipped`). The base is first
 pretrained further on the training reviews, whose English is not Shakespeare's (ULMFiT, Howard and
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 import training
 from data_loader import (
-    LABELS,
     REVIEW_SOURCES,
     Review,
     find_data_dir,
@@ -33,12 +32,12 @@ from data_loader import (
 )
 from data_utils import TokenBatches, review_batches, reviews_as_text, split_reviews
 from evaluate import (
-    CONFUSION_COLUMNS,
     LINEAR_BASELINE,
+    add_column_flags,
     classifier_metrics,
     fit_linear_baseline,
-    markdown_table,
     save_linear_baseline,
+    sentiment_tables,
     validation_metrics,
 )
 from generation import (
@@ -110,11 +109,13 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
         training.check_output(args, runtime, path.name, LINEAR_BASELINE, start=REVIEW_LM)
         with training.rank_zero_first(runtime):
             data_dir = find_data_dir(args.data_dir)
-            reviews = load_reviews(args.dataset, args.data, data_dir, args.max_examples)
-            split = split_reviews(reviews)
-            baseline = fit_linear_baseline(split)  # now, because peak memory only grows
+            columns = {"text_column": args.text_column, "label_column": args.label_column}
+            reviews = load_reviews(args.dataset, args.data, data_dir, args.max_examples, **columns)
+            split, labels = split_reviews(reviews), reviews.labels
+            baseline = fit_linear_baseline(split, labels)  # now, because peak memory only grows
             base, tokenizer, origin = open_base(args.base, args.out_dir, config.context_length)
             log0(f"reviews: {reviews.name}, {split.sizes()}; runtime: {runtime.describe()}")
+            log0(f"labels: {', '.join(labels)}")
             lora = lora and resolve_targets(nn.ModuleDict({"backbone": base}), lora)
             if args.overwrite and runtime.rank == 0:
                 for result in (path, path.with_name(REVIEW_LM)):
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
         language_model, origin = _review_lm(base, tokenizer, split, config, origin, args, runtime)
         torch.manual_seed(args.seed)
         backbone = clone_with(language_model, config.context_length, config.dropout)
-        model = GPTClassificationModel(backbone, len(LABELS)).to(runtime.device)
+        model = GPTClassificationModel(backbone, len(labels)).to(runtime.device)
         if lora:
             apply_lora(model, lora)
         trained, total = count_parameters(model)
@@ -131,7 +132,7 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
         metadata = {
             "model_config": asdict(backbone.config),
             **origin,
-            "labels": LABELS,
+            "labels": labels,
             "review_config": asdict(config),
             "lora_config": lora and asdict(lora),
         }
@@ -140,9 +141,8 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
             calibrate(model, tokenizer, split.validation, runtime)
             weights = training.half_precision(model.state_dict())
             model.load_state_dict(weights)  # as they are saved
-            metrics = classifier_metrics(model, tokenizer, split.test, runtime)
-            rows = {path.name: metrics, **baseline["metrics"]}
-            print(markdown_table(CONFUSION_COLUMNS, [{"model": n, **r} for n, r in rows.items()]))
+            metrics = classifier_metrics(model, tokenizer, split.test, labels, runtime)
+            print(sentiment_tables({path.name: metrics, **baseline["metrics"]}))
             save_linear_baseline(baseline, path.with_name(LINEAR_BASELINE), reviews.metadata)
             kind = "lora_classifier" if lora else "classifier"
             metadata |= {"metrics": {**best, "test": metrics}, "provenance": provenance}
@@ -197,8 +197,9 @@ def _review_lm(base, tokenizer, split, config, origin, args, runtime):
 def _train(model, tokenizer, split, config, metadata, path, args, runtime):
     """Trains on the labels; keeps the weights that rank the validation texts best.
 
-    The area under the ROC curve is less noisy than the error rate on few texts and, unlike the
-    loss, unaffected by growing overconfidence.
+    The area under the ROC curve, with several labels the mean of each against the rest, is less
+    noisy than the error rate on few texts and, unlike the loss, unaffected by growing
+    overconfidence.
     """
     from sklearn.metrics import log_loss, roc_auc_score
 
@@ -208,10 +209,12 @@ def _train(model, tokenizer, split, config, metadata, path, args, runtime):
         probabilities = class_probabilities(model, tokenizer, texts, runtime)
         if not np.isfinite(probabilities).all():
             return {"val_auc": math.nan}
+        is_pair = probabilities.shape[1] == 2
+        scores = probabilities[:, 1] if is_pair else probabilities
         return {
             "val_loss": log_loss(labels, probabilities),
             "val_accuracy": float((probabilities.argmax(1) == labels).mean()),
-            "val_auc": float(roc_auc_score(labels, probabilities[:, 1])),
+            "val_auc": float(roc_auc_score(labels, scores, multi_class="ovr")),
         }
 
     batches = review_batches(
@@ -265,28 +268,36 @@ def calibrate(
 ) -> None:
     """Scales and shifts the head's logits so that probabilities match frequencies.
 
-    Training drives probabilities towards 0 and 1, and may favour a class. A logistic regression on
-    the log odds of unseen texts corrects both (Platt 1999, "Probabilistic outputs for support
-    vector machines"). It is skipped where the log odds carry no information.
+    Training drives probabilities towards 0 and 1, and may favour a class. One scale and a shift for
+    each class, which minimise the cross entropy of unseen texts, correct both (Platt 1999,
+    "Probabilistic outputs for support vector machines"; Guo et al. 2017,
+    https://arxiv.org/abs/1706.04599). It is skipped where the logits carry no information.
     """
-    from sklearn.linear_model import LogisticRegression
+    from scipy.optimize import minimize
+    from scipy.special import log_softmax
 
     probabilities = class_probabilities(model, tokenizer, [row.text for row in rows], runtime)
-    log_odds = np.diff(np.log(np.maximum(probabilities, 1e-9)))
-    fit = LogisticRegression().fit(log_odds, [row.label for row in rows])
-    scale, shift = fit.coef_.item(), fit.intercept_.item()
+    logits, labels = np.log(np.maximum(probabilities, 1e-9)), [row.label for row in rows]
+
+    def loss(parameters: np.ndarray) -> float:
+        scale, *shift = parameters
+        log_likelihood = log_softmax(scale * logits + shift, axis=1)[range(len(rows)), labels]
+        return scale**2 / 2 - log_likelihood.sum()  # a small scale, if labels are separable
+
+    scale, *shift = minimize(loss, [1.0, *np.zeros(logits.shape[1])]).x
     if scale > 0:
         head = model.classifier_head
         with torch.no_grad():
             head.weight *= scale
             head.bias *= scale
-            head.bias[1] += shift
+            head.bias += torch.tensor(shift, dtype=head.bias.dtype, device=head.bias.device)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """The flags that every way of fine-tuning a classifier has."""
     parser = training.new_parser(description)
-    training.add_run_flags(parser, REVIEW_SOURCES, "labelled reviews in JSONL, CSV or TSV", 20_000)
+    training.add_run_flags(parser, REVIEW_SOURCES, "file of labelled texts", 20_000)
+    add_column_flags(parser)
     for config_class in (ReviewConfig, TrainConfig):
         training.add_config_flags(parser, config_class)
     return parser

@@ -126,24 +126,28 @@ def test_an_adapter_is_refused_as_soon_as_its_base_changes(models: Path):
 
 
 def test_uploads_are_read_as_the_scripts_read_files():
-    rows, texts = app.read_upload(b'\xef\xbb\xbftitle,content\nGood,"a, b"\n,only\n', ".csv")
+    content = b'\xef\xbb\xbftitle,content\nGood,"a, b"\n,only\n'
+    rows, texts = app.read_upload(content, "a.csv")
     assert texts == ["Good\na, b", "only"] and rows[1] == {"title": "", "content": "only"}
     lines = b'{"text": "x\\u2028y", "n": 1}\n\n{"text": "z", "n": null}'
-    rows, texts = app.read_upload(lines, ".JSONL")
+    rows, texts = app.read_upload(lines, "a.JSONL")
     assert texts == ["x\u2028y", "z"] and [row["n"] for row in rows] == [1, None]
-    assert app.read_upload(b"good\t1\nbad\t0\n", ".tsv")[1] == ["good", "bad"]
-    for suffix, content, message in (
-        (".csv", b"", "has no rows"),
-        (".csv", b"\xff\xfe", "not UTF-8"),
-        (".csv", b"text\nI love it, really\n", "row 2: 2 fields instead of 1"),
-        (".jsonl", b"{", "row 1: not JSON"),
-        (".jsonl", b'{"text": "a"}\nnull', "row 2: not an object"),
-        (".jsonl", b'{"text": "a"}\n{"text": " "}', "row 2: no text"),
-        (".csv", b"text\n", "has no rows"),
-        (".csv", b"text\n" + b"x\n" * (app.MAX_ROWS + 1), "10,001 rows"),
+    assert app.read_upload(b"good\t1\nbad\t0\n", "a.tsv")[1] == ["good", "bad"]
+    assert app.read_upload(b"note;n\ngood;1\n", "a.csv", "note")[1] == ["good"]
+    for name, content, message in (
+        ("a.csv", b"", "has no valid row"),
+        ("a.csv", b"\xff" + bytes(9), r"^a\.csv is no text"),
+        ("a.csv", b"n;m;o;p\n1;2;3;4\n", r"^a\.csv: 4 columns without known names \(n, m"),
+        ("a.jsonl", b'{"n": 1}', r"^a\.jsonl has no column text: .*--text-column"),
+        ("a.csv", b"text\nI love it, really\n", "row 2: 2 fields instead of 1"),
+        ("a.jsonl", b"{", "row 1: not JSON"),
+        ("a.jsonl", b'{"text": "a"}\nnull', "row 2: not an object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": " "}', "row 2: no text"),
+        ("a.csv", b"text\n", "has no valid row"),
+        ("a.csv", b"text\n" + b"x\n" * (app.MAX_ROWS + 1), "10,001 rows"),
     ):
         with pytest.raises(ValueError, match=message):
-            app.read_upload(content, suffix)
+            app.read_upload(content, name)
 
 
 def test_the_shipped_models_stand_in_until_the_user_has_trained(

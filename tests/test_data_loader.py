@@ -1,5 +1,6 @@
-"""Sources of text: a local server that misbehaves, fallbacks, byte ranges, damaged files."""
+"""Sources of text: a local server that misbehaves, fallbacks, every form of a text, folders."""
 
+import gzip
 import hashlib
 import subprocess
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import data_loader
-from data_loader import ByteRange, Corpus, RemoteFile, SourceError
+from data_loader import Corpus, RemoteFile, SourceError, corpus_from_path, read_text
 
 CONTENT = b"Speak, speak.\n" * 2000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -223,33 +224,83 @@ def test_missing_and_empty_texts_are_one_line_errors(tmp_path: Path):
 
 
 def whole(path: Path) -> str:
-    return "".join(data_loader.read_text(ByteRange(path, 0, path.stat().st_size)))
+    return "".join(Corpus("own", (path,)).read())
 
 
 @pytest.mark.parametrize("chunk_bytes", [5, 7, 64, 1 << 20])
-def test_reading_in_pieces_cuts_no_character(
+def test_reading_in_pieces_cuts_no_character_line_end_or_marker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ):
     monkeypatch.setattr(data_loader, "CHUNK_BYTES", chunk_bytes)
-    text = "\ufeffa\r\nb\u0085c\u2028 é \U0001f9c2" * 40
+    text = "\ufeff" + "a\r\nb\u0085c\u2028\r é < \U0001f9c2<|endoftext|>\r\n<<|endoftext|>" * 40
     (tmp_path / "a.txt").write_bytes(text.encode())
-    assert whole(tmp_path / "a.txt") == text
+    assert whole(tmp_path / "a.txt") == "a\nb\u0085c\u2028\n é < \U0001f9c2\0<\0" * 40
+
+
+TEXT = "Señor Müller said: “The café is closed.”\nIt costs £5, or 5 €.\n" * 20
 
 
 @pytest.mark.parametrize(
-    ("content", "where"),
+    "content",
     [
-        (b"abc\xff def", "byte 3"),
-        ("é".encode("latin-1") * 9, "byte 0"),
-        ("né".encode()[:2], "byte 1"),
+        TEXT.encode(),
+        TEXT.encode("utf-8-sig"),
+        TEXT.replace("\n", "\r\n").encode(),
+        TEXT.replace("\n", "\r").encode(),
+        TEXT.encode("cp1252"),
+        TEXT.replace("\n", "\r\n").encode("utf-16"),
+        TEXT.encode("utf-16-le"),
+        TEXT.encode("utf-32"),
+        gzip.compress(TEXT.encode("utf-16")),
     ],
 )
-def test_text_that_is_not_utf8_is_refused_with_the_place(
-    tmp_path: Path, content: bytes, where: str
+def test_one_text_in_every_form_is_one_corpus(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"a\.txt is not UTF-8 text \({where}\)"):
-        whole(tmp_path / "a.txt")
+    corpus = corpus_from_path(tmp_path / "a.txt")
+    assert whole(tmp_path / "a.txt") == TEXT
+    assert corpus.size == len(TEXT.encode()) and corpus.n_documents == 1
+    assert corpus.sha256 == hashlib.sha256(TEXT.encode()).hexdigest()
+    is_utf8 = content.startswith((b"\xef", TEXT[:3].encode()))
+    assert ("read as" in capsys.readouterr().err) == (not is_utf8)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (TEXT.encode() + b"\xff" + TEXT.encode(), f"byte {len(TEXT.encode())}"),
+        (bytes(range(256)) * 20, "is no text"),
+        (TEXT.encode() + b"\0", "is no text"),
+        (b"PK\x03\x04 xl/workbook.xml", "save a workbook as CSV"),
+        (b"%PDF-1.7 ...", "is a PDF"),
+        (b"PAR1....", "Parquet"),
+        (gzip.compress(TEXT.encode())[:-9], "damaged gzip"),
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),
+    ],
+)
+def test_what_is_no_text_is_named(tmp_path: Path, content: bytes, reason: str):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        corpus_from_path(tmp_path / "a.txt")
+
+
+def test_a_folder_is_its_visible_text_files_each_content_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "books"
+    for name in (".ipynb_checkpoints/a-checkpoint.txt", "a.txt", "BOOK.TXT", "sub/copy.txt"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("one" if "a" in name else "two")
+    (folder / "._a.txt").write_bytes(b"\0\5\x16\7")
+    (folder / "z.txt.gz").write_bytes(gzip.compress(b"three"))
+    corpus = corpus_from_path(folder)
+    assert [path.name for path in corpus.paths] == ["BOOK.TXT", "a.txt", "z.txt.gz"]
+    assert "".join(corpus.read()) == "two\0one\0three" and corpus.n_documents == 3
+    said = capsys.readouterr().err
+    assert "3 files: BOOK.TXT, a.txt, z.txt.gz" in said and "3 documents" in said
+    assert "copy.txt: skipped, the same as BOOK.TXT" in said
 
 
 def test_the_split_is_by_position_and_keeps_characters_whole(tmp_path: Path):
@@ -257,12 +308,11 @@ def test_the_split_is_by_position_and_keeps_characters_whole(tmp_path: Path):
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_bytes(text.encode())
     corpus = Corpus("own", tuple(tmp_path / f"{i}.txt" for i in range(3)))
-    size = sum(len(text.encode()) for text in texts)
+    text = "\0".join(texts)
     for share in (0.1, 0.5, 0.77, 0.9):
-        parts = corpus.split(share)
-        halves = ["".join("".join(data_loader.read_text(r)) for r in part) for part in parts]
-        assert halves[0] + halves[1] == "".join(texts)
-        assert 0 <= len(halves[0].encode()) - int(share * size) < 4
+        halves = ["".join(read_text(part)) for part in corpus.split(share)]
+        assert halves[0] + halves[1] == text
+        assert 0 <= len(halves[0].encode()) - int(share * len(text.encode())) < 4
 
 
 def test_the_hash_of_a_corpus_is_of_its_files(tmp_path: Path):
@@ -282,7 +332,7 @@ def test_the_play_is_in_the_format_of_tiny_shakespeare(play: str):
 
 
 def test_the_reviews_are_balanced_and_distinct():
-    reviews = data_loader.read_reviews(data_loader.SAMPLES / "reviews.jsonl")
+    reviews, _ = data_loader.read_reviews(data_loader.SAMPLES / "reviews.jsonl")
     assert len(reviews) >= 400
     assert sum(review.label for review in reviews) * 2 == len(reviews)
     assert len({review.text for review in reviews}) == len(reviews)

@@ -44,17 +44,22 @@ def test_token_files_hold_the_ids_of_the_text(
     own_text: Path, tokenizer: BPETokenizer, tmp_path: Path
 ):
     second = tmp_path / "second.txt"
-    second.write_text("Exeunt all.")
+    second.write_text("Exeunt all.\n<|endoftext|>\n<|endoftext|>Enter.<|endoftext|>\n")
     corpus = Corpus("own", (own_text, second))
-    parts, _ = corpus.split(1.0)
-    ids = prepare_token_ids("train", parts, corpus, tokenizer, tmp_path / "cache")
-    expected = [
-        *tokenizer.encode(own_text.read_text()),
-        tokenizer.end_id,
-        *tokenizer.encode("Exeunt all."),
-    ]
+    part, _ = corpus.split(1.0)
+    ids = prepare_token_ids("train", part, corpus, tokenizer, tmp_path / "cache")
+    documents = [own_text.read_text(), "Exeunt all.\n", "Enter."]
+    expected = [i for text in documents for i in (*tokenizer.encode(text), tokenizer.end_id)]
     assert ids.tolist() == expected and ids.dtype == np.uint16
-    assert count_bytes(ids, tokenizer) == own_text.stat().st_size + len("Exeunt all.")
+    assert count_bytes(ids, tokenizer) == sum(map(len, documents)) and corpus.n_documents == 3
+
+
+def test_the_tokenizer_never_learns_the_marker(tmp_path: Path):
+    """The stories are long enough that the marker would be worth merging."""
+    path = tmp_path / "stories.txt"
+    path.write_text("".join(f"A story of {i}.\n<|endoftext|>\n" for i in range(2000)))
+    tokenizer = prepare_tokenizer(Corpus("own", (path,)), 600, tmp_path / "cache")
+    assert not any(b"<|" in word or b"endo" in word for word in tokenizer.vocab[:-2])
 
 
 def test_token_files_are_written_once(

@@ -50,8 +50,9 @@ def test_perplexity_equals_a_plain_loop(
 def test_every_byte_of_a_file_counts(
     base_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    content = "\ufeff“Oz”\r\n\u2028 naïve \U0001f9c2 end".encode() * 30
-    (tmp_path / "oz.txt").write_bytes(content)
+    text = "“Oz”\n\u2028 naïve \U0001f9c2 end<|endoftext|>" * 30
+    (tmp_path / "oz.txt").write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
+    content = text.replace("<|endoftext|>", "").encode()
     options = ["--checkpoint", str(base_checkpoint), "--data", str(tmp_path / "oz.txt")]
     assert evaluate.main(["perplexity", *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -63,7 +64,7 @@ def test_every_byte_of_a_file_counts(
         assert f"bytes: {len(content):,}\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"a\0b"])
+@pytest.mark.parametrize("content", [None, b"", b"\xff" + bytes(9), b"a\0b"])
 def test_bad_files_are_one_line(
     base_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
 ):

@@ -1,5 +1,6 @@
 """The two sentiment scripts from reviews to checkpoint, their metrics, and what is refused."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch.nn.functional as F
 from conftest import TINY_LORA, TINY_SENTIMENT, randomised, run_under_torchrun, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import log_softmax
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 
 import evaluate
 import finetune_classifier
 import finetune_lora_classifier
-from data_loader import Review, read_reviews
+from data_loader import LABELS, Review, read_reviews
 from data_utils import Split, pad_batch
 from evaluate import classification_metrics
 from finetune_classifier import prefix_classification_loss
@@ -71,11 +74,11 @@ def arguments(reviews: Path, folder: Path, name: str, *more: str) -> list[str]:
 def test_figures_against_scikit_learn_and_by_hand():
     rng = np.random.default_rng(0)
     labels, predicted = rng.integers(0, 2, (2, 200))
-    found = classification_metrics(predicted, labels)
+    found = classification_metrics(predicted, labels, LABELS)
     assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
     assert found["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
     assert sum(map(sum, found["confusion"])) == found["n"] == 200
-    nine_of_ten = classification_metrics(np.array([1] * 9 + [0]), np.ones(10, dtype=int))
+    nine_of_ten = classification_metrics(np.array([1] * 9 + [0]), np.ones(10, dtype=int), LABELS)
     assert nine_of_ten["accuracy"] == 0.9 and nine_of_ten["confusion"] == [[0, 0], [1, 9]]
     assert nine_of_ten["ci95"] == pytest.approx([0.5958, 0.9821], abs=1e-4)  # Wilson, published
 
@@ -129,9 +132,9 @@ def test_any_text_has_probabilities_whatever_stands_beside_it(texts: list[str]):
 @pytest.fixture
 def baseline(reviews: Path) -> tuple[dict, Split[Review]]:
     """The linear baseline on two thirds of the reviews, and the split."""
-    rows = read_reviews(reviews)
+    rows, labels = read_reviews(reviews)
     split = Split(rows[:36], rows[36:40], rows[40:])
-    return evaluate.fit_linear_baseline(split), split
+    return evaluate.fit_linear_baseline(split, labels), split
 
 
 def test_the_linear_baseline_learns_what_a_word_decides(baseline: tuple[dict, Split[Review]]):
@@ -139,9 +142,9 @@ def test_the_linear_baseline_learns_what_a_word_decides(baseline: tuple[dict, Sp
     metrics = fitted["metrics"]
     assert metrics["TF-IDF + logistic regression"]["accuracy"] == 1.0
     assert metrics["majority class"]["accuracy"] == 0.5
-    rows = [{"model": name, **row} for name, row in metrics.items()]
-    table = evaluate.markdown_table(evaluate.CONFUSION_COLUMNS, rows)
-    assert "| majority class | 20 | 50.0% | 29.9% to 70.1% | 0.333 | 10 | 0 | 10 | 0 |" in table
+    table = evaluate.sentiment_tables(dict(reversed(metrics.items())))
+    assert "| majority class | 20 | 50.0% | 29.9% to 70.1% | 0.333 |" in table
+    assert "| negative | 10 | 0 |\n| positive | 10 | 0 |" in table
 
 
 def test_the_linear_baseline_reloads_to_the_same_probabilities(
@@ -178,7 +181,7 @@ def test_a_run_saves_what_reloads_to_the_same_predictions(
     assert "TF-IDF + logistic regression" in shown.out and "majority class" in shown.out
     assert "parameters (" in shown.err and not list(folder.glob("*.resume.pth"))
     model, tokenizer, checkpoint = load_model(folder / name)
-    ((trained, _, rows, _),) = measured
+    ((trained, _, rows, *_),) = measured
     texts = [row.text for row in rows]
     found = [class_probabilities(m, tokenizer, texts, runtime) for m in (model, trained)]
     assert np.array_equal(*found) and checkpoint["labels"] == ("negative", "positive")
@@ -192,7 +195,7 @@ def test_a_run_saves_what_reloads_to_the_same_predictions(
     command = ["sentiment", "--checkpoint", str(folder / name), "--data", str(reviews), "--json"]
     assert evaluate.main(command) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert figures.keys() == {"accuracy", "ci95", "macro_f1", "confusion", "n"}
+    assert figures.keys() == {"accuracy", "ci95", "macro_f1", "labels", "confusion", "n"}
     assert figures["n"] == 60
 
 
@@ -246,6 +249,77 @@ def test_calibration_corrects_odds_and_keeps_their_order(tokenizer: BPETokenizer
     assert after.mean() == pytest.approx(labels.mean(), abs=0.01)
     loss = [-np.log(np.where(labels, p, 1 - p)).mean() for p in (before, after, true)]
     assert loss[1] < loss[0] and loss[1] == pytest.approx(loss[2], abs=0.03)
+
+
+def test_calibration_of_two_classes_is_platts_and_of_more_recovers_the_truth(
+    tokenizer: BPETokenizer, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+):
+    """The oracle for two classes is logistic regression, for three the odds that made the labels:
+    half of the model's, with a shift for each class."""
+    rng = np.random.default_rng(0)
+    for n_classes in (2, 3):
+        logits = rng.normal(size=(3000, n_classes)) * 3
+        true = log_softmax(logits / 2 + np.arange(n_classes), axis=1)
+        labels = [int(rng.choice(n_classes, p=np.exp(row))) for row in true]
+        rows = [Review("", label) for label in labels]
+        probabilities = np.exp(log_softmax(logits, axis=1))
+        answer = functools.partial(lambda p, *_: p, probabilities)
+        monkeypatch.setattr(finetune_classifier, "class_probabilities", answer)
+        model = GPTClassificationModel(GPTModel(tiny_config(tokenizer.vocab_size)), n_classes)
+        torch.nn.init.ones_(model.classifier_head.weight)
+        finetune_classifier.calibrate(model, tokenizer, rows, runtime)
+        scale = model.classifier_head.weight.detach().numpy()
+        shift = np.diff(model.classifier_head.bias.detach().numpy())
+        assert scale == pytest.approx(0.5, abs=0.03)
+        assert shift == pytest.approx(np.ones(n_classes - 1), abs=0.15)
+        if n_classes == 2:
+            platt = LogisticRegression().fit(np.diff(logits), labels)
+            assert scale == pytest.approx(platt.coef_.item(), abs=1e-4)
+            assert shift == pytest.approx(platt.intercept_, abs=1e-4)
+
+
+@pytest.fixture
+def topics(tmp_path: Path) -> Path:
+    """Ninety texts of three topics, which a word decides, in a file without a known column."""
+    words = {"World": "war", "Sport": "goal", "Tech|<b>": "chip"}
+    rows = [f"{t};the {w} number {i}, today" for i in range(30) for t, w in words.items()]
+    path = tmp_path / "topics.csv"
+    path.write_bytes("\r\n".join(["kind;news", *rows]).encode("utf-16"))
+    return path
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_any_labels_from_a_file_to_a_verdict(
+    name: str, topics: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    columns = ["--text-column", "news", "--label-column", "kind"]
+    more = ["--steps", "60", "--epochs", "60", "--learning-rate", "0.01", "--dropout", "0"]
+    assert SCRIPTS[name].main(arguments(topics, folder, name, *more, *columns)) == 0
+    shown = capsys.readouterr()
+    labels = ["Sport", "Tech|<b>", "World"]
+    assert "labels: Sport, Tech|<b>, World" in shown.err and "read as utf-16" in shown.err
+    assert "| label \\ prediction | Sport | Tech\\|<b> | World |" in shown.out
+    checkpoint = load_checkpoint(folder / name, ("classifier", "lora_classifier"))
+    assert [*checkpoint["labels"]] == labels
+    assert checkpoint["metrics"]["test"]["labels"] == labels
+    linear, _, baseline = evaluate.load_linear_baseline(folder / "linear_baseline.pth")
+    assert baseline["labels"] == labels and baseline["metrics"]["test"]["accuracy"] == 1.0
+    assert linear.predict_proba(["a goal", "a chip"]).argmax(1).tolist() == [0, 1]
+
+    command = ["sentiment", "--checkpoint", str(folder / name), "--json"]
+    assert evaluate.main([*command, "--text", "the goal number 3, today"]) == 0
+    judged = json.loads(capsys.readouterr().out)
+    assert list(judged["probabilities"]) == labels
+    assert sum(judged["probabilities"].values()) == pytest.approx(1)
+    assert judged["label"] == max(labels, key=judged["probabilities"].get)
+    part = tmp_path / "part.jsonl"
+    part.write_text('{"review": "the war", "topic": 1, "label": "WORLD"}\n' * 3)
+    assert evaluate.main([*command, "--data", str(part)]) == 0
+    found = capsys.readouterr()
+    assert sum(json.loads(found.out)["confusion"][2]) == 3 and "ignored topic" in found.err
+    part.write_text('{"review": "the war", "label": "Europe"}')
+    assert evaluate.main([*command, "--data", str(part)]) == 2
+    assert "the model's labels are Sport, Tech|<b>, World, not Europe" in capsys.readouterr().err
 
 
 def test_an_adapter_on_another_base_is_refused(reviews: Path, folder: Path):
