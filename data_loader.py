@@ -443,10 +443,11 @@ def read_instructions(path: str | Path) -> list[Instruction]:
     """
     ignored: dict[str, None] = {}
     records = read_records(path, INSTRUCTION_NAMES)
-    rows = valid_rows(path, records, partial(_instruction_fields, ignored=ignored))
-    if ignored:
-        log0(f"{path}: ignored columns: {', '.join(ignored)}")
-    return rows
+    try:
+        return valid_rows(path, records, partial(_instruction_fields, ignored=ignored))
+    finally:
+        if ignored:
+            log0(f"{path}: ignored columns: {_shorten([*ignored])}")
 
 
 def _instruction_fields(record: dict[str, Any], ignored: dict[str, None]) -> Instruction:

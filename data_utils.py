@@ -518,18 +518,3 @@ def instruction_batches(
     ordered = sorted(examples, key=len)
     batches = [ordered[start : start + 32] for start in range(0, len(ordered), 32)]
     return [collate_instructions(batch, tokenizer, context_length) for batch in batches]
-
-
-def instruction_training_batches(
-    examples: list[EncodedInstruction],
-    tokenizer: BPETokenizer,
-    context_length: int,
-    batch_size: int,
-    seed: int,
-) -> ExampleBatches:
-    """Random batches of inputs and targets (B, T)."""
-
-    def collate(indices: np.ndarray) -> tuple[Tensor, ...]:
-        return collate_instructions([examples[i] for i in indices], tokenizer, context_length)
-
-    return ExampleBatches(map(len, examples), collate, batch_size, seed)

@@ -22,10 +22,11 @@ import training
 from data_loader import INSTRUCTION_SOURCES, find_data_dir, load_instructions, log0
 from data_utils import (
     CHAT_TEMPLATE,
+    ExampleBatches,
     Split,
+    collate_instructions,
     encode_instructions,
     instruction_batches,
-    instruction_training_batches,
     split_examples,
 )
 from evaluate import (
@@ -158,9 +159,11 @@ def _prepare_model(model, args, lora, runtime) -> None:
 
 def _train(model, tokenizer, encoded, config, args, runtime, path, metadata):
     T, loss_fn = config.context_length, training.next_token_loss
-    batches = instruction_training_batches(
-        encoded.train, tokenizer, T, config.batch_size, args.seed
-    )
+
+    def collate(indices):
+        return collate_instructions([encoded.train[i] for i in indices], tokenizer, T)
+
+    batches = ExampleBatches(map(len, encoded.train), collate, config.batch_size, args.seed)
     validation = instruction_batches(encoded.validation, tokenizer, T)
     return training.train(
         model,

@@ -144,10 +144,13 @@ def test_an_instruction_model_answers_there_as_here(
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     model, _, _ = load_model(path)
     assert_equal_logits(theirs, model, ids(model))
-    task = Instruction("Name a book.")
-    messages = [{"role": "user", "content": " Name a book. "}]
-    encoded = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(messages)
-    assert encoded["input_ids"] == encode_instruction(task, tokenizer, 64).ids
+    turns = [("user", " Name a book. "), ("assistant", "Emma"), ("user", "A play?\n")]
+    messages = [{"role": role, "content": text} for role, text in [("system", "Brief."), *turns]]
+    task = Instruction("A play?", system="Brief.", earlier=(("Name a book.", "", "Emma"),))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for said, row in ((messages, task), (messages[1:2], Instruction("Name a book."))):
+        expected = theirs.apply_chat_template(said)["input_ids"]
+        assert encode_instruction(row, tokenizer, 10_000).ids == expected
     if kind == "lora_instruction":
         export_hf(tmp_path / "models" / BASE, tmp_path / "base")
         export_peft(path, tmp_path / "adapter")

@@ -1,6 +1,8 @@
 """Instructions: template and masks token by token, 4-bit traps, the script, what is refused."""
 
 import copy
+import csv
+import gzip
 import itertools
 import json
 import re
@@ -10,6 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,6 +117,55 @@ def test_every_mixture_of_known_names_is_read_whole(
     assert not capsys.readouterr().err
 
 
+BOOK = [  # as the instruction data set of "Build a Large Language Model (From Scratch)"
+    {"instruction": "Name a king.", "input": "", "output": "Lear"},
+    {"instruction": "Who is he?", "input": 'A "king",\nof Britain', "output": "Lear;\tof Britain"},
+]
+TASKS = [Instruction(*row.values()) for row in BOOK]
+
+
+def write_table(path: Path, delimiter: str) -> None:
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, BOOK[0], delimiter=delimiter, lineterminator="\r\n")
+        writer.writeheader()
+        writer.writerows(BOOK)
+
+
+FORMATS = {
+    "book.json": lambda path: path.write_text(json.dumps(BOOK, indent=4)),
+    "object.json": lambda path: path.write_text(json.dumps({"version": 1, "data": BOOK})),
+    "lines.json": lambda path: write_rows(path, BOOK),
+    "a.jsonl": lambda path: write_rows(path, BOOK),
+    "A.NDJSON": lambda path: write_rows(path, BOOK),
+    "a.csv": lambda path: write_table(path, ","),
+    "semicolons.csv": lambda path: write_table(path, ";"),
+    "tabs.csv": lambda path: write_table(path, "\t"),
+    "a.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(BOOK), path),
+    "a.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(BOOK).encode())),
+    "wide.json": lambda path: path.write_text(json.dumps(BOOK), encoding="utf-16"),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_tasks(name: str, tmp_path: Path):
+    FORMATS[name](tmp_path / name)
+    assert read_instructions(tmp_path / name) == TASKS
+
+
+def test_a_table_between_tabs_is_read_to_the_letter(tmp_path: Path):
+    path = tmp_path / "a.tsv"
+    path.write_text('Question\tAnswer\tid\nWho is "he"?\tLear, a king\t1\n')
+    assert read_instructions(path) == [Instruction('Who is "he"?', "", "Lear, a king")]
+
+
+def test_conversations_in_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    table = pyarrow.Table.from_pylist([{**messages(*SAID), "system": None}, messages(*SAID[:2])])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    first = Instruction("Name a king.", "", "Lear")
+    assert read_instructions(tmp_path / "a.parquet") == [CHAT, first]
+    assert not capsys.readouterr().err
+
+
 def test_unknown_fields_are_named_once_and_only_if_something_is_in_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -192,6 +245,31 @@ def test_a_record_that_is_not_clear_is_reported_with_its_number(
     assert "skipped 1 of 3 rows (row 2: " in line and reason in line
 
 
+NAMES = [*data_loader.INSTRUCTION_NAMES, "Prompt", "OUTPUT", "text"]
+FIELDS = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["a", "b", " ", "", None]))
+CONVERSATIONS = st.lists(st.sampled_from("abc"), min_size=1, max_size=2).map(
+    lambda texts: messages(*[turn for text in texts for turn in (("user", text), SAID[1])])
+)
+TASK = st.fixed_dictionaries({"instruction": st.just("a"), "response": st.just("b")})
+
+
+@given(FIELDS, st.one_of(CONVERSATIONS, TASK))
+def test_no_text_of_a_record_is_lost_unseen(record: dict, task: dict):
+    """It is in the task, or its name is reported, or the record is refused."""
+    record |= task
+    ignored: dict[str, None] = {}
+    try:
+        row = data_loader._instruction_fields(record, ignored)
+    except ValueError as error:
+        assert str(error)
+        return
+    kept = {"", *itertools.chain(*row.turns), row.system, row.category}
+    for name, value in record.items():
+        texts = [m["content"] for m in value] if isinstance(value, list) else [value or ""]
+        assert name in ignored or {text.strip() for text in texts} <= kept
+    assert not ignored.keys() & data_loader.INSTRUCTION_NAMES.keys()
+
+
 def test_tasks_that_differ_in_case_and_white_space_share_a_key():
     assert CHAT.key == replace(CHAT, instruction=" WHO?\n", response="Cnut").key
     assert CHAT.key == replace(CHAT, earlier=(("name  a king.", "", "Cnut"),), system="x").key
@@ -254,7 +332,8 @@ def test_the_mask_of_a_conversation_token_by_token(tokenizer: BPETokenizer):
     segments = [  # text, then whether it carries loss
         ("### System\n", False),
         ("Be brief.", False),
-        ("\n\n", False),
+        ("\n", False),
+        ("\n", False),
         ("### Instruction\n", False),
         ("Name a king.", False),
         ("\n\n### Response\n", False),
@@ -582,8 +661,8 @@ def run(base_checkpoint: Path, tmp_path: Path) -> Callable[..., int]:
     """Runs the script on forty small tasks with a base of 64 channels; returns the exit code."""
     model = randomised(GPTModel(tiny_config(400, n_embd=64)))
     base = load_checkpoint(base_checkpoint, "base")
-    changes = {"model_config": asdict(model.config), "weights": model.state_dict()}
-    save_checkpoint(base_checkpoint, {**base, **changes})
+    base |= {"model_config": asdict(model.config), "weights": model.state_dict()}
+    save_checkpoint(base_checkpoint, base)
     rows = [{"instruction": f"Say {w}.", "response": f"{w} it is"} for w in "abcdefghij" * 4]
     rows = [{**row, "context": f"{i}"} for i, row in enumerate(rows)]
     data = tmp_path / "tasks.jsonl"
@@ -632,6 +711,25 @@ def test_a_run_saves_what_reloads_to_the_same_logits(
     figures = json.loads(capsys.readouterr().out)
     assert figures.keys() == {"response_bits_per_byte", "response_perplexity", "n"}
     assert figures["n"] == 40
+
+
+def test_a_file_as_it_was_downloaded_trains_and_is_measured_whole(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}"} for i in range(40)]
+    rows += [messages(("user", f"{i}?"), *SAID[1:], ("user", "x")) for i in range(2)]  # unusable
+    rows += [messages(("user", f"{i}?"), *SAID[1:]) for i in range(20)]
+    data = tmp_path / "instruction-data.json"
+    data.write_text(json.dumps(rows, indent=4))
+    assert run("--data", str(data)) == 0
+    shown = capsys.readouterr()
+    assert "skipped 2 of 62 rows (row 41: wrong order of turns" in shown.err
+    checkpoint = next(tmp_path.rglob("qlora_instruction_weights.pth"))
+    saved = load_checkpoint(checkpoint, "qlora_instruction")
+    assert (saved["dataset"], saved["rows"]) == (data.name, 60)
+    command = ["instructions", "--checkpoint", str(checkpoint), "--data", str(data), "--json"]
+    assert evaluate.main(command) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 60
 
 
 def test_training_lowers_the_loss_on_responses(run: Callable[..., int], base_checkpoint: Path):

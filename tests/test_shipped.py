@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from data_loader import LABELS, load_corpus, load_instructions, load_reviews, read_text
-from data_utils import encode_instructions, reviews_as_text, split_examples, split_reviews
+from data_utils import (
+    CHAT_TEMPLATE,
+    encode_instructions,
+    reviews_as_text,
+    split_examples,
+    split_reviews,
+)
 from evaluate import (
     REPORT_COLUMNS,
     classifier_metrics,
@@ -97,6 +103,7 @@ def test_the_instruction_model_reaches_its_recorded_figure(
     model, tokenizer, checkpoint = load_model(MODELS / f"{name}.pth", runtime=here)
     found = load_instructions(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
     assert found.metadata["data_sha256"] == checkpoint["data_sha256"]
+    assert checkpoint["chat_template"] == CHAT_TEMPLATE
     test = split_examples(found).test
     encoded = encode_instructions(test, tokenizer, model.config.context_length)
     figures = response_metrics(model, tokenizer, encoded, here)
