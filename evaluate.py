@@ -271,7 +271,7 @@ def _load_untouched_base(path, runtime):
     tuned = training.load_checkpoint(path, generation.INSTRUCTION_MODELS, COMMANDS[path.name])
     base_path = path.parent / tuned["base"]
     model, tokenizer, base = generation.load_model(base_path, "base")
-    model = generation.clone_with(model, tuned["model_config"]["context_length"])
+    model = generation.reconfigure(model, tuned["model_config"]["context_length"])
     checkpoint = {**tuned, "provenance": base["provenance"], "path": base_path}
     return model.to(runtime.device), tokenizer, checkpoint
 
@@ -468,7 +468,7 @@ def measure_file(
     rows = task.read(data)
     if name == "instructions" and metadata["kind"] == "base" and model.config.position == "rotary":
         length = max(INSTRUCTION_CONTEXT, model.config.context_length)  # as the fine-tuned models
-        model = generation.clone_with(model, length).to(runtime.device)
+        model = generation.reconfigure(model, length).to(runtime.device)
     return task.measure(model, tokenizer, rows, runtime)
 
 

@@ -46,9 +46,9 @@ from generation import (
     REVIEW_LM,
     cached_model,
     class_probabilities,
-    clone_with,
     load_model,
     open_base,
+    reconfigure,
 )
 from lora import LoRAConfig, apply_lora, count_parameters, lora_state_dict, resolve_targets
 from model import GPTClassificationModel
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
         origin |= reviews.metadata
         language_model, origin = _review_lm(base, tokenizer, split, config, origin, args, runtime)
         torch.manual_seed(args.seed)
-        backbone = clone_with(language_model, config.context_length, config.dropout)
+        backbone = reconfigure(language_model, config.context_length, config.dropout)
         model = GPTClassificationModel(backbone, len(labels)).to(runtime.device)
         if lora:
             apply_lora(model, lora)

@@ -36,7 +36,7 @@ from evaluate import (
     response_metrics,
     stop_rate,
 )
-from generation import clone_with, generate_response, open_base
+from generation import generate_response, open_base, reconfigure
 from lora import (
     LoRAConfig,
     apply_lora,
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
         rows = split_examples(tasks)
         encoded = _encode(rows, tokenizer, config.context_length)
         log0(f"instructions: {tasks.name}, {encoded.sizes()}; runtime: {runtime.describe()}")
-    model = clone_with(base, config.context_length, config.dropout).to(runtime.device)
+    model = reconfigure(base, config.context_length, config.dropout).to(runtime.device)
     before = response_metrics(model, tokenizer, encoded.test, runtime)
     metadata = {
         "model_config": asdict(model.config),

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from lora import (
     quantize_4bit,
 )
 from model import (
+    FastDropout,
     GPTClassificationModel,
     GPTConfig,
     GPTModel,
@@ -57,20 +58,22 @@ def generate(
     prompt: Tensor,
     max_new_tokens: int,
     *,
-    stop_token: int | None = None,
+    stop_tokens: Sequence[int] = (),
     **sampling: Any,
 ) -> Iterator[Tensor]:
     """Yields the next token of each row (B,) of a prompt (B, T), one step after the other.
 
     The model is in evaluation mode; the prompt may be longer than the context. A row ends where it
-    samples `stop_token`: it yields that as padding while others continue, and costs nothing more.
-    When all rows have ended, nothing is yielded. `sampling` is passed to `sample_next_token`.
+    samples one of `stop_tokens`: it yields the first of these as padding while others continue, and
+    costs nothing more. When all rows have ended, nothing is yielded. `sampling` goes to
+    `sample_next_token`.
     """
     if prompt.shape[1] == 0 or max_new_tokens < 0:
         raise ValueError("the prompt needs at least one token, and max-new-tokens 0 or more")
     cache = KVCache(model, len(prompt), prompt.shape[1] + max_new_tokens)
     tokens, start, n_seen, rows = prompt, 0, 0, torch.arange(len(prompt), device=prompt.device)
-    padding = torch.full_like(rows, -1 if stop_token is None else stop_token)
+    stops = torch.tensor(stop_tokens, device=prompt.device)
+    padding = torch.full_like(rows, stop_tokens[0] if stop_tokens else 0)
     for _ in range(max_new_tokens):
         new_start = window_start(tokens.shape[1], model.config.context_length)
         if new_start != start:
@@ -80,7 +83,7 @@ def generate(
             logits = model.head(model.hidden(tokens[:, n_seen:], cache)[:, -1])
             next_token = sample_next_token(logits, tokens, **sampling)
         n_seen, tokens = tokens.shape[1], torch.cat([tokens, next_token[:, None]], dim=1)
-        if (ended := next_token == padding[0]).any():
+        if (ended := torch.isin(next_token, stops)).any():
             rows, tokens = rows[~ended], tokens[~ended]
             for buffers in (cache.keys, cache.values):
                 buffers[:] = [buffer[~ended] for buffer in buffers]
@@ -168,18 +171,18 @@ def continue_prompt(
     seed: int = 0,
     **sampling: Any,
 ) -> Iterator[int]:
-    """Yields the token ids that follow a prompt, up to `<|endoftext|>`.
+    """Yields the token ids that follow a prompt, up to the end of the text or of the turn.
 
     `tokenizer.decode_stream` turns them into text as they arrive. An empty prompt starts a new
     text; the same seed gives the same tokens. For `sampling` see `sample_next_token`.
     """
     device = model.final_norm.weight.device
-    end = tokenizer.end_id
+    stops = [i for i in (tokenizer.end_id, tokenizer.end_of_turn_id) if i is not None]
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    tokens = torch.tensor([ids or [end]], device=device)
+    tokens = torch.tensor([ids or stops[:1]], device=device)
     sampling |= {"temperature": temperature, "top_p": top_p}
     sampling["generator"] = torch.Generator(device).manual_seed(seed)
-    stream = generate(model, tokens, max_new_tokens, stop_token=end, **sampling)
+    stream = generate(model, tokens, max_new_tokens, stop_tokens=stops, **sampling)
     return (token.item() for token in stream)
 
 
@@ -234,17 +237,13 @@ ANY_KIND = ("base", *CLASSIFIERS, *INSTRUCTION_MODELS)
 
 
 def load_model(
-    path: str | Path,
-    kinds: str | tuple[str, ...] = ANY_KIND,
-    runtime: Runtime = CPU,
-    **changes: Any,
+    path: str | Path, kinds: str | tuple[str, ...] = ANY_KIND, runtime: Runtime = CPU
 ) -> tuple[Any, BPETokenizer, dict[str, Any]]:
     """Opens a checkpoint: the model in evaluation mode, its tokenizer, and the checkpoint itself.
 
-    `changes` are fields of `GPTConfig` that the weights do not depend on. The tokenizer is the
-    `tokenizer.json` beside the checkpoint. An adapter is loaded onto its base, at the relative path
-    that the checkpoint records; for QLoRA the base is quantised again, to exactly the same values.
-    Mismatched files, or other `kinds`, raise a ValueError.
+    The tokenizer is the `tokenizer.json` beside the checkpoint. An adapter is loaded onto its base,
+    at the relative path that the checkpoint records; for QLoRA the base is quantised again, to
+    exactly the same values. Mismatched files, or other `kinds`, raise a ValueError.
     """
     path = Path(path)
     hint = COMMANDS.get(path.name, COMMANDS[BASE])
@@ -268,7 +267,7 @@ def load_model(
         weights = base["weights"] if lora_config else checkpoint["weights"]
         weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
         head = {name: weights.pop(name) for name in list(weights) if name.startswith(HEAD)}
-        model = build_model(GPTConfig(**{**checkpoint["model_config"], **changes}), weights)
+        model = build_model(GPTConfig(**checkpoint["model_config"]), weights)
         if checkpoint["kind"] in CLASSIFIERS:
             model = GPTClassificationModel(model, len(checkpoint["labels"]))
             model.load_state_dict(head, strict=False)
@@ -358,12 +357,14 @@ def checkpoint_errors(path: str | Path, hint: str) -> Iterator[None]:
         ) from None
 
 
-def clone_with(model: GPTModel, context_length: int, dropout: float = 0.0) -> GPTModel:
-    """A copy for another context length and, in training, another dropout rate."""
-    config = dataclasses.replace(model.config, context_length=context_length, dropout=dropout)
-    clone = GPTModel(config)
-    clone.load_state_dict(model.state_dict())
-    return clone.eval()
+def reconfigure(model: GPTModel, context_length: int, dropout: float = 0.0) -> GPTModel:
+    """Changes the context length and, for training, the dropout rate of a model in place."""
+    changes = {"context_length": context_length, "dropout": dropout}
+    model.config = dataclasses.replace(model.config, **changes)
+    for module in model.modules():
+        if isinstance(module, FastDropout):
+            module.p = dropout
+    return model
 
 
 def default_model_set(root: str | Path = "models") -> Path:
@@ -526,10 +527,18 @@ def main(argv: list[str] | None = None) -> int:
     add("--repetition-penalty", type=float, default=1.0, help="above 1 avoids tokens already there")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
     add("--json", action="store_true", help="print one JSON object at the end")
+    add("--export-hf", type=Path, metavar="DIR", help="only write a copy that transformers opens")
+    add("--export-peft", type=Path, metavar="DIR", help="only write the adapter as peft opens it")
     args = parser.parse_args(argv)
     if args.context and args.instruct is None:
         parser.error("--context needs --instruct")
     path = args.checkpoint or default_path(BASE if args.instruct is None else QLORA)
+    if args.export_hf or args.export_peft:
+        if args.export_hf:
+            export_hf(path, args.export_hf)
+        if args.export_peft:
+            export_peft(path, args.export_peft)
+        return 0
     runtime = Runtime(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model, tokenizer, checkpoint = load_model(path, runtime=runtime)
     if checkpoint["kind"] in CLASSIFIERS:

@@ -27,7 +27,7 @@ import training
 from data_loader import PRETRAINED, find_data_dir, load_corpus, log0, open_pretrained
 from data_utils import TokenBatches, prepare_token_ids, prepare_tokenizer
 from evaluate import validation_metrics
-from generation import BASE, continue_prompt, load_model
+from generation import BASE, continue_prompt, load_model, reconfigure
 from model import GPTConfig, GPTModel, config_from_hf, weights_from_hf
 from tokenizer import BPETokenizer
 from training import TrainConfig, from_options
@@ -180,9 +180,10 @@ def _new_model(args: argparse.Namespace, vocab_size: int) -> GPTModel:
 
 def _open_start(args: argparse.Namespace) -> tuple[GPTModel, BPETokenizer, dict[str, str]]:
     """The model to go on from, its tokenizer, and what a checkpoint records about it."""
-    model, tokenizer, checkpoint = load_model(args.init_from, "base", dropout=args.dropout)
+    model, tokenizer, checkpoint = load_model(args.init_from, "base")
     if args.context_length > model.config.context_length:
         raise ValueError(f"--context-length must be at most {model.config.context_length}")
+    reconfigure(model, model.config.context_length, args.dropout)
     origin = {"init_from": str(args.init_from), "init_from_sha256": checkpoint["weights_sha256"]}
     return model, tokenizer, origin
 

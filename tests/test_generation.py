@@ -126,7 +126,9 @@ def test_the_window_keeps_at_least_half_a_context(context: int):
 def test_the_stop_token_ends_the_text(model: GPTModel):
     prompt = torch.tensor([[1, 2, 3]])
     tokens = [t.item() for t in generate(model, prompt, 30, temperature=0)]
-    stopped = [t.item() for t in generate(model, prompt, 30, temperature=0, stop_token=tokens[4])]
+    stopped = [
+        t.item() for t in generate(model, prompt, 30, temperature=0, stop_tokens=[tokens[4]])
+    ]
     assert stopped == tokens[: tokens.index(tokens[4])]
 
 
@@ -140,7 +142,7 @@ def test_a_row_that_ended_is_padded_and_costs_nothing_more(
     assert len(set(ends)) > 1 and ends[2] <= 3
     computed, hidden = [], model.hidden
     monkeypatch.setattr(model, "hidden", lambda i, c: computed.append(len(i)) or hidden(i, c))
-    rows = torch.stack([*generate(model, prompt, 30, temperature=0, stop_token=stop)], dim=1)
+    rows = torch.stack([*generate(model, prompt, 30, temperature=0, stop_tokens=[stop])], dim=1)
     assert rows.shape == (4, max(ends))
     for row, expected, end in zip(rows.tolist(), alone, ends):
         assert row == expected[:end] + [stop] * (max(ends) - end)

@@ -87,7 +87,7 @@ def test_a_second_run_reuses_tokenizer_and_ids(
     [
         (["--data", "nothing.txt"], "no such file or folder: nothing.txt"),
         (["--n-head", "3"], "not a multiple of n_head 3"),
-        (["--vocab-size", "100"], "vocab_size 100 is too small"),
+        (["--vocab-size", "100"], "vocab_size 100: the bytes"),
         (["--context-length", "100000"], "train the base with a smaller --context-length"),
         (["--resegment-probability", "1"], "resegment_probability must lie in [0, 1)"),
         (["--steps", "0"], "steps must lie in [1, inf), not 0"),
