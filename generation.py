@@ -176,14 +176,19 @@ def continue_prompt(
     `tokenizer.decode_stream` turns them into text as they arrive. An empty prompt starts a new
     text; the same seed gives the same tokens. For `sampling` see `sample_next_token`.
     """
-    device = model.final_norm.weight.device
-    stops = [i for i in (tokenizer.end_id, tokenizer.end_of_turn_id) if i is not None]
+    device, stops = model.final_norm.weight.device, stop_ids(tokenizer)
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    tokens = torch.tensor([ids or stops[:1]], device=device)
+    tokens = torch.tensor([ids or [tokenizer.end_id]], device=device)
     sampling |= {"temperature": temperature, "top_p": top_p}
     sampling["generator"] = torch.Generator(device).manual_seed(seed)
     stream = generate(model, tokens, max_new_tokens, stop_tokens=stops, **sampling)
     return (token.item() for token in stream)
+
+
+def stop_ids(tokenizer: BPETokenizer) -> list[int]:
+    """The tokens that end a turn of a chat or a text."""
+    turn = tokenizer.end_of_turn_id
+    return [tokenizer.end_id] if turn is None else [turn, tokenizer.end_id]
 
 
 def generate_response(
@@ -386,43 +391,28 @@ def export_hf(path: str | Path, folder: str | Path) -> None:
     """Writes a checkpoint as `transformers` opens it, in float32 and with adapters merged."""
     model, tokenizer, checkpoint = load_model(path)
     merge_lora(model)
-    labels = checkpoint.get("labels")
-    gpt = model.backbone if labels else model
+    labels, gpt = checkpoint.get("labels"), getattr(model, "backbone", model)
     is_tied = gpt.head.weight is gpt.token_embedding.weight  # no longer after adapters of the head
     config = dataclasses.replace(gpt.config, tie_weights=is_tied)
     tensors = weights_to_hf(gpt.state_dict(), config)
-    _, family = find_family(config)
-    ends = {
-        i: tokenizer.vocab[i].decode()
-        for i in (tokenizer.end_of_turn_id, tokenizer.end_id)
-        if i is not None
-    }
-    special = {"bos_token_id": None, "eos_token_id": list(ends), "pad_token_id": tokenizer.pad_id}
-    architecture = f"{family.architecture}ForCausalLM"
-    settings = {
-        **config_to_hf(config),
-        **special,
-        "architectures": [architecture],
-        "dtype": "float32",
-    }
+    stops, vocab = stop_ids(tokenizer), tokenizer.vocab
+    special = {"bos_token_id": None, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
+    settings = {**config_to_hf(config), **special, "dtype": "float32"}
     if labels:
+        settings = {**config_to_hf(config, "SequenceClassification"), **special}
+        settings |= {"id2label": dict(enumerate(labels)), "eos_token_id": stops[0]}
+        settings["label2id"] = {name: i for i, name in enumerate(labels)}
         tensors.pop("lm_head.weight", None)
         tensors |= _classifier_tensors(model)
-        settings["architectures"] = [f"{family.architecture}ForSequenceClassification"]
-        settings["eos_token_id"] = tokenizer.end_id
-        settings |= {"id2label": dict(enumerate(labels)), "num_labels": len(labels)}
-        settings["label2id"] = {name: i for i, name in enumerate(labels)}
-    template = tokenizer.chat_template
-    if checkpoint["kind"] in INSTRUCTION_MODELS:
-        template = template or CHAT_TEMPLATE
     tokenizer_settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.context_length,
-        "eos_token": next(iter(ends.values())),
-        "pad_token": tokenizer.vocab[tokenizer.pad_id].decode(),
+        "eos_token": vocab[stops[0]].decode(),
+        "pad_token": vocab[tokenizer.pad_id].decode(),
         "clean_up_tokenization_spaces": False,
-        **({"chat_template": template} if template else {}),
     }
+    if checkpoint["kind"] in INSTRUCTION_MODELS or tokenizer.chat_template:
+        tokenizer_settings["chat_template"] = tokenizer.chat_template or CHAT_TEMPLATE
     with _new_folder(folder) as part:
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
         tokenizer.save(part / "tokenizer.json")

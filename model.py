@@ -452,10 +452,11 @@ def config_from_hf(data: dict[str, Any]) -> GPTConfig:
     return GPTConfig(**dict(zip(OURS, family.ours)), **fields, dropout=0.0)
 
 
-def config_to_hf(config: GPTConfig) -> dict[str, Any]:
+def config_to_hf(config: GPTConfig, task: str = "CausalLM") -> dict[str, Any]:
     """The `config.json` with which `transformers` computes the same; a ValueError if it cannot."""
     kind, family = find_family(config)
-    data = {"model_type": kind, **family.theirs}
+    data = {"model_type": kind, "architectures": [f"{family.architecture}For{task}"]}
+    data |= family.theirs
     names = {name: names[family.column] for name, names in SETTINGS.items()}
     data |= {theirs: getattr(config, name) for name, theirs in names.items() if theirs}
     if config.position == "rotary":  # where new versions of transformers look
