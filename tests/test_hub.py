@@ -54,7 +54,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serve(shard: Path) -> Iterator[FakeHub]:
     """The imitation, as long as it is needed."""
     with FakeHub(shard, DOLLY) as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        threading.Thread(target=hub.serve_forever, args=[0.02], daemon=True).start()
         yield hub
         hub.closed.set()
         hub.shutdown()
@@ -66,7 +66,7 @@ def hub(shard: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     dolly = dataclasses.replace(data_loader.DOLLY, sha256=SHA256)
     monkeypatch.setattr(data_loader, "DOLLY", dolly)
     monkeypatch.setattr(data_loader, "PAUSES", (0.01, 0.02))
-    monkeypatch.setattr(data_loader, "READ_TIMEOUT", 0.5)
+    monkeypatch.setattr(data_loader, "READ_TIMEOUT", 0.4)
     monkeypatch.setattr(data_loader, "SOURCE_TIMEOUT", 2.5)
     for name in ("HF_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -191,14 +191,18 @@ os._exit(0)  # Arrow's threads would abort the exit"""
 def test_scripts_train_on_rows_of_the_hub(hub: FakeHub, base_checkpoint: Path, tmp_path: Path):
     hub.faults = iter(["429 1", "500"])
     paths = ["--base", str(base_checkpoint), "--data-dir", str(tmp_path / "data")]
+    few = ["--max-examples", "80", "--steps", "2"]
     trainings = {
         "amazon_polarity": ("finetune_classifier", TINY_SENTIMENT),
         "dolly": ("finetune_qlora_instructions", TINY_INSTRUCTIONS),
     }
     processes = {}
     for data, (name, options) in trainings.items():
-        more = [*paths, "--out-dir", str(tmp_path / name), "--max-examples", "80", *options]
-        code = f"import {name} as s, training; training.exit_process(s.main({more!r}))"
+        more = [*paths, "--out-dir", str(tmp_path / name), *options, *few]
+        code = f"""
+import generation, training, {name} as script
+generation.MAX_RESPONSE_TOKENS = 3
+training.exit_process(script.main({more!r}))"""
         processes[data] = script(hub, tmp_path, code)
     for data, process in processes.items():
         _, err = process.communicate(timeout=120)
@@ -215,7 +219,7 @@ DATE = "429 " + email.utils.formatdate(0, usegmt=True)  # is past
 PASSING = (["429"], ["429 1"], [DATE], ["500", "503"], ["cut"], ["cut_without_length"], ["wrong"])
 
 
-@pytest.mark.parametrize("faults", [*PASSING, ["late 0.4"], ["silent"], ["bad_redirect"]], ids=str)
+@pytest.mark.parametrize("faults", [*PASSING, ["late 0.2"], ["silent"], ["bad_redirect"]], ids=str)
 def test_passing_trouble_is_survived(hub: FakeHub, faults: list[str], load: Load, tmp_path: Path):
     hub.faults, started = iter(faults), time.monotonic()
     assert load(tmp_path)
@@ -233,17 +237,24 @@ def test_passing_trouble_is_survived(hub: FakeHub, faults: list[str], load: Load
         ("cut", 3, "bytes"),
         ("silent", 3, "timed out"),
         ("bad_redirect", 3, "Invalid IPv6 URL"),
-        ("trickle", 1, "not complete after 2.5 s"),
-        ("trickle_headers", 1, "not complete after 2.5 s"),
+        ("trickle", 1, "not complete after 1.5 s"),
+        ("trickle_headers", 1, "not complete after 1.5 s"),
     ],
 )
 def test_lasting_trouble_is_one_line_with_the_reason(
-    hub: FakeHub, fault: str, n_requests: int, reason: str, load: Load, tmp_path: Path
+    hub: FakeHub,
+    fault: str,
+    n_requests: int,
+    reason: str,
+    load: Load,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setattr(data_loader, "SOURCE_TIMEOUT", 1.5)
     hub.faults, started = itertools.repeat(fault), time.monotonic()
     with pytest.raises(SourceError, match=rf"127\.0\.0\.1.* cannot be downloaded \(.*{reason}.*\)"):
         load(tmp_path)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 2.5
     assert len(hub.requests) == n_requests
     assert not list(tmp_path.iterdir())
 
@@ -292,9 +303,7 @@ def test_the_bar_counts_bytes(
 
 def test_offline_variables_and_a_dead_proxy(hub: FakeHub, tmp_path: Path):
     """The hub is not asked; the samples do, and the reason is given."""
-    environments = [
-        {name: "1"} for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-    ]
+    environments = [{name: "1"} for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")]
     environments.append({"http_proxy": "http://127.0.0.1:9"})
     processes = [load_auto(hub, tmp_path, ending="main()", **e) for e in environments]
     for process, environment in zip(processes, environments, strict=True):
@@ -352,7 +361,7 @@ def test_ctrl_c_is_heard_while_the_hub_dawdles(hub: FakeHub, state: str, tmp_pat
     process = load_auto(hub, tmp_path)
     seconds = seconds_to_stop(process, lambda: bool(hub.requests))
     print(f"stopped after {seconds:.2f} s")
-    assert seconds < 5  # 1 on an idle machine
+    assert seconds < 2
 
 
 @pytest.fixture(scope="module")
@@ -395,4 +404,4 @@ def test_ctrl_c_is_heard_while_a_large_shard_loads(
             process = load_auto(hub, tmp_path / f"{run}", 20_000)
             seconds = seconds_to_stop(process, lambda: hub.n_bytes > min(2e6, hub.rate))
             print(f"{megabits} Mbit/s: stopped after {seconds:.2f} s")
-            assert seconds < 5  # 1 on an idle machine
+            assert seconds < 2
