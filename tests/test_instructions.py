@@ -281,7 +281,7 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise data_loader.SourceError("no network")
 
-    monkeypatch.setattr(data_loader, "_stream_from_hub", fail)
+    monkeypatch.setattr(data_loader, "download", fail)
     assert load_instructions("auto", None, tmp_path, 50).name == "sample"
     with pytest.raises(data_loader.SourceError):
         load_instructions("dolly", None, tmp_path, 50)

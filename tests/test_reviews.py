@@ -5,9 +5,7 @@ import dataclasses
 import gzip
 import io
 import json
-import sys
 import tarfile
-import types
 import zipfile
 from pathlib import Path
 
@@ -340,7 +338,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise SourceError("no network")
 
-    for name in ("_stream_from_hub", "_open_package", "download"):
+    for name in ("_fetch_polarity", "_open_package", "download"):
         monkeypatch.setattr(data_loader, name, fail)
 
 
@@ -373,34 +371,6 @@ def test_rows_in_the_data_directory_are_used(
     many = load_reviews("amazon_polarity", None, tmp_path, 100)
     assert len(many.rows) == 6
     assert "using the 6 rows" in capsys.readouterr().err
-
-
-def test_rows_are_streamed_from_the_hub_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The library `datasets` is replaced: what is tested is what we ask of it and keep."""
-
-    class Stream:
-        def __init__(self, rows: range):
-            self.rows = rows
-
-        def take(self, n: int) -> "Stream":
-            return Stream(self.rows[:n])
-
-        def __iter__(self):
-            return ({"label": i % 2, "title": "t", "content": f"c{i}"} for i in self.rows)
-
-    def load_dataset(name: str, *, split: str, streaming: bool) -> Stream:
-        assert (name, split, streaming) == ("fancyzhx/amazon_polarity", "train", True)
-        return Stream(range(3_600_000))
-
-    config = types.SimpleNamespace()
-    fake = types.SimpleNamespace(load_dataset=load_dataset, config=config)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.setattr(data_loader.requests, "head", lambda *_, **__: None)
-    first = load_reviews("amazon_polarity", None, tmp_path, 7)
-    assert [r.text for r in first.rows] == [f"t\nc{i}" for i in range(7)]
-    assert [p.name for p in tmp_path.iterdir()] == ["amazon_polarity_7.jsonl"]
-    monkeypatch.delitem(sys.modules, "datasets")
-    assert load_reviews("amazon_polarity", None, tmp_path, 7).rows == first.rows
 
 
 def test_snippets_come_out_of_a_package_that_is_only_read(
