@@ -376,12 +376,11 @@ def review_text(record: dict[str, Any], columns: Mapping[str, str]) -> str:
 
 def _label(value: Any) -> str:
     """A label as one line of text; 4.0 is 4."""
-    label = " ".join(_check_characters("" if value is None else str(value)).split())
-    if NUMBER.fullmatch(label):
-        return re.sub(r"^\+|\.0+$", "", label)
-    if label in ("", "nan"):
+    is_missing = value is None or value != value  # NaN
+    label = "" if is_missing else " ".join(_check_characters(str(value)).split())
+    if not label:
         raise ValueError("no label")
-    return label
+    return re.sub(r"^\+|\.0+$", "", label) if NUMBER.fullmatch(label) else label
 
 
 def _match_labels(found: Mapping[str, str], labels: Sequence[str]) -> dict[str, int]:
@@ -409,8 +408,7 @@ def _sort_labels(found: Mapping[str, str], n_rows: int) -> tuple[tuple[str, ...]
             f"{len(found):,} different labels in {n_rows:,} rows, such as {examples}: choose the "
             "column of the labels with --label-column"
         )
-    key = (lambda label: float(label)) if len(numbers) == len(found) else None
-    ordered = sorted(found, key=key)
+    ordered = sorted(found, key=float if len(numbers) == len(found) else None)
     return tuple(found[label] for label in ordered), {x: i for i, x in enumerate(ordered)}
 
 

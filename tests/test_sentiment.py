@@ -297,7 +297,7 @@ def test_any_labels_from_a_file_to_a_verdict(
     assert SCRIPTS[name].main(arguments(topics, folder, name, *more, *columns)) == 0
     shown = capsys.readouterr()
     labels = ["Sport", "Tech|<b>", "World"]
-    assert "labels: Sport, Tech|<b>, World" in shown.err and "read as utf-16" in shown.err
+    assert "labels: Sport, Tech|<b>, World" in shown.err and "read as utf_16" in shown.err
     assert "| label \\ prediction | Sport | Tech\\|<b> | World |" in shown.out
     checkpoint = load_checkpoint(folder / name, ("classifier", "lora_classifier"))
     assert [*checkpoint["labels"]] == labels
