@@ -316,7 +316,7 @@ def test_any_labels_from_a_file_to_a_verdict(
     part.write_text('{"review": "the war", "topic": 1, "label": "WORLD"}\n' * 3)
     assert evaluate.main([*command, "--data", str(part)]) == 0
     found = capsys.readouterr()
-    assert sum(json.loads(found.out)["confusion"][2]) == 3 and "ignored topic" in found.err
+    assert sum(json.loads(found.out)["confusion"][2]) == 3 and "ignored columns: topic" in found.err
     part.write_text('{"review": "the war", "label": "Europe"}')
     assert evaluate.main([*command, "--data", str(part)]) == 2
     assert "the model's labels are Sport, Tech|<b>, World, not Europe" in capsys.readouterr().err
