@@ -692,11 +692,12 @@ def _table_records(rows: list, columns: Iterable[str | None]) -> Iterator[tuple[
 
 
 def _is_header(rows: list, columns: Iterable[str | None]) -> bool:
-    """Whether the first row has known names only, or a known name, no number, and no cell that
-    occurs again in its column, as labels do."""
+    """Whether the first row has known names only, or a known name, no label of the usual ones, and
+    no cell that occurs again in its column, as labels do."""
     header, *below = ([cell.strip().lower() for cell in cells] for _, cells in rows)
     known = {name.lower() for name in columns if name}
-    if known >= set(header) or not known & set(header) or any(map(NUMBER.fullmatch, header)):
+    has_label = any(c in NEGATIVE | POSITIVE or NUMBER.fullmatch(c) for c in header)
+    if known >= set(header) or not known & set(header) or has_label:
         return known >= set(header)
     pairs = (pair for cells in below if cells != header for pair in zip(header, cells))
     return not any(name == cell and name for name, cell in pairs)

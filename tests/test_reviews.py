@@ -70,6 +70,8 @@ def test_the_formats_that_people_have(tmp_path: Path, name: str, text: str):
 def test_a_first_row_with_a_label_is_no_header(tmp_path: Path):
     path = write(tmp_path / "a.csv", '"2","Content","I like it."\n"1","Text","No."\n')
     assert read_rows(path) == [Review("Content\nI like it.", 1), Review("Text\nNo.", 0)]
+    path = write(tmp_path / "c.csv", "positive,Text\nnegative,no\n")
+    assert read_rows(path) == [Review("Text", 1), Review("no", 0)]
     path = write(tmp_path / "b.tsv", "Text\t1\ncontent\t0\n")
     assert read_rows(path) == [Review("Text", 1), Review("content", 0)]
 
