@@ -696,11 +696,14 @@ def _is_header(rows: list, columns: Iterable[str | None]) -> bool:
     no cell that occurs again in its column, as labels do."""
     header, *below = ([cell.strip().lower() for cell in cells] for _, cells in rows)
     known = {name.lower() for name in columns if name}
-    has_label = any(c in NEGATIVE | POSITIVE or NUMBER.fullmatch(c) for c in header)
-    if known >= set(header) or not known & set(header) or has_label:
+    if known >= set(header) or not known & set(header) or any(map(_is_usual_label, header)):
         return known >= set(header)
     pairs = (pair for cells in below if cells != header for pair in zip(header, cells))
     return not any(name == cell and name for name, cell in pairs)
+
+
+def _is_usual_label(cell: str) -> bool:
+    return cell.strip().lower() in NEGATIVE | POSITIVE or bool(NUMBER.fullmatch(cell.strip()))
 
 
 def _usual_columns(rows: list[list[str]]) -> list[str]:
@@ -713,7 +716,7 @@ def _usual_columns(rows: list[list[str]]) -> list[str]:
     if width == 2:
         columns = zip(*(cells for cells in rows if len(cells) == 2))
         first, second = (
-            (not all(map(NUMBER.fullmatch, c)), len({*c}), len("".join(c))) for c in columns
+            (not all(map(_is_usual_label, c)), len({*c}), len("".join(c))) for c in columns
         )
         return ["label", "text"] if first < second else names[2]
     return names[width]
