@@ -37,6 +37,7 @@ MAX_ROWS, MAX_UPLOAD_MB = 10_000, 10
 SHOWN_TOKENS, ATTENTION_TOKENS = 15, 32
 REFRESH_SECONDS = 3.0
 CHART_COLOR = "#3a7ca5"
+MARKDOWN = str.maketrans({c: f"\\{c}" for c in r"\`*_{}()#+-.!|<>~$:&="})  # shown literally
 FINE_TUNINGS = ("full fine-tuning", "LoRA", "QLoRA, 4-bit base")  # rows of the report
 TASKS = {"language": "Language", "sentiment": "Sentiment", "instructions": "Instructions"}
 CLASSIFIERS = {
@@ -240,7 +241,7 @@ def sentiment_page() -> None:
             with column, errors_as_messages():
                 labels, (row,) = classify(name, [text])
                 frame = pd.DataFrame({"probability": row, "class": labels})
-                verdict, sure = labels[row.argmax()], f"{row.max():.0%} sure"
+                verdict, sure = labels[row.argmax()].translate(MARKDOWN), f"{row.max():.0%} sure"
                 st.metric(name, verdict, sure, delta_color="off", delta_arrow="off")
                 st.altair_chart(bars(frame, "probability", "class", x_max=1))
     else:
@@ -382,8 +383,7 @@ def badge(token: bytes, token_id: int) -> str:
     replacing dashes and arrows.
     """
     text = printable(token)
-    shown = (f"\\{c}" if c in r"\`*_{}()#+-.!|<>~$:&=" else c for c in text)
-    return "\u2060".join([*shown, ""]) + f" {token_id}"
+    return "\u2060".join([*(c.translate(MARKDOWN) for c in text), ""]) + f" {token_id}"
 
 
 def show_merges(tokenizer: BPETokenizer) -> None:

@@ -27,7 +27,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -285,9 +285,8 @@ def load_examples(
             drawn = random.Random(0).sample(range(len(rows)), max_examples)
             rows = [rows[i] for i in sorted(drawn)]
         return Examples(Path(data).name, rows, labels)
-    for name, column in columns.items():
-        if column is not None:
-            raise ValueError(f"--{name.replace('_', '-')} needs --data")
+    if any(columns.values()):
+        raise ValueError("--text-column and --label-column need --data")
     for name in sources if dataset == "auto" else [dataset]:
         find, read = sources[name]
         try:
@@ -316,21 +315,16 @@ def read_reviews(
     as 0 and 1, 1 and 2, or neg and pos, are negative and positive; other numbers are sorted by
     value, other names by the alphabet. A file to measure has only labels of the given `labels`.
     """
-    chosen = {"text": text_column, "label": label_column}
-    records, columns = _review_records(path, REVIEW_COLUMNS, chosen)
-
-    def parse(record: dict[str, Any]) -> tuple[str, str]:
-        return review_text(record, columns), _label(record.get(columns["label"]))
-
-    rows = valid_rows(path, records, parse)
+    records, columns = _review_records(path, {"text": text_column, "label": label_column})
+    rows = valid_rows(
+        path, records, lambda r: (review_text(r, columns), _label(r.get(columns["label"])))
+    )
     found = {label.lower(): label for _, label in reversed(rows)}
     try:
-        indices = _match_labels(found, labels) if labels else None
-        if indices is None:
-            names, indices = _sort_labels(found, len(rows))
+        names, indices = _index_labels(found, labels, len(rows))
     except ValueError as error:
         raise ValueError(f"{path}, column {columns['label']}: {error}") from None
-    return [Review(text, indices[label.lower()]) for text, label in rows], tuple(labels or names)
+    return [Review(text, indices[label.lower()]) for text, label in rows], names
 
 
 def read_unlabelled(
@@ -338,29 +332,32 @@ def read_unlabelled(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a file as `read_reviews` takes it, labels optional, and the text of each; the
     first invalid row is an error."""
-    roles = {role: names for role, names in REVIEW_COLUMNS.items() if role != "label"}
-    records, columns = _review_records(path, roles, {"text": text_column})
+    records, columns = _review_records(path, {"text": text_column})
     rows, problems = parse_records(records, lambda record: (record, review_text(record, columns)))
-    if problems:
-        raise ValueError(problems[0])
+    if problems or not rows:
+        raise ValueError(f"{path} has no valid row" if not problems else problems[0])
     return [record for record, _ in rows], [text for _, text in rows]
 
 
-def _review_records(path, roles, chosen):
-    """Records of a file, and the columns that they have for these roles."""
-    known = [*itertools.chain(*REVIEW_COLUMNS.values()), *filter(None, chosen.values())]
-    records = read_records(path, known)
-    if not records:
-        raise ValueError(f"{path} has no valid row")
-    if chosen["text"]:  # a text of its own, without the title
-        roles = {role: names for role, names in roles.items() if role != "title"}
-    columns = find_columns(path, records, roles, chosen)
-    found = {*columns, "text"} if "title" in columns else {*columns}
-    if any(isinstance(record, dict) for _, record in records):
-        for role in ({"text", "label"} & roles.keys()) - found:
-            raise ValueError(
-                f"{path} has no column {role}: rename one, or choose with --{role}-column"
-            )
+def _review_records(path, chosen):
+    """Records of a file, and its columns by role. `chosen` has the user's choice for each role that
+    is needed. Two columns for one role are an error, and columns without a role are named."""
+    records = read_records(path, [*itertools.chain(*REVIEW_COLUMNS.values()), *chosen.values()])
+    names = list(dict.fromkeys(n for _, r in records if isinstance(r, dict) for n in r))
+    columns = {}
+    for role in (*chosen, *([] if chosen["text"] else ["title"])):
+        choice, known = chosen.get(role), REVIEW_COLUMNS[role]
+        found = [n for n in names if (n == choice if choice else n.strip().lower() in known)]
+        if len(found) > 1:
+            flag = f"--{role if role in chosen else 'text'}-column"
+            raise ValueError(f"{path} has two columns for {role} ({_shorten(found)}): use {flag}")
+        columns |= zip([role], found)
+    for role, choice in chosen.items():
+        if names and role not in columns and not (role == "text" and "title" in columns):
+            missing = f"{choice or role}, but {_shorten(names)}"
+            raise ValueError(f"{path} has no column {missing}: use --{role}-column")
+    if unknown := [name for name in names if name not in columns.values()]:
+        log0(f"{path}: ignored columns: {_shorten(unknown)}")
     return records, columns
 
 
@@ -378,41 +375,33 @@ def review_text(record: dict[str, Any], columns: Mapping[str, str]) -> str:
 
 def _label(value: Any) -> str:
     """A label as one line of text; 4.0 is 4."""
-    label = " ".join(_check_characters("" if value is None else str(value)).split())
-    if NUMBER.fullmatch(label):
-        return re.sub(r"^\+|\.0+$", "", label)
-    if label in ("", "nan"):
+    is_missing = value is None or value != value  # NaN
+    label = "" if is_missing else " ".join(_check_characters(str(value)).split())
+    if not label:
         raise ValueError("no label")
-    return label
+    return re.sub(r"^\+|\.0+$", "", label) if NUMBER.fullmatch(label) else label
 
 
-def _match_labels(found: Mapping[str, str], labels: Sequence[str]) -> dict[str, int]:
-    """The index in `labels` of each label found."""
-    indices = {name.lower(): i for i, name in enumerate(labels)}
-    if tuple(labels) == LABELS and (pair := _known_pair(found)):
-        return pair
-    if unknown := sorted(label for key, label in found.items() if key not in indices):
-        raise ValueError(f"the model's labels are {_shorten(labels)}, not {_shorten(unknown)}")
-    return indices
-
-
-def _sort_labels(found: Mapping[str, str], n_rows: int) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Names of the labels of a data set, and the index of each label found."""
-    if pair := _known_pair(found):
+def _index_labels(
+    found: Mapping[str, str], labels: Sequence[str], n_rows: int
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The names of the labels, given ones or those of a file, and the index of each label found."""
+    if tuple(labels or LABELS) == LABELS and (pair := _known_pair(found)):
         if [*found] == ["1"]:
             log0("all labels are 1, taken as positive")
         return LABELS, pair
+    if labels:
+        indices = {name.lower(): i for i, name in enumerate(labels)}
+        if unknown := sorted(found[key] for key in found.keys() - indices.keys()):
+            raise ValueError(f"the model's labels are {_shorten(labels)}, not {_shorten(unknown)}")
+        return tuple(labels), indices
     numbers = [label for label in found if NUMBER.fullmatch(label)]
     if numbers and (words := (NEGATIVE | POSITIVE) & found.keys() - set(numbers)):
         raise ValueError(f"a mixture of {_shorten(numbers)} and {_shorten(sorted(words))}")
     if len(found) > MAX_LABELS or len(found) > max(10, n_rows / 2):
-        examples = _shorten([*found.values()][:3])
-        raise ValueError(
-            f"{len(found):,} different labels in {n_rows:,} rows, such as {examples}: choose the "
-            "column of the labels with --label-column"
-        )
-    key = (lambda label: float(label)) if len(numbers) == len(found) else None
-    ordered = sorted(found, key=key)
+        examples = f"{_shorten([*found.values()][:3])}: use --label-column"
+        raise ValueError(f"{len(found):,} different labels in {n_rows:,} rows, such as {examples}")
+    ordered = sorted(found, key=float if len(numbers) == len(found) else None)
     return tuple(found[label] for label in ordered), {x: i for i, x in enumerate(ordered)}
 
 
@@ -558,7 +547,7 @@ def parse_records(records: Records, parse: Callable[[dict], Any]) -> tuple[list[
     return rows, problems
 
 
-def read_records(path: str | Path, columns: Collection[str]) -> Records:
+def read_records(path: str | Path, columns: Iterable[str | None]) -> Records:
     """Row numbers, and the fields of each row by name or a ValueError in their place.
 
     The suffix gives the format; Parquet, and gzip around any format, are recognised by their first
@@ -589,32 +578,6 @@ def read_records(path: str | Path, columns: Collection[str]) -> Records:
         return [(number, _unify_line_ends(record)) for number, record in records]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def find_columns(
-    path: str | Path,
-    records: Records,
-    roles: Mapping[str, Collection[str]],
-    chosen: Mapping[str, str | None],
-) -> dict[str, str]:
-    """The column of each role that a file has. `roles` lists the names known for a role, in lower
-    case, `chosen` the user's own choice of columns. Two columns for one role are an error, and
-    columns without a role are named."""
-    names = list(dict.fromkeys(n for _, r in records if isinstance(r, dict) for n in r))
-    columns = {}
-    for role, known in roles.items():
-        choice = chosen.get(role)
-        found = [n for n in names if (n == choice if choice else n.strip().lower() in known)]
-        if choice and not found:
-            raise ValueError(f"{path} has no column {choice!r}: its columns are {_shorten(names)}")
-        if len(found) > 1:
-            flag = f"--{role if role in chosen else 'text'}-column"
-            raise ValueError(f"{path} has two columns for {role} ({_shorten(found)}): use {flag}")
-        if found:
-            columns[role] = found[0]
-    if unknown := [name for name in names if name not in columns.values()]:
-        log0(f"{path}: ignored {_shorten(unknown)}")
-    return columns
 
 
 def _shorten(names: list[str]) -> str:
@@ -713,7 +676,7 @@ def _regularity(text: str, delimiter: str) -> int:
     return sum(len(cells) == len(rows[0]) > 1 for cells in rows)
 
 
-def _table_records(rows: list, columns: Collection[str]) -> Iterator[tuple[int, Any]]:
+def _table_records(rows: list, columns: Iterable[str | None]) -> Iterator[tuple[int, Any]]:
     """Row numbers, and the cells of each row by column."""
     if rows and _is_header(rows, columns):
         header, rows = [cell.strip() for cell in rows[0][1]], rows[1:]
@@ -730,15 +693,19 @@ def _table_records(rows: list, columns: Collection[str]) -> Iterator[tuple[int, 
             yield number, ValueError(f"{len(cells)} fields instead of {len(names)}")
 
 
-def _is_header(rows: list, columns: Collection[str]) -> bool:
-    """Whether the first row has known names only, or a known name, no number, and no cell that
-    occurs again in its column, as labels do."""
+def _is_header(rows: list, columns: Iterable[str | None]) -> bool:
+    """Whether the first row has known names only, or a known name, no label of the usual ones, and
+    no cell that occurs again in its column, as labels do."""
     header, *below = ([cell.strip().lower() for cell in cells] for _, cells in rows)
-    known = {name.lower() for name in columns}
-    if known >= set(header) or not known & set(header) or any(map(NUMBER.fullmatch, header)):
+    known = {name.lower() for name in columns if name}
+    if known >= set(header) or not known & set(header) or any(map(_is_usual_label, header)):
         return known >= set(header)
     pairs = (pair for cells in below if cells != header for pair in zip(header, cells))
     return not any(name == cell and name for name, cell in pairs)
+
+
+def _is_usual_label(cell: str) -> bool:
+    return cell.strip().lower() in NEGATIVE | POSITIVE or bool(NUMBER.fullmatch(cell.strip()))
 
 
 def _usual_columns(rows: list[list[str]]) -> list[str]:
@@ -751,7 +718,7 @@ def _usual_columns(rows: list[list[str]]) -> list[str]:
     if width == 2:
         columns = zip(*(cells for cells in rows if len(cells) == 2))
         first, second = (
-            (not all(map(NUMBER.fullmatch, c)), len({*c}), len("".join(c))) for c in columns
+            (not all(map(_is_usual_label, c)), len({*c}), len("".join(c))) for c in columns
         )
         return ["label", "text"] if first < second else names[2]
     return names[width]

@@ -91,6 +91,23 @@ def test_probabilities_are_those_of_the_classifiers(models: Path):
         assert metric.delta == f"{found.max():.0%} sure"
 
 
+def test_a_classifier_of_topics_has_a_bar_for_each_label(models: Path):
+    path, labels = models / "finetuned_classifier_weights.pth", ["<b>Sport</b>", "Tech", "World"]
+    checkpoint = load_checkpoint(path, "classifier")
+    weights = {
+        name: torch.cat([w, w[:1] + 1]) if name.startswith("classifier_head") else w
+        for name, w in checkpoint["weights"].items()
+    }
+    save_checkpoint(path, {**checkpoint, "labels": labels, "weights": weights})
+    at = page("sentiment")
+    assert_quiet(at)
+    found, probabilities = app.classify("Full fine-tuning", ["a", "b"])
+    assert found == labels and probabilities.shape == (2, 3)
+    verdict = labels[app.classify("Full fine-tuning", [at.text_area[0].value])[1].argmax()]
+    assert at.metric[0].value == verdict.translate(app.MARKDOWN)
+    assert "<b>".translate(app.MARKDOWN) == r"\<b\>"
+
+
 def test_a_refused_adapter_is_a_message_beside_the_others(models: Path):
     path = models / "review_lm_weights.pth"
     checkpoint = load_checkpoint(path, "base")
@@ -138,7 +155,7 @@ def test_uploads_are_read_as_the_scripts_read_files():
         ("a.csv", b"", "has no valid row"),
         ("a.csv", b"\xff" + bytes(9), r"^a\.csv is no text"),
         ("a.csv", b"n;m;o;p\n1;2;3;4\n", r"^a\.csv: 4 columns without known names \(n, m"),
-        ("a.jsonl", b'{"n": 1}', r"^a\.jsonl has no column text: .*--text-column"),
+        ("a.jsonl", b'{"n": 1}', r"^a\.jsonl has no column text, but n: use --text-column"),
         ("a.csv", b"text\nI love it, really\n", "row 2: 2 fields instead of 1"),
         ("a.jsonl", b"{", "row 1: not JSON"),
         ("a.jsonl", b'{"text": "a"}\nnull', "row 2: not an object"),

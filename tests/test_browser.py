@@ -170,7 +170,9 @@ def test_a_file_is_judged(address: str, page: Page, tmp_path: Path):
     with page.expect_download() as download:
         page.get_by_role("button", name="Download with predictions").click()
     lines = Path(download.value.path()).read_text().splitlines()
-    assert lines[0] == "text,prediction,probability_positive" and len(lines) == 3
+    assert (
+        lines[0] == "text,prediction,probability_negative,probability_positive" and len(lines) == 3
+    )
 
 
 def test_an_instruction_is_answered(address: str, page: Page, pictures: Path):

@@ -68,6 +68,8 @@ def test_the_formats_that_people_have(tmp_path: Path, name: str, text: str):
 def test_a_first_row_with_a_label_is_no_header(tmp_path: Path):
     path = write(tmp_path / "a.csv", '"2","Content","I like it."\n"1","Text","No."\n')
     assert read_rows(path) == [Review("Content\nI like it.", 1), Review("Text\nNo.", 0)]
+    path = write(tmp_path / "c.csv", "positive,Text\nnegative,no\n")
+    assert read_rows(path) == [Review("Text", 1), Review("no", 0)]
     path = write(tmp_path / "b.tsv", "Text\t1\ncontent\t0\n")
     assert read_rows(path) == [Review("Text", 1), Review("content", 0)]
 
@@ -293,10 +295,10 @@ def test_columns_are_chosen_ignored_and_refused(tmp_path: Path, capsys: pytest.C
         read_reviews(path)
     rows, labels = read_reviews(path, label_column="score")
     assert rows == [Review("T\nx", 1), Review("T\nz", 0)] and labels == ("1", "5")
-    assert "ignored id, notes, label" in capsys.readouterr().err
+    assert "ignored columns: id, notes, label" in capsys.readouterr().err
     rows, _ = read_reviews(path, text_column="notes", label_column="label")
     assert rows == [Review("y", 1), Review("w", 0)]
-    with pytest.raises(ValueError, match="no column 'nothing': its columns are id, title"):
+    with pytest.raises(ValueError, match="no column nothing, but id, title"):
         read_reviews(path, label_column="nothing")
 
 
@@ -314,7 +316,7 @@ def test_a_sorted_file_is_sampled_from_end_to_end(
         and drawn.rows == load_reviews("auto", path, tmp_path, 2000).rows
     )
     split_reviews(drawn)
-    with pytest.raises(ValueError, match="--text-column needs --data"):
+    with pytest.raises(ValueError, match="--text-column and --label-column need --data"):
         load_reviews("sample", None, tmp_path, 9, text_column="x")
 
 

@@ -297,7 +297,7 @@ def test_any_labels_from_a_file_to_a_verdict(
     assert SCRIPTS[name].main(arguments(topics, folder, name, *more, *columns)) == 0
     shown = capsys.readouterr()
     labels = ["Sport", "Tech|<b>", "World"]
-    assert "labels: Sport, Tech|<b>, World" in shown.err and "read as utf-16" in shown.err
+    assert "labels: Sport, Tech|<b>, World" in shown.err and "read as utf_16" in shown.err
     assert "| label \\ prediction | Sport | Tech\\|<b> | World |" in shown.out
     checkpoint = load_checkpoint(folder / name, ("classifier", "lora_classifier"))
     assert [*checkpoint["labels"]] == labels
@@ -316,7 +316,7 @@ def test_any_labels_from_a_file_to_a_verdict(
     part.write_text('{"review": "the war", "topic": 1, "label": "WORLD"}\n' * 3)
     assert evaluate.main([*command, "--data", str(part)]) == 0
     found = capsys.readouterr()
-    assert sum(json.loads(found.out)["confusion"][2]) == 3 and "ignored topic" in found.err
+    assert sum(json.loads(found.out)["confusion"][2]) == 3 and "ignored columns: topic" in found.err
     part.write_text('{"review": "the war", "label": "Europe"}')
     assert evaluate.main([*command, "--data", str(part)]) == 2
     assert "the model's labels are Sport, Tech|<b>, World, not Europe" in capsys.readouterr().err
