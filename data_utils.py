@@ -328,15 +328,15 @@ def pad_batch(rows: Sequence[np.ndarray], pad_id: int, max_length: int) -> tuple
 # ---- reviews
 
 
-def encode_reviews(reviews: list[Review], tokenizer: BPETokenizer) -> list[np.ndarray]:
-    """Token ids of each text."""
-    return [np.array(tokenizer.encode(review.text)) for review in reviews]
-
-
 def reviews_as_text(reviews: list[Review], tokenizer: BPETokenizer) -> np.ndarray:
     """Token ids of all reviews, each followed by `<|endoftext|>`, for a language model."""
-    end = [tokenizer.end_id]
-    return np.concatenate([x for ids in encode_reviews(reviews, tokenizer) for x in (ids, end)])
+    return np.concatenate([[*tokenizer.encode(r.text), tokenizer.end_id] for r in reviews])
+
+
+def encode_text(text: str, tokenizer: BPETokenizer, max_length: int) -> np.ndarray:
+    """Token ids (T,) of a text to classify, inside the text template of the tokenizer."""
+    ids = tokenizer.encode(tokenizer.text_template.replace("{}", text))
+    return truncate_middle(np.array(ids), max_length)
 
 
 def truncate_middle(ids: np.ndarray, max_length: int) -> np.ndarray:
@@ -349,7 +349,7 @@ def text_batches(
     texts: list[str], tokenizer: BPETokenizer, context_length: int, batch_size: int = 64
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """Indices of texts, their token ids (B, T) and lengths (B,), shortest texts first."""
-    rows = [truncate_middle(np.array(tokenizer.encode(text)), context_length) for text in texts]
+    rows = [encode_text(text, tokenizer, context_length) for text in texts]
     order, pad_id = np.argsort([*map(len, rows)], kind="stable"), tokenizer.pad_id
     for start in range(0, len(texts), batch_size):
         indices = order[start : start + batch_size]
@@ -364,7 +364,7 @@ def review_batches(
     seed: int,
 ) -> ExampleBatches:
     """Training batches of token ids (B, T), lengths (B,) and labels (B,)."""
-    rows = [truncate_middle(ids, context_length) for ids in encode_reviews(reviews, tokenizer)]
+    rows = [encode_text(review.text, tokenizer, context_length) for review in reviews]
     labels = torch.tensor([review.label for review in reviews])
     pad_id = tokenizer.pad_id
 

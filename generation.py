@@ -242,13 +242,17 @@ ANY_KIND = ("base", *CLASSIFIERS, *INSTRUCTION_MODELS)
 
 
 def load_model(
-    path: str | Path, kinds: str | tuple[str, ...] = ANY_KIND, runtime: Runtime = CPU
+    path: str | Path,
+    kinds: str | tuple[str, ...] = ANY_KIND,
+    runtime: Runtime = CPU,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, BPETokenizer, dict[str, Any]]:
     """Opens a checkpoint: the model in evaluation mode, its tokenizer, and the checkpoint itself.
 
     The tokenizer is the `tokenizer.json` beside the checkpoint. An adapter is loaded onto its base,
     at the relative path that the checkpoint records; for QLoRA the base is quantised again, to
-    exactly the same values. Mismatched files, or other `kinds`, raise a ValueError.
+    exactly the same values. `dtype` is that of the base's weights. Mismatched files, or other
+    `kinds`, raise a ValueError.
     """
     path = Path(path)
     hint = COMMANDS.get(path.name, COMMANDS[BASE])
@@ -272,11 +276,12 @@ def load_model(
         weights = base["weights"] if lora_config else checkpoint["weights"]
         weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
         head = {name: weights.pop(name) for name in list(weights) if name.startswith(HEAD)}
-        model = build_model(GPTConfig(**checkpoint["model_config"]), weights)
+        model = build_model(GPTConfig(**checkpoint["model_config"]), weights, dtype)
         if checkpoint["kind"] in CLASSIFIERS:
             model = GPTClassificationModel(model, len(checkpoint["labels"]))
             model.load_state_dict(head, strict=False)
         tokenizer.chat_template = checkpoint.get("chat_template")
+        tokenizer.text_template = checkpoint.get("text_template", "{}")
         model.to(runtime.device)
         if checkpoint["kind"] == "qlora_instruction":
             quantize_4bit(model, getattr(torch, checkpoint["compute_dtype"].split(".")[-1]))
@@ -286,9 +291,11 @@ def load_model(
     return model.eval(), tokenizer, checkpoint
 
 
-def build_model(config: GPTConfig, weights: dict[str, Tensor]) -> GPTModel:
-    """A model with these weights, in float32; none are initialised first."""
-    weights = {name: tensor.float() for name, tensor in weights.items()}
+def build_model(
+    config: GPTConfig, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32
+) -> GPTModel:
+    """A model with these weights; none are initialised first."""
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     if config.tie_weights:
         weights["head.weight"] = weights["token_embedding.weight"]
     with torch.device("meta"):

@@ -94,6 +94,7 @@ class BPETokenizer:
         """`layout` is the `tokenizer.json`, which may lack vocabulary and merges; default: ours."""
         self.vocab, self.merges, self.special_tokens = vocab, merges, special_tokens
         self.chat_template: str | None = None  # Jinja, as the model publishes it
+        self.text_template = "{}"  # of a text to classify
         self._layout = layout or _LAYOUT
         self._family = _family(self._layout["pre_tokenizer"])
         self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}
