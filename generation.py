@@ -334,19 +334,25 @@ def open_base(
     """
     path, out_dir = Path(path or default_path(BASE)), Path(out_dir)
     model, tokenizer, checkpoint = load_model(path, "base")
-    length, copy = model.config.context_length, out_dir / "tokenizer.json"
+    length = model.config.context_length
     if model.config.position == "learned" and context_length != length:
         raise ValueError(f"the base has learned positions: --context-length must be {length}")
-    if not copy.is_file():
-        tokenizer.save(copy)
-    elif BPETokenizer.load(copy).sha256 != tokenizer.sha256:
-        raise ValueError(f"{copy} differs from the base's tokenizer: choose another --out-dir")
+    place_tokenizer(tokenizer, out_dir)
     origin = {
         "base": _relative_path(path.resolve(), out_dir.resolve()),
         "base_sha256": checkpoint["weights_sha256"],
         "tokenizer_sha256": tokenizer.sha256,
     }
     return model, tokenizer, origin
+
+
+def place_tokenizer(tokenizer: BPETokenizer, folder: Path) -> None:
+    """Writes the tokenizer of a model set, unless it has one; another one is a ValueError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        tokenizer.save(path)
+    elif BPETokenizer.load(path).sha256 != tokenizer.sha256:
+        raise ValueError(f"{path} differs from the base's tokenizer: choose another --out-dir")
 
 
 def _relative_path(path: Path, folder: Path) -> str:

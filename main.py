@@ -19,23 +19,29 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import training
-from data_loader import PRETRAINED, find_data_dir, load_corpus, log0, open_pretrained
+from data_loader import (
+    PRETRAINED,
+    Pretrained,
+    find_data_dir,
+    find_pretrained,
+    load_corpus,
+    log0,
+    open_pretrained,
+)
 from data_utils import TokenBatches, prepare_token_ids, prepare_tokenizer
 from evaluate import validation_metrics
-from generation import BASE, continue_prompt, load_model, reconfigure
+from generation import BASE, continue_prompt, load_model, place_tokenizer, reconfigure
 from model import GPTConfig, GPTModel, config_from_hf, weights_from_hf
 from tokenizer import BPETokenizer
 from training import TrainConfig, from_options
 
 MAX_VALIDATION_TOKENS = 100_000  # of a large corpus; TinyShakespeare's validation split is smaller
 SAMPLE_TOKENS = 250
-CONTINUE_STEPS = 600  # default for a model of one's own
-SPARE_TOKENS = 1024  # rows of an embedding without a token, such as those of Qwen3
+SPARE_TOKENS = 1024  # rows without a token that fill up an embedding, such as that of Qwen3
 MODELS = Path("models")
 COMPILERS = ("g++", "clang++", "cl")
 
@@ -58,41 +64,19 @@ class DataConfig:
         training.check_range(self, 0, 1, "resegment_probability")
 
 
-# What each preset changes of the dataclasses' defaults; `--help` shows those of the chosen one.
-PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {"steps": 1200, "weight_decay": 0.3},
-    "gpu": {
-        "n_layer": 8,
-        "n_head": 6,
-        "n_embd": 384,
-        "context_length": 512,
-        "dropout": 0.2,
-        "batch_size": 64,
-        "steps": 4000,
-        "eval_every": 250,
-    },
-    "tiny": {
-        "n_layer": 2,
-        "n_head": 2,
-        "n_embd": 128,
-        "batch_size": 16,
-        "steps": 200,
-        "eval_every": 100,
-        "warmup_steps": 20,
-    },
+PRESETS = {  # options that each one changes; `--help` shows the defaults of the chosen one
+    "cpu": "--steps 1200 --weight-decay 0.3",
+    "gpu": "--n-layer 8 --n-head 6 --n-embd 384 --context-length 512 --dropout 0.2 --batch-size 64"
+    " --steps 4000 --eval-every 250",
+    "tiny": "--n-layer 2 --n-head 2 --n-embd 128 --batch-size 16 --steps 200 --eval-every 100"
+    " --warmup-steps 20",
 }
-# The same for a trained model, whose architecture and tokenizer are given.
-CONTINUE: dict[str, Any] = {
-    "steps": None,
-    "context_length": 256,
-    "batch_size": 8,
-    "resegment_probability": 0.0,
-    "dropout": 0.0,
-    "optimizer": "adamw",
-    "learning_rate": 1e-4,
-    "warmup_steps": 20,
-    "eval_every": 50,
-}
+# The same for a trained model, whose tokenizer and architecture are given.
+CONTINUE = (
+    "--steps 600 --batch-size 8 --resegment-probability 0 --dropout 0 --optimizer adamw"
+    " --learning-rate 1e-4 --warmup-steps 20 --eval-every 50"
+)
+CONTINUE_CONTEXT = 256  # tokens, or the model's context if that is shorter
 
 
 @training.report_errors
@@ -100,11 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     """Trains and shows a sample; returns the exit code (130 or 143 when interrupted)."""
     args = _parse(argv)
     with training.start_runtime() as runtime:
-        if args.pretrained:
-            args.init_from = import_pretrained(args, runtime)
-        if args.pretrained and args.steps is None:
-            path = args.init_from
-        else:
+        if args.pretrained is not None:
+            args.init_from = path = import_pretrained(args, runtime)
+        if args.steps is not None:
             with training.lock_output_dir(args.out_dir, runtime):
                 training.check_output(args, runtime, BASE, "tokenizer.json")
                 log0(f"runtime: {runtime.describe()}")
@@ -125,6 +107,11 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
         else:
             tokenizer, origin = prepare_tokenizer(corpus, args.vocab_size, cache), {}
             model = _new_model(args, tokenizer.vocab_size)
+        if args.context_length is None:
+            args.context_length = min(CONTINUE_CONTEXT, model.config.context_length)
+        if not 1 <= args.context_length <= model.config.context_length:
+            raise ValueError(f"--context-length must lie in [1, {model.config.context_length}]")
+        windows = {**asdict(data_config), "context_length": args.context_length}
         train_ids, validation_ids = (
             prepare_token_ids(name, ranges, corpus, tokenizer, cache) for name, ranges in splits
         )
@@ -135,10 +122,9 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
     batches = TokenBatches(
         train_ids,
         tokenizer,
-        context_length=args.context_length,
         seed=config.seed,
         steps=config.steps,
-        **asdict(data_config),
+        **windows,
     )
     log0(f"{len(train_ids):,} tokens, {config.steps / batches.steps_per_epoch:.1f} epochs")
     if (n := len(validation_ids)) > MAX_VALIDATION_TOKENS:
@@ -150,7 +136,7 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
         "tokenizer_sha256": tokenizer.sha256,
         "dataset": corpus.name,
         "data_sha256": corpus.sha256,
-        "data_config": asdict(data_config),
+        "data_config": windows,
         "sample_prompt": "ROMEO:" if is_play else tokenizer.decode(validation_ids[:8].tolist()),
         **origin,
     }
@@ -181,61 +167,60 @@ def _new_model(args: argparse.Namespace, vocab_size: int) -> GPTModel:
 def _open_start(args: argparse.Namespace) -> tuple[GPTModel, BPETokenizer, dict[str, str]]:
     """The model to go on from, its tokenizer, and what a checkpoint records about it."""
     model, tokenizer, checkpoint = load_model(args.init_from, "base")
-    if args.context_length > model.config.context_length:
-        raise ValueError(f"--context-length must be at most {model.config.context_length}")
     reconfigure(model, model.config.context_length, args.dropout)
     origin = {"init_from": str(args.init_from), "init_from_sha256": checkpoint["weights_sha256"]}
-    return model, tokenizer, origin
+    return model, tokenizer, {**origin, "chat_template": checkpoint.get("chat_template")}
 
 
 def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Path:
     """The checkpoint of a public model, fetched and converted unless it exists."""
-    name, started = args.pretrained, time.perf_counter()
-    folder = MODELS / Path(name).resolve().name.lower()
-    if args.steps is None and args.out_dir != MODELS:
-        folder = args.out_dir
-    path = folder / BASE
-    with training.lock_output_dir(folder, runtime), training.rank_zero_first(runtime):
+    started, source = time.perf_counter(), find_pretrained(args.pretrained)
+    is_result = args.steps is None and args.out_dir != MODELS
+    path = (args.out_dir if is_result else MODELS / Path(source).name.lower()) / BASE
+    with training.lock_output_dir(path.parent, runtime), training.rank_zero_first(runtime):
         if path.is_file():
-            recorded = training.load_checkpoint(path, "base").get("pretrained")
-            if recorded != name:
-                raise ValueError(f"{path} holds {recorded or 'a model of yours'}: use --out-dir")
-            log0(f"using {path}")
+            found = training.load_checkpoint(path, "base").get("pretrained", "a model of yours")
+            if found != source:
+                raise ValueError(f"{path} holds {found}: use --out-dir")
+            log0(f"using {path}: delete it to convert {source} again")
             return path
-        source = open_pretrained(name, find_data_dir(args.data_dir))
+        published = open_pretrained(source, find_data_dir(args.data_dir))
         try:
-            config = config_from_hf(source.config)
-            tokenizer = _open_tokenizer(source.tokenizer)
-            if not 0 <= config.vocab_size - tokenizer.vocab_size < SPARE_TOKENS:
+            config, tokenizer = config_from_hf(published.config), _open_tokenizer(published)
+            n_spare = config.vocab_size - tokenizer.vocab_size
+            if not (n_spare == 0 or (0 < n_spare < SPARE_TOKENS and config.vocab_size % 64 == 0)):
                 sizes = f"{tokenizer.vocab_size:,} tokens, the model {config.vocab_size:,}"
                 raise ValueError(f"the tokenizer has {sizes}")
-            weights = weights_from_hf(source.tensors, config)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{name} cannot be opened: {error}") from None
-        tokenizer.save(folder / "tokenizer.json")
-        provenance = training.provenance(runtime, time.perf_counter() - started)
+            config = replace(config, vocab_size=tokenizer.vocab_size)
+            weights = weights_from_hf(published.tensors, config)
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"{source} cannot be opened: {error}") from None
+        if n_spare:
+            log0(f"leaving out {n_spare} rows of the embedding, which stand for no token")
+        place_tokenizer(tokenizer, path.parent)
         contents = {
             "kind": "base",
             "model_config": asdict(config),
             "weights": weights,
             "tokenizer_sha256": tokenizer.sha256,
-            "pretrained": name,
-            "chat_template": source.chat_template,
+            "pretrained": source,
+            "chat_template": published.chat_template,
             "sample_prompt": "The capital of France is",
             "metrics": {},
-            "provenance": provenance,
+            "provenance": training.provenance(runtime, time.perf_counter() - started),
         }
         training.save_checkpoint(path, contents)
         log0(f"wrote {path}: {path.stat().st_size:,} bytes")
     return path
 
 
-def _open_tokenizer(source: Path | dict[str, Any]) -> BPETokenizer:
+def _open_tokenizer(published: Pretrained) -> BPETokenizer:
+    source = published.tokenizer
     if isinstance(source, dict):
         return BPETokenizer.from_gguf(**source)
-    if (source / "tokenizer.json").is_file():
-        return BPETokenizer.load(source / "tokenizer.json")
-    return BPETokenizer.load_gpt2(source / "vocab.json", source / "merges.txt")
+    if (source / "vocab.json").is_file() and not (source / "tokenizer.json").is_file():
+        return BPETokenizer.load_gpt2(source / "vocab.json", source / "merges.txt")
+    return BPETokenizer.load(source / "tokenizer.json")
 
 
 def _show_sample(path: Path) -> None:
@@ -259,13 +244,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     start.add_argument("--pretrained", metavar="NAME", help=text)
     text = "base model to go on training, with its tokenizer and architecture"
     start.add_argument("--init-from", type=Path, metavar="FILE", help=text)
-    presets = (
-        f"{name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in options.items())
-        for name, options in PRESETS.items()
-    )
     parser = training.new_parser(
         "Train the tokenizer and the base model, and show a sample.",
-        epilog="Presets change defaults: " + "; ".join(presets),
+        epilog="Presets: " + "; ".join(f"{name}: {text}" for name, text in PRESETS.items()),
         parents=[first],
     )
     text = "torch.compile, which did not speed up our test machine"
@@ -276,16 +257,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for config_class in (DataConfig, GPTConfig, TrainConfig):
         training.add_config_flags(parser, config_class)
     chosen, _ = first.parse_known_args(argv)
-    trained = chosen.pretrained or chosen.init_from
-    parser.set_defaults(**(CONTINUE if trained else PRESETS[chosen.preset]))
-    if chosen.init_from:
-        parser.set_defaults(steps=CONTINUE_STEPS)
+    is_trained = (chosen.pretrained, chosen.init_from) != (None, None)
+    preset = CONTINUE if is_trained else PRESETS[chosen.preset]
+    parser.set_defaults(**vars(parser.parse_args(preset.split())))
+    given = {f.name for f in fields(GPTConfig)} - {"dropout"} if is_trained else set()
+    parser.set_defaults(**dict.fromkeys(given))
+    if chosen.pretrained is not None:
+        parser.set_defaults(steps=None)
     args = parser.parse_args(argv)
-    if trained:
-        given = {f.name for f in fields(GPTConfig)} - {"context_length", "dropout"}
-        given = [name for name in given if getattr(args, name) != parser.get_default(name)]
-        if given:
-            raise ValueError(f"--{given[0].replace('_', '-')}: the model to go on from decides")
+    for name in sorted(given - {"context_length"}):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: the model to go on from decides")
+    if args.steps is None and (args.data or args.resume):
+        raise ValueError(
+            "--pretrained trains with --steps only: add it, or omit --data and --resume"
+        )
     if args.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)):
         raise ValueError("--compile needs a C++ compiler such as g++: install one or omit it")
     return args

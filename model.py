@@ -12,7 +12,7 @@ settings it is GPT-2, Llama (also SmolLM2) or Qwen3, whose files the end of this
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -178,24 +178,30 @@ class GPTConfig:
     tie_weights: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
-            if not 1 <= getattr(self, name) <= 10_000_000:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.head_size and self.n_embd % self.n_head:
+        for field in fields(self):  # whose values may come from a file
+            value, kind = getattr(self, field.name), field.type
+            if type(value) is not kind and (type(value), kind) != (int, float):
+                raise ValueError(f"{field.name} must be {kind.__name__}, not {value!r}")
+        if not self.head_size and self.n_embd % max(1, self.n_head):
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        defaults = (self.n_head, self.n_embd // self.n_head, 4 * self.n_embd)
-        for name, default in zip(("n_kv_head", "head_size", "n_ff"), defaults):
+        head_size = self.n_embd // max(1, self.n_head)
+        defaults = {"n_kv_head": self.n_head, "head_size": head_size, "n_ff": 4 * self.n_embd}
+        for name, default in defaults.items():
             object.__setattr__(self, name, getattr(self, name) or default)
-        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
+        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd", *defaults):
+            most = 1000 if name == "n_layer" else 10_000_000
+            if not 1 <= (value := getattr(self, name)) <= most:
+                raise ValueError(f"{name} must be at least 1 and at most {most:,}, not {value}")
+        if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
-        if not 0 <= self.dropout < 1 or not self.norm_eps > 0:
-            raise ValueError("dropout must lie in [0, 1) and norm_eps above 0")
+        if not 0 <= self.dropout < 1 or not 0 < self.norm_eps < 1:
+            raise ValueError("dropout must lie in [0, 1) and norm_eps in (0, 1)")
         options = {"activation": ("gelu", "relu2", "swiglu"), "norm": ("layer", "rms")}
         for name, values in {**options, "position": ("learned", "rotary")}.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be {' or '.join(values)}")
-        if self.position == "rotary" and (self.head_size % 2 or not self.rotary_base > 0):
-            raise ValueError("rotary positions need an even head_size and a rotary_base above 0")
+        if self.position == "rotary" and (self.head_size % 2 or not 0 < self.rotary_base < 1e12):
+            raise ValueError("rotary positions need an even head_size and rotary_base in (0, 1e12)")
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -396,15 +402,15 @@ SETTINGS = {  # our fields; theirs in the same order
     "norm_eps": ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"),
     "tie_weights": ("tie_word_embeddings", "tie_word_embeddings", "tie_word_embeddings"),
 }
-OURS = ("activation", "position", "norm", "qk_norm", "bias")
 _ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
 _SILU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **_ROPE}
-_GELU = {
-    "activation_function": "gelu_new",
-    "scale_attn_weights": True,
+_GELU = {"activation_function": "gelu_new", "scale_attn_weights": True}
+_RELU2 = {"hidden_act": "relu2", "qk_layernorm": True, **_ROPE}
+_EXTENSIONS = {  # of any family, which this model lacks
+    **dict.fromkeys(("rope_scaling", "quantization_config")),
+    **dict.fromkeys(("use_sliding_window", "scale_attn_by_inverse_layer_idx"), False),
     "add_cross_attention": False,
 }
-_RELU2 = {"hidden_act": "relu2", "qk_layernorm": True, **_ROPE}
 
 
 class Family(NamedTuple):
@@ -412,19 +418,20 @@ class Family(NamedTuple):
 
     column: int  # in the tables above
     architecture: str  # the class without "ForCausalLM"
-    prefix: str  # of all names but the head's
-    blocks: str
-    ours: tuple[str, str, str, bool, bool]  # activation, position, norm, qk_norm and bias
+    blocks: str  # their name; all names but the head's start as it does
+    ours: dict[str, Any]  # fields that no setting expresses
     theirs: dict[str, Any]  # settings, of which only these values are supported
 
 
+_PLAIN = {"activation": "swiglu", "position": "rotary", "norm": "rms", "qk_norm": False}
+_PLAIN["bias"] = False
+_LEARNED = {"activation": "gelu", "position": "learned", "norm": "layer", "bias": True}
+_OURS = {"activation": "relu2", "norm": "layer", "qk_norm": True}
 FAMILIES = {
-    "llama": Family(0, "Llama", "model.", "layers", ("swiglu", "rotary", "rms", 0, 0), _SILU),
-    "qwen3": Family(0, "Qwen3", "model.", "layers", ("swiglu", "rotary", "rms", 1, 0), _SILU),
-    "gpt2": Family(1, "GPT2", "transformer.", "h", ("gelu", "learned", "layer", 0, 1), _GELU),
-    "persimmon": Family(
-        2, "Persimmon", "model.", "layers", ("relu2", "rotary", "layer", 1, 0), _RELU2
-    ),
+    "llama": Family(0, "Llama", "model.layers", _PLAIN, _SILU),
+    "qwen3": Family(0, "Qwen3", "model.layers", _PLAIN | {"qk_norm": True}, _SILU),
+    "gpt2": Family(1, "GPT2", "transformer.h", _PLAIN | _LEARNED, _GELU),
+    "persimmon": Family(2, "Persimmon", "model.layers", _PLAIN | _OURS, _RELU2),
 }
 
 
@@ -433,14 +440,17 @@ def config_from_hf(data: dict[str, Any]) -> GPTConfig:
     compute differently is a ValueError that names the setting."""
     if (kind := data.get("model_type")) not in ("gpt2", "llama", "qwen3"):
         raise ValueError(f"model_type {kind} is not supported: only gpt2, llama and qwen3")
-    family, data = FAMILIES[kind], {**data, **(data.get("rope_parameters") or {})}
-    if set(data.get("layer_types") or []) - {"full_attention"}:
+    family, rope = FAMILIES[kind], data.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or rope.keys() - {"rope_theta", *_ROPE}:
+        raise ValueError(f"rope_parameters {rope} are not supported")
+    layers = data.get("layer_types") or []
+    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
         raise ValueError("layer_types other than full_attention are not supported")
-    other = dict.fromkeys(("rope_scaling", "quantization_config"))
-    other |= dict.fromkeys(("use_sliding_window", "scale_attn_by_inverse_layer_idx"), False)
-    for name, value in {**family.theirs, **other}.items():
-        if data.get(name, value) != value:
-            raise ValueError(f"{name} {data[name]} is not supported: only {value}")
+    data = {**data, **rope}
+    for name, value in {**_EXTENSIONS, **family.theirs}.items():
+        found = data.get(name, value)
+        if found != value and not (value == "gelu_new" and found == "gelu_pytorch_tanh"):
+            raise ValueError(f"{name} {found} is not supported: only {value}")
     fields = {"tie_weights": kind == "gpt2"}
     if kind != "qwen3":  # whose defaults differ
         fields |= {"head_size": 0, "n_kv_head": 0, "n_ff": 0, "rotary_base": 10_000.0}
@@ -449,7 +459,7 @@ def config_from_hf(data: dict[str, Any]) -> GPTConfig:
             fields[name] = data[theirs]
         elif theirs and name not in fields:
             raise ValueError(f"{theirs} is missing")
-    return GPTConfig(**dict(zip(OURS, family.ours)), **fields, dropout=0.0)
+    return GPTConfig(**family.ours, **fields, dropout=0.0)
 
 
 def config_to_hf(config: GPTConfig, task: str = "CausalLM") -> dict[str, Any]:
@@ -468,8 +478,7 @@ def find_family(config: GPTConfig) -> tuple[str, Family]:
     """Model type and family that compute what this config says."""
     plain = (config.n_kv_head, config.head_size * config.n_head) == (config.n_head, config.n_embd)
     for kind, family in FAMILIES.items():
-        ours = tuple(getattr(config, name) for name in OURS)
-        if ours == family.ours and (plain or family.column == 0):
+        if family.ours.items() <= vars(config).items() and (plain or family.column == 0):
             return kind, family
     raise ValueError("transformers has no model of this architecture")
 
@@ -480,8 +489,9 @@ def hf_layers(layer: str, config: GPTConfig) -> list[str]:
     block, name = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", layer).groups()
     if name == "head":
         return ["lm_head"]
-    names = LAYERS[name][family.column].replace("B.", f"{family.blocks}.{block}.")
-    return [family.prefix + name for name in names.replace("A.", "self_attn.").split()]
+    prefix, blocks = family.blocks.split(".")
+    names = LAYERS[name][family.column].replace("B.", f"{blocks}.{block}.")
+    return [f"{prefix}.{name}" for name in names.replace("A.", "self_attn.").split()]
 
 
 def split_rows(rows: Tensor, layer: str, config: GPTConfig) -> Sequence[Tensor]:
@@ -503,8 +513,8 @@ def weights_to_hf(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Te
         if layer == "head" and config.tie_weights:
             continue
         for their_layer, part in zip(hf_layers(layer, config), split_rows(tensor, layer, config)):
-            transposed = kind == "gpt2" and "blocks" in layer and part.ndim == 2
-            theirs[f"{their_layer}.{parameter}"] = (part.T if transposed else part).contiguous()
+            transposed = kind == "gpt2" and "blocks" in layer
+            theirs[f"{their_layer}.{parameter}"] = (part.t() if transposed else part).contiguous()
             if kind == "persimmon" and layer not in ("token_embedding", "head"):
                 theirs[f"{their_layer}.bias"] = part.new_zeros(len(part))
         if kind == "persimmon" and layer.endswith("qkv"):  # its norms of queries and keys: identity
@@ -514,28 +524,41 @@ def weights_to_hf(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Te
     return theirs
 
 
-def weights_from_hf(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """The weights of a `GPTModel` from the tensors of a Hugging Face file; missing and unexpected
-    ones are a ValueError."""
+def weights_from_hf(
+    tensors: Mapping[str, Callable[[], Tensor]], config: GPTConfig
+) -> dict[str, Tensor]:
+    """The weights of a `GPTModel` from functions that read the tensors of a Hugging Face file, so
+    that the model is never held twice. Rows of the embedding beyond the vocabulary are left out.
+
+    Raises:
+        ValueError: A tensor is missing, unexpected, or of another shape or type.
+    """
     kind, family = find_family(config)
-    unused = {name.removeprefix(family.prefix): name for name in tensors}
+    prefix = family.blocks.split(".")[0] + "."
+    unread = {name.removeprefix(prefix): read for name, read in tensors.items()}
     with torch.device("meta"):
         model = GPTModel(config)
     weights = {}
     for name, expected in model.named_parameters():
         layer, _, parameter = name.rpartition(".")
-        theirs = [f"{n}.{parameter}".removeprefix(family.prefix) for n in hf_layers(layer, config)]
-        if missing := sorted(set(theirs) - unused.keys()):
-            raise ValueError(f"the tensor {missing[0]} is missing")
-        parts = [tensors[unused.pop(name)] for name in theirs]
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        transposed = kind == "gpt2" and "blocks" in layer and tensor.ndim == 2
-        weights[name] = tensor.T.contiguous() if transposed else tensor
-        if weights[name].shape != expected.shape:
-            raise ValueError(f"the tensor {theirs[0]} has shape {tuple(tensor.shape)}")
+        parts = []
+        for their_layer, rows in zip(hf_layers(layer, config), split_rows(expected, layer, config)):
+            theirs = f"{their_layer}.{parameter}".removeprefix(prefix)
+            if theirs not in unread:
+                raise ValueError(f"the tensor {theirs} is missing")
+            part = unread.pop(theirs)()
+            if kind == "gpt2" and "blocks" in layer:  # (in, out)
+                part = part.t()
+            elif layer in ("token_embedding", "head"):
+                part = part[: config.vocab_size]
+            if part.shape != rows.shape or not part.is_floating_point():
+                found = f"{part.dtype} of shape {tuple(part.shape)}, not {tuple(rows.shape)}"
+                raise ValueError(f"the tensor {theirs} is {found}")
+            parts.append(part)
+        weights[name] = torch.cat(parts)
     if config.tie_weights:
         weights["head.weight"] = weights["token_embedding.weight"]
-        unused.pop("lm_head.weight", None)
-    if extra := [n for n in unused if not re.fullmatch(r".*attn\.(masked_)?bias|.*inv_freq", n)]:
+        unread.pop("lm_head.weight", None)
+    if extra := [n for n in unread if not re.fullmatch(r".*attn\.(masked_)?bias|.*inv_freq", n)]:
         raise ValueError(f"the tensor {extra[0]} is unexpected")
     return weights
