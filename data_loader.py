@@ -1204,7 +1204,7 @@ def read_hf_folder(folder: str | Path) -> Pretrained:
     template, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     text = _read_json(settings).get("chat_template") if settings.is_file() else None
     if template.is_file():
-        text = "".join(read_text(ByteRange(template, 0, template.stat().st_size)))
+        text = "".join(read_chunks(template, "utf-8"))
     return Pretrained(config, readers, folder, text if isinstance(text, str) else None)
 
 
