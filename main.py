@@ -19,13 +19,13 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import training
 from data_loader import (
     PRETRAINED,
-    Pretrained,
     find_data_dir,
     find_pretrained,
     load_corpus,
@@ -119,13 +119,7 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
     if args.compile:
         model.compile()
     log0(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    batches = TokenBatches(
-        train_ids,
-        tokenizer,
-        seed=config.seed,
-        steps=config.steps,
-        **windows,
-    )
+    batches = TokenBatches(train_ids, tokenizer, seed=config.seed, steps=config.steps, **windows)
     log0(f"{len(train_ids):,} tokens, {config.steps / batches.steps_per_epoch:.1f} epochs")
     if (n := len(validation_ids)) > MAX_VALIDATION_TOKENS:
         log0(f"validation: the first {MAX_VALIDATION_TOKENS:,} of {n:,} tokens")
@@ -186,7 +180,8 @@ def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Pa
             return path
         published = open_pretrained(source, find_data_dir(args.data_dir))
         try:
-            config, tokenizer = config_from_hf(published.config), _open_tokenizer(published)
+            config = config_from_hf(published.config)
+            tokenizer = _open_tokenizer(published.tokenizer)
             n_spare = config.vocab_size - tokenizer.vocab_size
             if not (n_spare == 0 or (0 < n_spare < SPARE_TOKENS and config.vocab_size % 64 == 0)):
                 sizes = f"{tokenizer.vocab_size:,} tokens, the model {config.vocab_size:,}"
@@ -214,8 +209,7 @@ def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Pa
     return path
 
 
-def _open_tokenizer(published: Pretrained) -> BPETokenizer:
-    source = published.tokenizer
+def _open_tokenizer(source: Path | dict[str, Any]) -> BPETokenizer:
     if isinstance(source, dict):
         return BPETokenizer.from_gguf(**source)
     if (source / "vocab.json").is_file() and not (source / "tokenizer.json").is_file():

@@ -402,15 +402,13 @@ SETTINGS = {  # our fields; theirs in the same order
     "norm_eps": ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"),
     "tie_weights": ("tie_word_embeddings", "tie_word_embeddings", "tie_word_embeddings"),
 }
+OURS = ("activation", "position", "norm", "qk_norm", "bias")
 _ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
 _SILU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **_ROPE}
 _GELU = {"activation_function": "gelu_new", "scale_attn_weights": True}
 _RELU2 = {"hidden_act": "relu2", "qk_layernorm": True, **_ROPE}
-_EXTENSIONS = {  # of any family, which this model lacks
-    **dict.fromkeys(("rope_scaling", "quantization_config")),
-    **dict.fromkeys(("use_sliding_window", "scale_attn_by_inverse_layer_idx"), False),
-    "add_cross_attention": False,
-}
+_OFF = ("use_sliding_window", "add_cross_attention", "scale_attn_by_inverse_layer_idx")
+_LACKING = dict.fromkeys(("rope_scaling", "quantization_config")) | dict.fromkeys(_OFF, False)
 
 
 class Family(NamedTuple):
@@ -419,19 +417,17 @@ class Family(NamedTuple):
     column: int  # in the tables above
     architecture: str  # the class without "ForCausalLM"
     blocks: str  # their name; all names but the head's start as it does
-    ours: dict[str, Any]  # fields that no setting expresses
+    ours: tuple[str, str, str, bool, bool]  # the fields `OURS`
     theirs: dict[str, Any]  # settings, of which only these values are supported
 
 
-_PLAIN = {"activation": "swiglu", "position": "rotary", "norm": "rms", "qk_norm": False}
-_PLAIN["bias"] = False
-_LEARNED = {"activation": "gelu", "position": "learned", "norm": "layer", "bias": True}
-_OURS = {"activation": "relu2", "norm": "layer", "qk_norm": True}
 FAMILIES = {
-    "llama": Family(0, "Llama", "model.layers", _PLAIN, _SILU),
-    "qwen3": Family(0, "Qwen3", "model.layers", _PLAIN | {"qk_norm": True}, _SILU),
-    "gpt2": Family(1, "GPT2", "transformer.h", _PLAIN | _LEARNED, _GELU),
-    "persimmon": Family(2, "Persimmon", "model.layers", _PLAIN | _OURS, _RELU2),
+    "llama": Family(0, "Llama", "model.layers", ("swiglu", "rotary", "rms", False, False), _SILU),
+    "qwen3": Family(0, "Qwen3", "model.layers", ("swiglu", "rotary", "rms", True, False), _SILU),
+    "gpt2": Family(1, "GPT2", "transformer.h", ("gelu", "learned", "layer", False, True), _GELU),
+    "persimmon": Family(
+        2, "Persimmon", "model.layers", ("relu2", "rotary", "layer", True, False), _RELU2
+    ),
 }
 
 
@@ -447,7 +443,7 @@ def config_from_hf(data: dict[str, Any]) -> GPTConfig:
     if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
         raise ValueError("layer_types other than full_attention are not supported")
     data = {**data, **rope}
-    for name, value in {**_EXTENSIONS, **family.theirs}.items():
+    for name, value in {**_LACKING, **family.theirs}.items():
         found = data.get(name, value)
         if found != value and not (value == "gelu_new" and found == "gelu_pytorch_tanh"):
             raise ValueError(f"{name} {found} is not supported: only {value}")
@@ -459,7 +455,7 @@ def config_from_hf(data: dict[str, Any]) -> GPTConfig:
             fields[name] = data[theirs]
         elif theirs and name not in fields:
             raise ValueError(f"{theirs} is missing")
-    return GPTConfig(**family.ours, **fields, dropout=0.0)
+    return GPTConfig(**dict(zip(OURS, family.ours)), **fields, dropout=0.0)
 
 
 def config_to_hf(config: GPTConfig, task: str = "CausalLM") -> dict[str, Any]:
@@ -478,7 +474,8 @@ def find_family(config: GPTConfig) -> tuple[str, Family]:
     """Model type and family that compute what this config says."""
     plain = (config.n_kv_head, config.head_size * config.n_head) == (config.n_head, config.n_embd)
     for kind, family in FAMILIES.items():
-        if family.ours.items() <= vars(config).items() and (plain or family.column == 0):
+        ours = tuple(getattr(config, name) for name in OURS)
+        if ours == family.ours and (plain or family.column == 0):
             return kind, family
     raise ValueError("transformers has no model of this architecture")
 
@@ -528,11 +525,8 @@ def weights_from_hf(
     tensors: Mapping[str, Callable[[], Tensor]], config: GPTConfig
 ) -> dict[str, Tensor]:
     """The weights of a `GPTModel` from functions that read the tensors of a Hugging Face file, so
-    that the model is never held twice. Rows of the embedding beyond the vocabulary are left out.
-
-    Raises:
-        ValueError: A tensor is missing, unexpected, or of another shape or type.
-    """
+    that the model is never held twice. Rows of the embedding beyond the vocabulary are left out;
+    a tensor that is missing, unexpected, or of another shape or type is a ValueError."""
     kind, family = find_family(config)
     prefix = family.blocks.split(".")[0] + "."
     unread = {name.removeprefix(prefix): read for name, read in tensors.items()}

@@ -626,13 +626,13 @@ def test_two_processes_at_once_are_told_apart(llama: Path, tmp_path: Path, capsy
 # ---- the hub, and where it cannot be reached
 
 
-class FakeHub(ThreadingHTTPServer):
+class ModelHub(ThreadingHTTPServer):
     """Serves one folder as every model; each file that `faults` names fails as it says."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), HubHandler)
+        super().__init__(("127.0.0.1", 0), ModelHubHandler)
         self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
         self.faults: dict[str, list[str]] = {}
         self.ranges: list[str] = []
@@ -641,11 +641,11 @@ class FakeHub(ThreadingHTTPServer):
         self.status = 200
 
 
-class HubHandler(BaseHTTPRequestHandler):
+class ModelHubHandler(BaseHTTPRequestHandler):
     """The three routes that `snapshot_download` uses."""
 
     protocol_version = "HTTP/1.1"
-    server: FakeHub
+    server: ModelHub
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -701,9 +701,9 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+def hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelHub]:
     """A hub on this machine, and an empty cache."""
-    with FakeHub(llama) as server:
+    with ModelHub(llama) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         constants, endpoint = huggingface_hub.constants, f"http://127.0.0.1:{server.server_port}"
@@ -724,7 +724,7 @@ def hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     ],
 )
 def test_a_model_comes_from_the_hub_once(
-    name: str, identity: str, folder: str, hub: FakeHub, folders: dict, capsys
+    name: str, identity: str, folder: str, hub: ModelHub, folders: dict, capsys
 ):
     hub.files["pytorch_model.bin"] = b"never fetched"
     assert main.main(["--pretrained", name]) == 0
@@ -739,7 +739,7 @@ def test_a_model_comes_from_the_hub_once(
     assert f"using {folder}/{BASE}" in capsys.readouterr().err
 
 
-def test_a_cut_download_is_resumed(hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
+def test_a_cut_download_is_resumed(hub: ModelHub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     hub.faults["model.safetensors"] = ["cut"]
     assert main.main(["--pretrained", "some/model"]) == 0
@@ -747,7 +747,7 @@ def test_a_cut_download_is_resumed(hub: FakeHub, monkeypatch: pytest.MonkeyPatch
     assert int(span.removeprefix("bytes=").rstrip("-")) > len(hub.files["model.safetensors"]) / 3
 
 
-def test_a_download_that_fails_goes_on_with_the_missing_file(hub: FakeHub, capsys):
+def test_a_download_that_fails_goes_on_with_the_missing_file(hub: ModelHub, capsys):
     hub.faults["model.safetensors"] = ["404"]
     line = refusal(capsys, main.main(["--pretrained", "some/model"]))
     assert "some/model cannot be fetched" in line and "404" in line
@@ -757,7 +757,7 @@ def test_a_download_that_fails_goes_on_with_the_missing_file(hub: FakeHub, capsy
     assert {Path(x).name for x in hub.requests if "/resolve/" in x} == {"model.safetensors"}
 
 
-def test_content_that_does_not_match_its_hash_is_refused(hub: FakeHub, capsys):
+def test_content_that_does_not_match_its_hash_is_refused(hub: ModelHub, capsys):
     """The size is right, and safetensors has no checksum."""
     hub.faults["model.safetensors"] = ["wrong"]
     line = refusal(capsys, main.main(["--pretrained", "some/model"]))
@@ -768,14 +768,14 @@ def test_content_that_does_not_match_its_hash_is_refused(hub: FakeHub, capsys):
 @pytest.mark.parametrize(
     ("status", "reason"), [(404, "RepositoryNotFound"), (401, "401"), (403, "GatedRepo")]
 )
-def test_the_reason_of_the_hub_is_named(status: int, reason: str, hub: FakeHub, capsys):
+def test_the_reason_of_the_hub_is_named(status: int, reason: str, hub: ModelHub, capsys):
     hub.status = status
     line = refusal(capsys, main.main(["--pretrained", "no/model"]))
     assert "no/model" in line and reason in line and str(status) in line and len(line) < 250
     assert files_in(Path("models")) == []
 
 
-def test_offline_the_cache_serves(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_offline_the_cache_serves(hub: ModelHub, monkeypatch: pytest.MonkeyPatch, capsys):
     assert main.main(["--pretrained", "some/model"]) == 0
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
@@ -784,7 +784,7 @@ def test_offline_the_cache_serves(hub: FakeHub, monkeypatch: pytest.MonkeyPatch,
     assert not hub.requests
 
 
-def test_the_environment_names_the_hub_and_the_token(hub: FakeHub, tmp_path: Path):
+def test_the_environment_names_the_hub_and_the_token(hub: ModelHub, tmp_path: Path):
     environment = {
         **os.environ,
         "HF_ENDPOINT": huggingface_hub.constants.ENDPOINT,
