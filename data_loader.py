@@ -1140,8 +1140,8 @@ class Pretrained(NamedTuple):
     chat_template: str | None  # Jinja
 
 
-def find_pretrained(name: str) -> str:
-    """The absolute path of a local folder, or the id on the hub of a short name or an id."""
+def pretrained_id(name: str) -> str:
+    """The identity of a public model: the absolute path of a local folder, or the id on the hub."""
     if Path(name).is_dir():
         return str(Path(name).resolve())
     if name not in PRETRAINED and name.count("/") != 1:
@@ -1151,7 +1151,7 @@ def find_pretrained(name: str) -> str:
 
 
 def open_pretrained(source: str, data_dir: Path) -> Pretrained:
-    """Opens what `find_pretrained` found. Where the hub cannot be reached, SmolLM2-135M-Instruct
+    """Opens what `pretrained_id` names. Where the hub cannot be reached, SmolLM2-135M-Instruct
     comes out of a package."""
     if Path(source).is_dir():
         return read_hf_folder(source)

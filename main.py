@@ -24,14 +24,7 @@ from typing import Any
 import torch
 
 import training
-from data_loader import (
-    PRETRAINED,
-    find_data_dir,
-    find_pretrained,
-    load_corpus,
-    log0,
-    open_pretrained,
-)
+from data_loader import PRETRAINED, find_data_dir, load_corpus, log0, open_pretrained, pretrained_id
 from data_utils import TokenBatches, prepare_token_ids, prepare_tokenizer
 from evaluate import validation_metrics
 from generation import BASE, continue_prompt, load_model, place_tokenizer, reconfigure
@@ -168,7 +161,7 @@ def _open_start(args: argparse.Namespace) -> tuple[GPTModel, BPETokenizer, dict[
 
 def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Path:
     """The checkpoint of a public model, fetched and converted unless it exists."""
-    started, source = time.perf_counter(), find_pretrained(args.pretrained)
+    started, source = time.perf_counter(), pretrained_id(args.pretrained)
     is_result = args.steps is None and args.out_dir != MODELS
     path = (args.out_dir if is_result else MODELS / Path(source).name.lower()) / BASE
     with training.lock_output_dir(path.parent, runtime), training.rank_zero_first(runtime):
@@ -263,9 +256,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: the model to go on from decides")
     if args.steps is None and (args.data or args.resume):
-        raise ValueError(
-            "--pretrained trains with --steps only: add it, or omit --data and --resume"
-        )
+        raise ValueError("--pretrained with --data or --resume needs --steps")
     if args.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)):
         raise ValueError("--compile needs a C++ compiler such as g++: install one or omit it")
     return args

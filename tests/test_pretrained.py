@@ -992,9 +992,9 @@ print(-fetch(small, out + "/small") + fetch(large, out + "/large"))
 @pytest.mark.parametrize(
     ("family", "megabytes"),
     [
-        pytest.param(family, size, marks=[pytest.mark.slow] if size > 100 else [])
-        for family in ("gpt2", "llama")
-        for size in (80, 400)
+        ("gpt2", 80),
+        pytest.param("gpt2", 400, marks=pytest.mark.slow),
+        pytest.param("llama", 400, marks=pytest.mark.slow),
     ],
 )
 def test_importing_needs_little_more_than_the_file(
