@@ -255,8 +255,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for name in sorted(given - {"context_length"}):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: the model to go on from decides")
-    if args.steps is None and (args.data or args.resume):
-        raise ValueError("--pretrained with --data or --resume needs --steps")
+    if args.steps is None and (args.data or args.resume or args.overwrite):
+        raise ValueError("--pretrained with --data, --resume or --overwrite needs --steps")
     if args.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)):
         raise ValueError("--compile needs a C++ compiler such as g++: install one or omit it")
     return args

@@ -36,7 +36,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
         self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
         if config.qk_norm and config.norm == "rms":
-            self.q_norm, self.k_norm = (nn.RMSNorm(D, config.norm_eps) for _ in range(2))
+            self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) for _ in range(2))
 
     def forward(
         self, x: Tensor, mask: Tensor, rotary: Rotary = None, store: Store = None
@@ -204,10 +204,18 @@ class GPTConfig:
             raise ValueError("rotary positions need an even head_size and rotary_base in (0, 1e12)")
 
 
+class RMSNorm(nn.RMSNorm):
+    """Casts its weight to the type of x: PyTorch's own is slower, and warns, where they differ."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as x."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(config: GPTConfig) -> nn.Module:
     """A normalisation of the C channels of each token."""
     if config.norm == "rms":
-        return nn.RMSNorm(config.n_embd, config.norm_eps)
+        return RMSNorm(config.n_embd, config.norm_eps)
     return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -197,6 +198,16 @@ def test_the_model_goes_through_every_door(folders: dict, tmp_path: Path, capsys
     arguments = ["--checkpoint", path, "--data", str(tmp_path / "x.txt"), "--json"]
     assert evaluate.main(["perplexity", *arguments]) == 0
     assert json.loads(capsys.readouterr().out)["nats_per_byte"] > 0
+
+
+def test_bfloat16_gives_nearly_the_same_without_a_warning(folders: dict, tmp_path: Path):
+    assert imported(folders["qwen3"][0], tmp_path / "out") == 0
+    ours, _, _ = load_model(tmp_path / "out" / BASE)
+    ids = torch.arange(50)[None]
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error")
+        logits = ours(ids)
+    assert relative(logits.float(), ours(ids)) < 0.05
 
 
 def test_files_in_shards_are_read_as_one(folders: dict, tmp_path: Path):
