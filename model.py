@@ -443,7 +443,7 @@ def config_from_hf(data: dict[str, Any]) -> GPTConfig:
     """Our config for a `config.json` of model type gpt2, llama or qwen3. What our model would
     compute differently is a ValueError that names the setting."""
     if (kind := data.get("model_type")) not in ("gpt2", "llama", "qwen3"):
-        raise ValueError(f"model_type {kind} is not supported: only gpt2, llama and qwen3")
+        raise ValueError(f"model_type {kind!r} is not supported: only gpt2, llama and qwen3")
     family, rope = FAMILIES[kind], data.get("rope_parameters") or {}
     if not isinstance(rope, dict) or rope.keys() - {"rope_theta", *_ROPE}:
         raise ValueError(f"rope_parameters {rope} are not supported")
@@ -454,7 +454,7 @@ def config_from_hf(data: dict[str, Any]) -> GPTConfig:
     for name, value in {**_LACKING, **family.theirs}.items():
         found = data.get(name, value)
         if found != value and not (value == "gelu_new" and found == "gelu_pytorch_tanh"):
-            raise ValueError(f"{name} {found} is not supported: only {value}")
+            raise ValueError(f"{name} {found!r} is not supported: only {value!r}")
     fields = {"tie_weights": kind == "gpt2"}
     if kind != "qwen3":  # whose defaults differ
         fields |= {"head_size": 0, "n_kv_head": 0, "n_ff": 0, "rotary_base": 10_000.0}
@@ -562,5 +562,5 @@ def weights_from_hf(
         weights["head.weight"] = weights["token_embedding.weight"]
         unread.pop("lm_head.weight", None)
     if extra := [n for n in unread if not re.fullmatch(r".*attn\.(masked_)?bias|.*inv_freq", n)]:
-        raise ValueError(f"the tensor {extra[0]} is unexpected")
+        raise ValueError(f"the tensor {extra[0]!r} is unexpected")
     return weights

@@ -313,7 +313,7 @@ DIFFERENT: list[tuple[str, dict[str, Any], str]] = [  # family, changes, part of
     ("llama", {"partial_rotary_factor": 0.25}, "partial_rotary_factor"),
     ("llama", {"attention_bias": True}, "attention_bias"),
     ("llama", {"mlp_bias": True}, "mlp_bias"),
-    ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
     ("qwen3", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
@@ -321,14 +321,25 @@ DIFFERENT: list[tuple[str, dict[str, Any], str]] = [  # family, changes, part of
     ("qwen3", {"layer_types": 3}, "layer_types"),
     ("qwen3", {"layer_types": [["full_attention"]]}, "layer_types"),
     ("qwen3", {"attention_bias": True}, "attention_bias"),
-    ("gpt2", {"activation_function": "relu"}, "activation_function relu"),
-    ("gpt2", {"activation_function": "gelu"}, "activation_function gelu"),
+    ("gpt2", {"activation_function": "relu"}, "activation_function 'relu'"),
+    ("gpt2", {"activation_function": "gelu"}, "activation_function 'gelu'"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
     *[
         ("llama", {"model_type": kind}, "model_type")
-        for kind in ("mixtral", "qwen3_moe", "qwen2", "mistral", "persimmon", None, MISSING, [], 3)
+        for kind in (
+            "mixtral",
+            "a\nb",
+            "qwen3_moe",
+            "qwen2",
+            "mistral",
+            "persimmon",
+            None,
+            MISSING,
+            [],
+            3,
+        )
     ],
     # absurd values
     *[
@@ -525,7 +536,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor missing": (change_tensors(lambda t: t.pop(Q)), "layers.1.self_attn.q_proj"),
     "one too many": (
         change_tensors(lambda t: t.update({Q.replace("weight", "bias"): torch.ones(64)})),
-        "q_proj.bias is unexpected",
+        "q_proj.bias' is unexpected",
     ),
     "another shape": (change_tensors(lambda t: t.update({Q: torch.ones(64, 47)})), "q_proj"),
     "another rank": (change_tensors(lambda t: t.update({Q: torch.ones(64)})), "q_proj"),
@@ -967,11 +978,11 @@ def test_an_interrupted_run_ends_with_the_same_weights(base: Path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(training._Run, "advance", interrupt)
-        assert going_on(base) == 130
-    line = refusal(capsys, going_on(base, "--context-length", "8", "--resume"))
+        assert going_on(base, out="first") == 130  # which it will replace
+    line = refusal(capsys, going_on(base, "--context-length", "8", "--resume", out="first"))
     assert "context_length was 16, is 8" in line
-    assert going_on(base, "--resume") == 0
-    hashes = [load_checkpoint(Path(x, BASE), "base")["weights_sha256"] for x in ("whole", "second")]
+    assert going_on(base, "--resume", out="first") == 0
+    hashes = [load_checkpoint(Path(x, BASE), "base")["weights_sha256"] for x in ("whole", "first")]
     assert hashes[0] == hashes[1]
 
 
