@@ -392,7 +392,7 @@ def show_merges(tokenizer: BPETokenizer) -> None:
     word = st.text_input("Word", " summer", max_chars=40)
     rows = []
     for rank, ids in tokenizer.merge_steps(word):
-        pair = "bytes"
+        pair = "found whole" if rows else "bytes"
         if rank is not None:
             left, right, _ = tokenizer.merges[rank]
             pair = f"{printable(tokenizer.vocab[left])} + {printable(tokenizer.vocab[right])}"

@@ -32,7 +32,6 @@ from tokenizer import (
     _learn_merges,
     _patterns,
     _pre_tokens,
-    _to_chars,
     plain_bpe,
 )
 
@@ -104,6 +103,11 @@ def hugging_face(text: str, vocab_size: int, family: str = "gpt-2", special=()) 
 
 def plain_ids(oracle: Tokenizer, text: str) -> list[int]:
     return oracle.encode(text, add_special_tokens=False).ids
+
+
+def in_file(word: str) -> str:
+    """How `tokenizers` writes the bytes of a word."""
+    return BYTES_ALONE.pre_tokenize_str(word)[0][0]
 
 
 def loaded(oracle: Tokenizer, folder: Path) -> BPETokenizer:
@@ -322,7 +326,7 @@ def test_each_family_gives_the_ids_of_tokenizers(family, text: str):
     assert ours.encode(text) == plain_ids(oracle, text)
     if name != "qwen2":  # which normalises first
         words = [word for word, _ in oracle.pre_tokenizer.pre_tokenize_str(text)]
-        assert [_to_chars(word.encode()) for word in _pre_tokens(text, name)] == words
+        assert [in_file(word) for word in _pre_tokens(text, name)] == words
 
 
 def test_each_family_splits_every_unicode_block_as_tokenizers_does(family):
@@ -333,7 +337,7 @@ def test_each_family_splits_every_unicode_block_as_tokenizers_does(family):
         text = "".join(f"x{c}y {c} 1{c}2!{c}\n{c}" for c in chars[start : start + 256])
         assert ours.encode(text) == plain_ids(oracle, text), hex(ord(chars[start]))
         words = [word for word, _ in oracle.pre_tokenizer.pre_tokenize_str(text)]
-        assert [_to_chars(word.encode()) for word in _pre_tokens(text, name)] == words
+        assert [in_file(word) for word in _pre_tokens(text, name)] == words
 
 
 def test_each_family_survives_saving(family, play: str, tmp_path: Path):
@@ -365,10 +369,10 @@ def test_each_family_comes_out_of_gguf_metadata(family, play: str, tmp_path: Pat
 
 def test_gguf_metadata_of_another_kind_are_refused():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    with pytest.raises(ValueError, match="deepseek-llm is not one of gpt-2, smollm"):
+    with pytest.raises(ValueError, match="deepseek-llm is not that of gpt-2, smollm"):
         BPETokenizer.from_gguf(alphabet, [], [1] * 256, "deepseek-llm")
     for merges in (["a"], ["a bb"], ["a b"]):
-        with pytest.raises(ValueError, match="do not describe a byte-level BPE"):
+        with pytest.raises(ValueError, match=r"GGUF metadata: no byte-level BPE, or damaged"):
             BPETokenizer.from_gguf(alphabet, merges, [1] * 256, "gpt-2")
 
 
@@ -385,6 +389,17 @@ def test_tokens_that_no_merge_makes_are_found_where_the_file_says_so(play: str, 
         assert (ours.encode("qqq") == [301]) == ignore_merges
         again = Tokenizer.from_str(ours._to_json())
         assert plain_ids(again, "qqq") == ours.encode("qqq")
+        *_, (last_rank, last_ids) = ours.merge_steps("qqq")
+        assert last_ids == ours.encode("qqq") and last_rank is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=PUZZLE)
+def test_merges_in_slow_motion_end_where_each_family_does(family, text: str):
+    _, _, tokenizer = family
+    (word,) = tokenizer._words(text)[:1] or [""]
+    *_, (_, last_ids) = tokenizer.merge_steps(text)
+    assert last_ids == tokenizer.encode(word)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -527,6 +542,8 @@ def _damage(layout: dict, change: str) -> object:
             layout["pre_tokenizer"]["use_regex"] = False
         case "no pre-tokenizer":
             layout["pre_tokenizer"] = None
+        case "pre-tokenizer left out":
+            del layout["pre_tokenizer"]
         case "unknown token":
             model["unk_token"] = "!"
         case "added word":
@@ -558,22 +575,20 @@ def _damage(layout: dict, change: str) -> object:
 @pytest.mark.parametrize(
     ("change", "reason"),
     {
-        "another model": "models other than BPE",
-        "prefix space": "pre-tokenizer ByteLevel is not that of gpt-2, smollm",
-        "normalizer": "normalizers other than NFC",
-        "another pattern": "pre-tokenizer Split, ByteLevel is not that of",
-        "no pattern": "pre-tokenizer ByteLevel is not that of",
-        "no pre-tokenizer": "pre-tokenizer None is not that of",
-        "unknown token": "unk_token: not supported",
-        "added word": "added token '  ' would change ordinary text",
+        "another model": "the model is WordPiece, not BPE",
+        "prefix space": "the pre-tokenizer ByteLevel is not that of gpt-2, smollm",
+        "normalizer": "the normalizer is NFD, not NFC",
+        "another pattern": "the pre-tokenizer Split, ByteLevel is not that of",
+        "no pattern": "the pre-tokenizer ByteLevel is not that of",
+        "no pre-tokenizer": "the pre-tokenizer None is not that of",
+        "pre-tokenizer left out": "the pre-tokenizer None is not that of",
+        "unknown token": "the model has unk_token",
+        "added word": "the added token '  ' would change ordinary text",
         "strips spaces": "would change ordinary text",
         "missing byte": "a printable ASCII character has no token",
         "gap in ids": "without gaps",
-        "merge of nothing": "'qq'",
-        "no model": "'model'",
         "special byte": "a printable ASCII character",
         "special merge": "merges also produce",
-        "a list": "list indices",
     }.items(),
 )
 def test_files_of_another_kind_are_refused_with_the_reason(
@@ -581,9 +596,40 @@ def test_files_of_another_kind_are_refused_with_the_reason(
 ):
     path = tmp_path / "{other}.json"
     path.write_text(json.dumps(_damage(json.loads(tokenizer._to_json()), change)))
-    with pytest.raises(ValueError, match=r"{other}\.json is not a byte-level BPE") as refusal:
+    with pytest.raises(ValueError, match=r"{other}\.json: this tokenizer is not supp") as refusal:
+        BPETokenizer.load(path)
+    assert reason in str(refusal.value) and "python main.py" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [("merge of nothing", "'qq'"), ("no model", "'model'"), ("a list", "list indices")],
+)
+def test_damaged_files_are_refused_with_the_command_that_creates_them(
+    tokenizer: BPETokenizer, tmp_path: Path, change: str, reason: str
+):
+    path = tmp_path / "{other}.json"
+    path.write_text(json.dumps(_damage(json.loads(tokenizer._to_json()), change)))
+    with pytest.raises(ValueError, match=r"{other}\.json: no byte-level BPE, or dam") as refusal:
         BPETokenizer.load(path)
     assert reason in str(refusal.value)
+    assert str(refusal.value).endswith("create it with `python main.py`")
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (models.WordPiece({"a": 0, "[UNK]": 1}), "the model is WordPiece, not BPE"),
+        (models.Unigram([("a", 0.0)], unk_id=0), "the model is Unigram, not BPE"),
+        (models.WordLevel({"a": 0}, unk_token="a"), "the model is WordLevel, not BPE"),
+        (models.BPE({"<unk>": 0}, [], unk_token="<unk>", byte_fallback=True), "byte_fallback"),
+    ],
+)
+def test_whole_files_of_other_models_are_not_called_damaged(
+    tmp_path: Path, model: models.Model, reason: str
+):
+    with pytest.raises(ValueError, match=f"not supported: .*{reason}$"):
+        loaded(Tokenizer(model), tmp_path)
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
