@@ -14,7 +14,6 @@ public model goes to `models/NAME/`. After Ctrl-C, `--resume` continues the run.
 
 import argparse
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -36,7 +35,6 @@ MAX_VALIDATION_TOKENS = 100_000  # of a large corpus; TinyShakespeare's validati
 SAMPLE_TOKENS = 250
 SPARE_TOKENS = 1024  # rows without a token that fill up an embedding, such as that of Qwen3
 MODELS = Path("models")
-COMPILERS = ("g++", "clang++", "cl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +107,6 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
             prepare_token_ids(name, ranges, corpus, tokenizer, cache) for name, ranges in splits
         )
     model.to(runtime.device)
-    if args.compile:
-        model.compile()
     log0(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     batches = TokenBatches(train_ids, tokenizer, seed=config.seed, steps=config.steps, **windows)
     log0(f"{len(train_ids):,} tokens, {config.steps / batches.steps_per_epoch:.1f} epochs")
@@ -236,8 +232,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="Presets: " + "; ".join(f"{name}: {text}" for name, text in PRESETS.items()),
         parents=[first],
     )
-    text = "torch.compile, which did not speed up our test machine"
-    parser.add_argument("--compile", action="store_true", help=text)
     training.add_run_flags(
         parser, ("tinyshakespeare", "sample"), "a UTF-8 text file or a folder of them"
     )
@@ -257,8 +251,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')}: the model to go on from decides")
     if args.steps is None and (args.data or args.resume or args.overwrite):
         raise ValueError("--pretrained with --data, --resume or --overwrite needs --steps")
-    if args.compile and not torch.cuda.is_available() and not any(map(shutil.which, COMPILERS)):
-        raise ValueError("--compile needs a C++ compiler such as g++: install one or omit it")
     return args
 
 

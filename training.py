@@ -2,12 +2,11 @@
 
     best, provenance = train(model, batches, loss_fn, TrainConfig(steps=1000), ...)
 
-The caller defines batches and loss. The loop adds AdamW and Muon, a learning-rate schedule,
-gradient accumulation and clipping, mixed precision, validation, logging, checkpoints, resuming,
-Ctrl-C, and several processes under torchrun.
+The caller defines batches and loss. The loop adds optimizers, schedule, gradient accumulation and
+clipping, mixed precision, validation, logs, checkpoints, resuming, and processes under torchrun.
 
-The loop carries no RNG state: batches and dropout masks derive from (seed, step). A run that was
-killed and resumed therefore ends with exactly the weights of an uninterrupted one.
+It carries no RNG state: batches and dropout masks derive from (seed, step). A run that was killed
+and resumed therefore ends with exactly the weights of an uninterrupted one.
 """
 
 import argparse
@@ -19,12 +18,10 @@ import inspect
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import signal
 import sys
-import threading
 import time
 import timeit
 import zipfile
@@ -47,6 +44,7 @@ from data_loader import atomic_write, log0
 
 FORMAT_VERSION = 3
 LOG_EVERY = 10  # steps
+CACHED_ROWS = 512  # tokens whose float32 logits fit in the processor's cache
 
 T = TypeVar("T")
 Batch = tuple[Tensor, ...]
@@ -89,8 +87,8 @@ class TrainConfig:
         if self.optimizer not in ("muon", "adamw"):
             raise ValueError(f"optimizer must be muon or adamw, not {self.optimizer}")
         check_range(self, 1, math.inf, "steps", "grad_accumulation", "eval_every")
-        check_range(self, 0, math.inf, "learning_rate", "muon_learning_rate", "weight_decay")
-        check_range(self, 0, math.inf, "warmup_steps")
+        rates = ("learning_rate", "muon_learning_rate", "weight_decay")
+        check_range(self, 0, math.inf, *rates, "warmup_steps")
         check_range(self, 0, 2**32, "seed")
         if not 0 <= self.decay_fraction <= 1 or not self.max_grad_norm > 0:
             raise ValueError("decay_fraction must lie in [0, 1] and max_grad_norm above 0")
@@ -110,12 +108,13 @@ def train(
     maximize: bool = False,
     resume: bool = False,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Trains `model` in place and leaves it with its best weights.
+    """Trains `model` in place and leaves it with its best weights. Returns the metrics of the best
+    step, and the settings with the provenance.
 
     Args:
-        model: Parameters that require gradients are trained and stored in the resumable states.
+        model: Its parameters that require gradients are trained, and stored in resumable states.
         batches: `batches(step, n)` splits the batch of a step into n micro-batches, some of which
-            may be empty; it must not depend on anything else.
+            may be empty; it must depend on nothing else.
         loss_fn: `loss_fn(model, batch)` is (summed loss, number of terms); gradients are averaged
             over all terms.
         validate: Metrics of the current model; called on every process.
@@ -123,51 +122,39 @@ def train(
         metadata: Data, tokenizer and model of the run; `resume` refuses a state with others.
         monitor: Metric whose minimum, or maximum, selects the weights; ties go to the later step.
 
-    Returns:
-        Metrics at the best step, and the provenance: command, settings, versions, seconds of
-        training (all sessions, with validation) and peak memory.
-
     Raises:
-        FloatingPointError: The loss or a gradient is not finite.
+        FloatingPointError: The loss, a gradient or the monitored metric is not finite.
         Interrupted: A process of this run received SIGINT (Ctrl-C) or SIGTERM.
     """
     run = _Run(model, config, runtime, path, metadata, monitor, maximize)
-    with _stop_signals() as caught, run.start(resume) as bar:
+    with _stop_signals(runtime) as received_signal, run.start(resume) as bar:
         for step in range(run.step, config.steps):
-            started = time.perf_counter()
             set_learning_rates(run.optimizers, step, config)
-            torch.manual_seed(step_seed(config.seed, step, runtime.rank))  # of the dropout masks
+            torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + runtime.rank)  # of dropout
             totals = torch.zeros(2, device=runtime.device)
             micro_batches = batches(step, config.grad_accumulation * runtime.world_size)
-            for micro_batch in micro_batches[runtime.rank :: runtime.world_size]:
-                if len(micro_batch[0]):
-                    with runtime.autocast():
-                        loss, n_terms = loss_fn(model, to_device(micro_batch, runtime.device))
-                    loss.backward()
-                    totals += torch.stack([loss.detach(), n_terms])
+            for micro_batch in own_batches(micro_batches, runtime):
+                with runtime.autocast():
+                    loss, n_terms = loss_fn(model, micro_batch)
+                loss.backward()
+                totals += torch.stack([loss.detach(), n_terms])
             loss_sum, n_terms = all_reduce_(run.parameters, totals, runtime.world_size)
             if n_terms:
-                scale_and_clip_(run.parameters, loss_sum, n_terms, step, config.max_grad_norm)
+                norm = scale_and_clip_(run.parameters, n_terms, config.max_grad_norm)
+                _check_finite(step, {"loss": loss_sum / n_terms, "gradient norm": norm})
                 for optimizer in run.optimizers:
                     optimizer.step()
             model.zero_grad(set_to_none=True)
-            run.advance(loss_sum, n_terms, time.perf_counter() - started)
-            if validated := run.step % config.eval_every == 0 or run.step == config.steps:
-                run.keep_best(validate)
-            stop = _any_signal(caught, runtime)
-            run.write(bar, log=validated or run.step % LOG_EVERY == 0, state=validated or stop)
+            is_due = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
+            metrics = run.keep_best(step + 1, validate) if is_due else {}
+            stop = received_signal()
+            run.advance(bar, loss_sum, n_terms, metrics, stop)
             if stop:
                 break
-    if stop := _any_signal(caught, runtime):
+    if stop := received_signal():
         raise Interrupted(stop)
     model.eval().load_state_dict(run.best_weights, strict=False)  # the trained parameters only
-    settings = {"train_config": asdict(config)}
-    return run.best, {**settings, **provenance(runtime, run.seconds)}
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of the dropout masks of one step on one process."""
-    return (seed * 1_000_003 + step) * 4096 + rank
+    return run.best, {"train_config": asdict(config), **provenance(runtime, run.seconds)}
 
 
 def set_learning_rates(optimizers: list[Optimizer], step: int, config: TrainConfig) -> None:
@@ -179,10 +166,16 @@ def set_learning_rates(optimizers: list[Optimizer], step: int, config: TrainConf
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
     """Fraction of the peak rate at a step: linear warm-up, constant, linear decay to zero."""
-    warmup = (step + 1) / config.warmup_steps if config.warmup_steps else 1.0
-    decay_steps = config.decay_fraction * config.steps
-    decay = (config.steps - step) / decay_steps if decay_steps else 1.0
+    warmup = (step + 1) / max(1, config.warmup_steps)
+    decay = (config.steps - step) / max(1, config.decay_fraction * config.steps)
     return min(1.0, warmup, decay)
+
+
+def own_batches(batches: Sequence[Batch], runtime: "Runtime") -> Iterator[Batch]:
+    """Those of this process that are not empty, on its device."""
+    for batch in batches[runtime.rank :: runtime.world_size]:
+        if len(batch[0]):
+            yield tuple(tensor.to(runtime.device, non_blocking=True) for tensor in batch)
 
 
 def all_reduce_(parameters: list[nn.Parameter], totals: Tensor, world_size: int) -> list[float]:
@@ -192,22 +185,19 @@ def all_reduce_(parameters: list[nn.Parameter], totals: Tensor, world_size: int)
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         tensors = [totals, *(parameter.grad for parameter in parameters)]
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = nn.utils.parameters_to_vector(tensors)
         dist.all_reduce(flat)
-        for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(summed.view_as(tensor))
+        nn.utils.vector_to_parameters(flat, tensors)
     return totals.tolist()
 
 
-def scale_and_clip_(
-    parameters: list[nn.Parameter], loss_sum: float, n_terms: float, step: int, max_norm: float
-) -> None:
-    """Turns gradients of the summed loss into those of the mean loss, with at most `max_norm`."""
+def scale_and_clip_(parameters: list[nn.Parameter], n_terms: float, max_norm: float) -> float:
+    """Turns gradients of the summed loss into those of the mean loss, with at most `max_norm`;
+    returns the norm that they had."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients).item() / n_terms
-    if not math.isfinite(loss_sum) or not math.isfinite(norm):
-        raise _diverged(f"loss {loss_sum / n_terms} and gradient norm {norm}", step)
+    norm = nn.utils.get_total_norm(gradients).item() / n_terms
     torch._foreach_mul_(gradients, min(1.0, max_norm / (norm + 1e-6)) / n_terms)
+    return norm
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
@@ -227,14 +217,13 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     modules = dict(model.named_modules())
     groups: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": [], "undecayed": []}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         owner = name.rpartition(".")[0]
         inside = isinstance(modules[owner], nn.Linear) and not owner.endswith("head")
         adapted = getattr(modules[owner], "base_layer", None)  # by a low-rank adapter
         by_muon = config.optimizer == "muon" and (inside or isinstance(adapted, nn.Linear))
         kind = "undecayed" if parameter.ndim < 2 else "muon" if by_muon else "adamw"
-        groups[kind].append(parameter)
+        if parameter.requires_grad:
+            groups[kind].append(parameter)
     optimizers: list[Optimizer] = []
     decays = {"adamw": config.weight_decay, "undecayed": 0.0}
     if adamw := [{"params": groups[k], "weight_decay": d} for k, d in decays.items() if groups[k]]:
@@ -252,8 +241,8 @@ def mean_loss(
     """Mean loss over fixed batches, split among the processes; NaN if there are no terms."""
     totals = torch.zeros(2, dtype=torch.float64)
     with torch.inference_mode(), runtime.autocast():
-        for batch in batches[runtime.rank :: runtime.world_size]:
-            loss, n_terms = loss_fn(model, to_device(batch, runtime.device))
+        for batch in own_batches(batches, runtime):
+            loss, n_terms = loss_fn(model, batch)
             totals += torch.stack([loss, n_terms]).cpu().double()
     if runtime.world_size > 1:
         totals = totals.to(runtime.device)
@@ -261,18 +250,29 @@ def mean_loss(
     return (totals[0] / totals[1]).item()
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The tensors of a batch on a device."""
-    return tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy in nats, and the number of targets.
+
+    The plain equivalent is `F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")`.
+    In slices of rows the float32 logits stay in the cache, which is faster and saves memory.
+    The model maps inputs (B, T) to logits (B, T, V); targets (B, T) of -100 carry no loss.
+    """
+    inputs, targets = batch
+    logits = model(inputs).flatten(0, 1)
+    slices = zip(logits.split(CACHED_ROWS), targets.flatten().split(CACHED_ROWS))
+    losses = [F.cross_entropy(rows.float(), wanted, reduction="sum") for rows, wanted in slices]
+    return torch.stack(losses).sum(), (targets != -100).sum()
 
 
 class Interrupted(Exception):
     """A signal, the argument, ended a training early; a resumable state is on disk."""
 
 
-def _diverged(what: str, step: int) -> FloatingPointError:
-    advice = "lower the learning rates and start again; the states written so far are good"
-    return FloatingPointError(f"{what} at step {step}: {advice}")
+def _check_finite(step: int, metrics: dict[str, float]) -> None:
+    if not all(map(math.isfinite, metrics.values())):
+        found = ", ".join(f"{name} {value}" for name, value in metrics.items())
+        advice = "lower the learning rates and start again; the states written so far are good"
+        raise FloatingPointError(f"{found} at step {step}: {advice}")
 
 
 # ---- what a run remembers and writes
@@ -281,139 +281,117 @@ def _diverged(what: str, step: int) -> FloatingPointError:
 class _Run:
     """Progress, best weights and files of a training."""
 
+    PROGRESS = ("step", "seconds", "tokens", "log_bytes", "recent_losses", "best", "best_weights")
+
     def __init__(self, model, config, runtime, path, metadata, monitor, maximize):
-        self.model, self.runtime = model, runtime
+        self.model, self.config, self.runtime = model, config, runtime
         self.monitor, self.sign = monitor, -1 if maximize else 1
         self.optimizers = make_optimizers(model, config)
-        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.parameters = list(self.trained.values())
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         world = {"world_size": runtime.world_size, "precision": str(runtime.dtype)}
         self.metadata = {**metadata, **world, "train_config": asdict(config)}
         self.state_path, self.log_path = state_path(path), state_path(path, ".log.jsonl")
         self.step, self.seconds, self.tokens, self.log_bytes = 0, 0.0, 0.0, 0
         self.recent_losses, self.best, self.best_weights = [], {}, {}
-        self.validation = {}  # metrics that are not yet logged
 
     def start(self, resume: bool) -> tqdm:
         """Loads the state to resume, or writes the first one; returns the progress bar."""
         if self.runtime.world_size > 1:  # all ranks start from equal weights
-            for parameter in self.parameters:
-                dist.broadcast(parameter.data, src=0)
+            for tensor in self.weights.values():
+                dist.broadcast(tensor, src=0)
         if resume:
             self._load_state()
         elif not self.runtime.rank:  # from here on there is something to resume
-            save_checkpoint(self.state_path, self._state())
+            self._save_state()
         self.model.train()
-        steps, rank = self.metadata["train_config"]["steps"], self.runtime.rank
-        return tqdm(total=steps, initial=self.step, unit="step", disable=rank > 0, mininterval=0.5)
+        self.started = time.perf_counter() - self.seconds  # as if there had been one session
+        options = {"unit": "step", "disable": self.runtime.rank > 0, "mininterval": 0.5}
+        return tqdm(total=self.config.steps, initial=self.step, **options)
 
-    def advance(self, loss_sum: float, n_terms: float, seconds: float) -> None:
-        """Counts a step; one without terms changed nothing and has no loss."""
-        if n_terms:
-            self.recent_losses = [*self.recent_losses, loss_sum / n_terms][-LOG_EVERY:]
-        self.step, self.tokens = self.step + 1, self.tokens + n_terms
-        self.seconds += seconds
-
-    def keep_best(self, validate: Callable[[], dict[str, float]]) -> None:
+    def keep_best(self, step: int, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Measures the model, and keeps its weights if they are the best so far."""
-        started = time.perf_counter()
         self.model.eval()
-        self.validation = validate()
+        metrics = validate()
         self.model.train()
-        value = self.validation[self.monitor]
-        if not math.isfinite(value):
-            raise _diverged(f"{self.monitor} {value}", self.step)
+        value = metrics[self.monitor]
+        _check_finite(step, {self.monitor: value})
         if not self.best or self.sign * value <= self.sign * self.best[self.monitor]:
-            self.best = {"step": self.step, **self.validation}
-            self.best_weights = {n: p.detach().clone() for n, p in self.trained.items()}
-        self.seconds += time.perf_counter() - started
+            self.best = {"step": step, **metrics}
+            self.best_weights = {name: tensor.clone() for name, tensor in self.weights.items()}
+        return metrics
 
-    def write(self, bar: tqdm, log: bool, state: object) -> None:
-        """Advances the progress bar; rank 0 also writes a log line and the resumable state."""
+    def advance(self, bar, loss_sum, n_terms, metrics, stop) -> None:
+        """Counts a step and shows it; rank 0 also writes a log line and the resumable state."""
+        self.step, self.tokens = self.step + 1, self.tokens + n_terms
+        self.seconds = time.perf_counter() - self.started
+        if n_terms:  # else the step changed nothing and has no loss
+            self.recent_losses = [*self.recent_losses, loss_sum / n_terms][-LOG_EVERY:]
         losses = self.recent_losses
         loss = sum(losses) / len(losses) if losses else None
         shown = {"loss": loss, "best": self.best.get(self.monitor)}.items()
         bar.set_postfix({k: f"{v:.4f}" for k, v in shown if v is not None}, refresh=False)
         bar.update()
-        if log and not self.runtime.rank:
-            line = {
-                "step": self.step,
-                "tokens": self.tokens,
-                "seconds": round(self.seconds, 3),
-                "loss": loss,
-                "learning_rate": self.optimizers[0].param_groups[0]["lr"],
-                **self.validation,
-            }
-            self.validation = {}
+        if not self.runtime.rank and (metrics or self.step % LOG_EVERY == 0):
+            line = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
+            line |= {"loss": loss, "learning_rate": self.optimizers[0].param_groups[0]["lr"]}
             with self.log_path.open("r+b" if self.log_bytes else "wb") as file:
                 file.truncate(self.log_bytes)  # what a killed run logged after its last state
                 file.seek(self.log_bytes)
-                self.log_bytes += file.write(json.dumps(line).encode() + b"\n")
-        if state and not self.runtime.rank:
-            save_checkpoint(self.state_path, self._state())
+                self.log_bytes += file.write(json.dumps(line | metrics).encode() + b"\n")
+        if not self.runtime.rank and (metrics or stop):
+            self._save_state()
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "kind": "resume",
-            "metadata": self.metadata,
-            "weights": {n: p.detach() for n, p in self.trained.items()},
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "best": self.best,
-            "best_weights": self.best_weights,
-            "progress": [self.step, self.seconds, self.tokens, self.log_bytes],
-            "recent_losses": self.recent_losses,
-        }
+    def _save_state(self) -> None:
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        state = {"kind": "resume", "metadata": self.metadata, "weights": self.weights}
+        progress = {name: getattr(self, name) for name in self.PROGRESS}
+        save_checkpoint(self.state_path, {**state, "optimizers": optimizers, **progress})
 
     def _load_state(self) -> None:
         state = load_checkpoint(self.state_path, "resume", "the command without --resume")
-        if differences := _differences(state["metadata"], self.metadata):
-            raise ValueError(
-                f"{self.state_path} belongs to another run ({'; '.join(differences)}): give the "
-                "same options, for precision on an idle machine (it is timed), or --overwrite"
-            )
+        if differences := "; ".join(_differences(state["metadata"], self.metadata)):
+            advice = "give the same options, for precision on an idle machine (it is timed)"
+            text = f"belongs to another run ({differences}): {advice}, or --overwrite"
+            raise ValueError(f"{self.state_path} {text}")
         self.model.load_state_dict(state["weights"], strict=False)
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
-        self.best, self.best_weights = state["best"], state["best_weights"]
-        self.step, self.seconds, self.tokens, log_bytes = state["progress"]
-        log = self.log_path.read_bytes()[:log_bytes] if self.log_path.is_file() else b""
-        self.log_bytes = log.rfind(b"\n") + 1  # a log that was cut continues at a whole line
-        self.recent_losses = state["recent_losses"]
+        vars(self).update({name: state[name] for name in self.PROGRESS})
+        log = self.log_path.read_bytes() if self.log_path.is_file() else b""
+        self.log_bytes = log.rfind(b"\n", 0, self.log_bytes) + 1  # after the last whole line
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    different = []
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key in sorted(before.keys() | now.keys()):
         a, b = before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            different += _differences(a, b, f"{prefix}{key}.")
+            yield from _differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            different.append(f"{prefix}{key} was {a}, is {b}")
-    return different
+            yield f"{prefix}{key} was {a}, is {b}"
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects the first Ctrl-C or SIGTERM instead of dying; a second one acts as usual."""
-    caught: list[int] = []
+def _stop_signals(runtime: "Runtime") -> Iterator[Callable[[], int]]:
+    """Catches the first Ctrl-C or SIGTERM; a second one acts as usual. Yields a function that
+    returns the number of a signal that any process has received, or 0."""
+    caught = [0]
     with contextlib.ExitStack() as original_handlers:
 
         def record(number: int, _frame: object) -> None:
             caught.append(number)
             original_handlers.close()  # puts them back
 
-        is_main = threading.current_thread() is threading.main_thread()  # others hear no signals
-        for number in (signal.SIGINT, signal.SIGTERM) if is_main else ():
-            original_handlers.callback(signal.signal, number, signal.signal(number, record))
-        yield caught
+        def received_signal() -> int:
+            number = torch.tensor(max(caught), device=runtime.device)
+            if runtime.world_size > 1:
+                dist.all_reduce(number, dist.ReduceOp.MAX)
+            return int(number)
 
-
-def _any_signal(caught: list[int], runtime: "Runtime") -> int:
-    """The number of a signal that any process has received, or 0."""
-    number = torch.tensor(max(caught, default=0), device=runtime.device)
-    if runtime.world_size > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
+        with contextlib.suppress(ValueError):  # only the main thread hears signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                original_handlers.callback(signal.signal, number, signal.signal(number, record))
+        yield received_signal
 
 
 # ---- checkpoint files
@@ -436,11 +414,9 @@ def save_result(
     if (log := state_path(path, ".log.jsonl")).is_file():  # else a killed run has moved it
         log.replace(path.with_suffix(".log.jsonl"))
     state_path(path).unlink(missing_ok=True)
-    seconds, memory = (contents["provenance"][key] for key in ("seconds", "peak_memory_bytes"))
-    return (
-        f"wrote {path}: {path.stat().st_size:,} bytes, {math.ceil(seconds)} s of training, "
-        f"{memory / 2**30:.2f} GiB peak memory"
-    )
+    made, size = contents["provenance"], path.stat().st_size
+    costs = f"{math.ceil(made['seconds'])} s of training, {made['peak_memory_bytes'] / 2**30:.2f}"
+    return f"wrote {path}: {size:,} bytes, {costs} GiB peak memory"
 
 
 def half_precision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -462,10 +438,8 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(
     path: str | Path, kinds: str | tuple[str, ...], hint: str = "python main.py"
 ) -> dict[str, Any]:
-    """Reads and verifies a checkpoint, tensors and plain values only, onto the CPU.
-
-    `kinds` are those to accept, such as "base"; errors name `hint`, a command that creates one.
-    """
+    """Reads and verifies a checkpoint of one of these kinds, tensors and plain values only, onto
+    the CPU. Errors name `hint`, a command that creates one."""
     path, kinds = Path(path), (kinds,) if isinstance(kinds, str) else kinds
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: create it with `{hint}`")
@@ -474,17 +448,15 @@ def load_checkpoint(
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        kind = checkpoint.get("kind")
         if (version := checkpoint.get("format")) != FORMAT_VERSION:
             raise ValueError(f"of format {version}, not {FORMAT_VERSION}")
         if weights_sha256(checkpoint["weights"]) != checkpoint["weights_sha256"]:
             raise ValueError("weights do not match the recorded SHA-256")
     except Exception as error:  # torch.load has no error class of its own: zip, pickle, EOF, ...
         first_line = str(error).split("\n")[0]
-        raise ValueError(
-            f"{path} is damaged or another file ({first_line}): create one with `{hint}`"
-        ) from None
-    if kind not in kinds:
+        text = f"{path} is damaged or another file ({first_line}): create one with `{hint}`"
+        raise ValueError(text) from None
+    if (kind := checkpoint.get("kind")) not in kinds:
         raise ValueError(f"{path} is of kind {kind}, not {' or '.join(kinds)}")
     return checkpoint
 
@@ -500,17 +472,13 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
 
 def provenance(runtime: "Runtime", seconds: float) -> dict[str, Any]:
     """What a checkpoint records about how it was made."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": sys.version.split()[0]}
     for name in ("torch", "numpy", "bitsandbytes"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return {
-        "command": command_line(),
-        "runtime": runtime.describe(),
-        "seconds": seconds,
-        "peak_memory_bytes": peak_memory_bytes(runtime.device),
-        "versions": versions,
-    }
+    costs = {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(runtime.device)}
+    origin = {"command": command_line(), "runtime": runtime.describe()}
+    return {**origin, **costs, "versions": versions}
 
 
 # ---- device, precision, processes
@@ -531,10 +499,9 @@ class Runtime:
 
     def describe(self) -> str:
         """One line for log and terminal, such as "cpu, bfloat16, 2 threads"."""
-        precision = str(self.dtype).removeprefix("torch.")
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         processes = f", {self.world_size} processes" if self.world_size > 1 else ""
-        return f"{self.device}, {precision}{threads}{processes}"
+        return f"{self.device}, {str(self.dtype).removeprefix('torch.')}{threads}{processes}"
 
 
 CPU = Runtime()  # default for small jobs
@@ -644,14 +611,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of this process: on the GPU if there is one, else resident; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # Linux, where `ru_maxrss` may be a larger parent's
-    if status.is_file() and (match := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
-        return 1024 * int(match[1])
-    if sys.platform != "darwin":
-        return 0
-    import resource
+    if sys.platform == "darwin":
+        import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status")  # Linux, where `ru_maxrss` may be a larger parent's
+    match = status.is_file() and re.search(r"VmHWM:\s+(\d+)", status.read_text())
+    return 1024 * int(match[1]) if match else 0
 
 
 # ---- command lines
@@ -677,15 +643,13 @@ def add_run_flags(
 ) -> None:
     """Adds the flags that all trainings share, and with `max_examples` those of fine-tunings."""
     add = parser.add_argument
-    text = "data set; auto takes the first available one"
-    add("--dataset", choices=("auto", *data_sets), default="auto", help=text)
+    add("--dataset", choices=("auto", *data_sets), default="auto", help="auto: first available one")
     add("--data", type=Path, help=f"your own data instead: {data_help}")
     add("--data-dir", type=Path, help="folder of downloads (default: $GPT_DATA_DIR, else data)")
     add("--out-dir", type=Path, default=Path("models"), help="folder to write to")
     if max_examples:
         add("--max-examples", type=int, default=max_examples, help="maximum number of examples")
-        text = "base model (default: models/model_weights.pth, else that of models/shipped)"
-        add("--base", type=Path, help=text)
+        add("--base", type=Path, help="base model (default: that of models, else models/shipped)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="continue an unfinished run with the same options")
     add("--overwrite", action="store_true", help="discard an unfinished run and start over")
@@ -754,9 +718,9 @@ def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str
         except torch.OutOfMemoryError:
             message, code = "error: out of GPU memory: in a training, raise --grad-accumulation", 2
         except Interrupted as stop:
-            COMMAND.get()[:] = [a for a in COMMAND.get() if a not in ("--resume", "--overwrite")]
-            message = f"interrupted; continue with: {command_line()} --resume"
-            code = 128 + stop.args[0]
+            again = [a for a in COMMAND.get() if a not in ("--resume", "--overwrite")]
+            COMMAND.set([*again, "--resume"])
+            message, code = f"interrupted; continue with: {command_line()}", 128 + stop.args[0]
         except KeyboardInterrupt:
             message, code = "interrupted", 130
         finally:
@@ -773,22 +737,3 @@ def exit_process(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-# ---- the loss of language models
-
-CACHED_ROWS = 512  # tokens whose float32 logits fit in the processor's cache
-
-
-def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy in nats, and the number of targets.
-
-    The plain equivalent is `F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")`.
-    In slices of rows the float32 logits stay in the cache, which is faster and saves memory.
-    The model maps inputs (B, T) to logits (B, T, V); targets (B, T) of -100 carry no loss.
-    """
-    inputs, targets = batch
-    logits = model(inputs).flatten(0, 1)
-    slices = zip(logits.split(CACHED_ROWS), targets.flatten().split(CACHED_ROWS))
-    losses = [F.cross_entropy(rows.float(), wanted, reduction="sum") for rows, wanted in slices]
-    return torch.stack(losses).sum(), (targets != -100).sum()

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,13 +125,6 @@ def test_resuming_with_other_options_names_the_difference(
         assert main.main([*arguments, *more, "--resume"]) == 2
         said = capsys.readouterr().err
         assert all(difference in said for difference in differences), said
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_torch_compile_trains_too(own_text: Path, tmp_path: Path):
-    assert main.main(options(own_text, tmp_path / "out", "--compile", "--steps", "3")) == 0
-    assert (tmp_path / "out" / "model_weights.pth").exists()
 
 
 @pytest.mark.slow
