@@ -13,7 +13,6 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -106,7 +105,7 @@ class LoRAEmbedding(nn.Module):
 def apply_lora(model: nn.Module, config: LoRAConfig) -> None:
     """Wraps the target layers of a model, and freezes everything but adapters and head. Does
     nothing to a model that has adapters."""
-    if any(True for _ in lora_layers(model)):
+    if lora_layers(model):
         return
     targets = tuple(f".{target}" for target in resolve_targets(model, config).target_modules)
     for name, layer in _adaptable_layers(model).items():
@@ -121,15 +120,14 @@ def resolve_targets(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """The config with "blocks.-1" counted from the end; a target without a layer is an error."""
     names = [f".{name}" for name in _adaptable_layers(model)]
     n = 1 + max(map(int, re.findall(r"\.blocks\.(\d+)", " ".join(names))), default=-1)
-    targets = [
-        re.sub(r"\bblocks\.-(\d+)", lambda match: f"blocks.{n - int(match[1])}", target)
-        for target in config.target_modules
-    ]
-    for given, target in zip(config.target_modules, targets):
+    targets = []
+    for given in config.target_modules:
+        target = re.sub(r"\bblocks\.-(\d+)", lambda match: f"blocks.{n - int(match[1])}", given)
         if not any(name.endswith(f".{target}") for name in names):
             known = dict.fromkeys(re.sub(r"^(.*\.blocks\.\d+|.*)\.", "", name) for name in names)
             text = f"the {n} blocks and what is around them have {', '.join(known)}"
             raise ValueError(f"target_modules: {given} is no layer: {text}")
+        targets.append(target)
     return replace(config, target_modules=targets)
 
 
@@ -139,10 +137,9 @@ def _adaptable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
     return {name: m for name, m in layers.items() if name not in (HEAD, "backbone.head")}
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmbedding]]:
+def lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear | LoRAEmbedding]]:
     """Name and module of each adapted layer."""
-    kinds = LoRALinear | LoRAEmbedding
-    return ((n, m) for n, m in list(model.named_modules()) if isinstance(m, kinds))
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear | LoRAEmbedding)]
 
 
 def _is_adapter(name: str) -> bool:
@@ -156,15 +153,15 @@ def merge_lora(model: nn.Module) -> None:
 
     4-bit weights are dequantised first, those of layers without adapter, too.
     """
-    for name, module in lora_layers(model):
-        layer = dequantize(module.base_layer)
-        # A new tensor, because the head may share the weight of the embedding.
-        merged = (layer.weight + module.delta_weight()).to(layer.weight.dtype)
-        layer.weight = nn.Parameter(merged, requires_grad=False)
-        model.set_submodule(name, layer)
     for name, module in list(model.named_modules()):
         if is_quantized(module):
             model.set_submodule(name, dequantize(module))
+    for name, adapter in lora_layers(model):
+        layer = adapter.base_layer
+        # A new tensor, because the head may share the weight of the embedding.
+        merged = (layer.weight + adapter.delta_weight()).to(layer.weight.dtype)
+        layer.weight = nn.Parameter(merged, requires_grad=False)
+        model.set_submodule(name, layer)
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -233,11 +230,9 @@ def _dequantize_blocks(codes: Tensor, scales: Tensor, levels: Tensor, block: int
 @functools.cache
 def nf4_levels() -> Tensor:
     """The 16 levels (16,) from -1 to 1: 8 quantiles below zero, zero, and 7 above."""
-
-    def quantiles(n: int) -> Tensor:
-        return torch.special.ndtri(torch.linspace(0.9677083, 0.5, n).double())[:-1]
-
-    levels = torch.cat([-quantiles(8), torch.zeros(1), quantiles(9)]).sort().values.float()
+    probabilities = (torch.linspace(0.9677083, 0.5, n).double() for n in (8, 9))
+    negative, positive = (torch.special.ndtri(p)[:-1] for p in probabilities)
+    levels = torch.cat([-negative, torch.zeros(1), positive]).sort().values.float()
     return levels / levels.max()
 
 
@@ -276,24 +271,23 @@ def quantize_4bit(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     Uses bitsandbytes, which computes in `dtype`, or where it does not run `NF4Linear`, after a
     warning: the same values, slower. The model must be on the device that it will be used on.
     """
-    reason = ""
+    reason, states = "", []
     for name, layer in list(model.named_modules()):
         in_block = "blocks" in name.split(".")
         if not in_block or not isinstance(layer, nn.Linear) or is_quantized(layer):
             continue
+        layer.requires_grad_(False)
         try:
             quantized = _bitsandbytes_layer(layer, dtype)
+            states.append(quantized.weight.quant_state)
         except Exception as error:  # the package or a library of it is missing, or this device
             quantized, reason = NF4Linear(layer), str(error).strip().split("\n")[0]
-        if layer.bias is not None:
-            layer.bias.requires_grad_(False)
         model.set_submodule(name, quantized.train(layer.training))
+    for state in states:  # the level tables are the same for all: keep one copy
+        state.code, state.state2.code = states[0].code, states[0].state2.code
     if reason:
         text = f"bitsandbytes not used ({reason}): slower NF4 in plain PyTorch"
         warnings.warn(text, stacklevel=2)
-    states = [m.weight.quant_state for m in model.modules() if _is_bitsandbytes(m)]
-    for state in states:  # the level tables are the same for all: keep one copy
-        state.code, state.state2.code = states[0].code, states[0].state2.code
 
 
 def _bitsandbytes_layer(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
@@ -302,18 +296,9 @@ def _bitsandbytes_layer(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # hints about optional kernels
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    quantized = Linear4bit(
-        layer.in_features,
-        layer.out_features,
-        bias=False,
-        compute_dtype=dtype,
-        device="meta",  # no random weights
-    )
-    quantized.weight = Params4bit(
-        layer.weight.detach().clone().cpu(),
-        quant_type="nf4",  # the default is FP4
-        compress_statistics=True,
-    )
+    sizes = (layer.in_features, layer.out_features)
+    quantized = Linear4bit(*sizes, bias=False, compute_dtype=dtype, device="meta")
+    quantized.weight = Params4bit(layer.weight.detach().clone().cpu(), quant_type="nf4")
     quantized.bias = layer.bias
     # Without gradients, CPUs with AVX512-BF16 would re-pack the weights into a layout that gives
     # wrong gradients when training continues.
@@ -321,52 +306,41 @@ def _bitsandbytes_layer(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
     return quantized.to(layer.weight.device)  # quantises, even if it is there already
 
 
+def quantized_weight(layer: nn.Module) -> NF4Weight | None:
+    """The 4-bit weight of a layer, ours or that of bitsandbytes, whose layout is the same."""
+    if isinstance(layer, NF4Linear):
+        return layer.quant_state
+    if state := getattr(getattr(layer, "weight", None), "quant_state", None):
+        scales = (state.absmax, state.state2.absmax, state.offset)
+        return NF4Weight(layer.weight.data.flatten(), *scales, state.shape, state.dtype)
+    return None
+
+
 def is_quantized(layer: nn.Module) -> bool:
     """Whether a layer holds 4-bit weights."""
-    return isinstance(layer, NF4Linear) or _is_bitsandbytes(layer)
-
-
-def _is_bitsandbytes(layer: nn.Module) -> bool:
-    return hasattr(getattr(layer, "weight", None), "quant_state")
+    return quantized_weight(layer) is not None
 
 
 def dequantize(layer: nn.Module) -> nn.Module:
     """A plain linear layer with a 4-bit layer's weights; any other layer itself."""
-    if not is_quantized(layer):
+    if (q := quantized_weight(layer)) is None:
         return layer
-    if isinstance(layer, NF4Linear):
-        weight = dequantize_nf4(layer.quant_state)
-    else:
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(dequantize_nf4(q), requires_grad=False)
     plain.bias = layer.bias
     return plain
 
 
-# ---- sizes
-
-
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Number of trainable parameters and of all; a byte of 4-bit weights counts as two."""
-    sizes = [
-        (2 * p.numel() if p.dtype == torch.uint8 else p.numel(), p.requires_grad)
-        for p in model.parameters()
-    ]
-    return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+    sizes = {p: p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters()}
+    return sum(n for p, n in sizes.items() if p.requires_grad), sum(sizes.values())
 
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all weights, and of the scales and level tables of the quantised ones."""
-    tensors = {id(p): p for p in model.parameters()}
-    for layer in filter(is_quantized, model.modules()):
-        if isinstance(layer, NF4Linear):
-            scales = layer.quant_state[1:4]
-        else:
-            state = layer.weight.quant_state
-            nested = state.state2
-            scales = (state.absmax, state.code, state.offset, nested.absmax, nested.code)
-        tensors |= {id(tensor): tensor for tensor in scales}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    tensors = list(model.parameters())
+    for q in filter(None, map(quantized_weight, model.modules())):
+        tensors += (*q[1:4], nf4_levels(), dynamic_levels())
+    distinct = {tensor.data_ptr(): tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
