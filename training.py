@@ -158,17 +158,12 @@ def train(
 
 
 def set_learning_rates(optimizers: list[Optimizer], step: int, config: TrainConfig) -> None:
-    """Sets the rates for a step; the default of an optimizer is its peak rate."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * learning_rate_factor(step, config)
-
-
-def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Fraction of the peak rate at a step: linear warm-up, constant, linear decay to zero."""
+    """Linear warm-up to the peak rate, an optimizer's default; constant; linear decay to zero."""
     warmup = (step + 1) / max(1, config.warmup_steps)
     decay = (config.steps - step) / max(1, config.decay_fraction * config.steps)
-    return min(1.0, warmup, decay)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * min(1.0, warmup, decay)
 
 
 def own_batches(batches: Sequence[Batch], runtime: "Runtime") -> Iterator[Batch]:
@@ -251,11 +246,11 @@ def mean_loss(
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy in nats, and the number of targets.
+    """Summed cross entropy in nats of logits (B, T, V), and the number of targets (B, T); those of
+    -100 carry no loss.
 
     The plain equivalent is `F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")`.
     In slices of rows the float32 logits stay in the cache, which is faster and saves memory.
-    The model maps inputs (B, T) to logits (B, T, V); targets (B, T) of -100 carry no loss.
     """
     inputs, targets = batch
     logits = model(inputs).flatten(0, 1)
@@ -321,7 +316,9 @@ class _Run:
             self.best_weights = {name: tensor.clone() for name, tensor in self.weights.items()}
         return metrics
 
-    def advance(self, bar, loss_sum, n_terms, metrics, stop) -> None:
+    def advance(
+        self, bar: tqdm, loss_sum: float, n_terms: float, metrics: dict[str, float], stop: int
+    ) -> None:
         """Counts a step and shows it; rank 0 also writes a log line and the resumable state."""
         self.step, self.tokens = self.step + 1, self.tokens + n_terms
         self.seconds = time.perf_counter() - self.started
@@ -415,8 +412,8 @@ def save_result(
         log.replace(path.with_suffix(".log.jsonl"))
     state_path(path).unlink(missing_ok=True)
     made, size = contents["provenance"], path.stat().st_size
-    costs = f"{math.ceil(made['seconds'])} s of training, {made['peak_memory_bytes'] / 2**30:.2f}"
-    return f"wrote {path}: {size:,} bytes, {costs} GiB peak memory"
+    memory = f"{made['peak_memory_bytes'] / 2**30:.2f} GiB peak memory"
+    return f"wrote {path}: {size:,} bytes, {math.ceil(made['seconds'])} s of training, {memory}"
 
 
 def half_precision(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,7 +30,6 @@ from training import (
     bfloat16_is_faster,
     check_output,
     command_line,
-    learning_rate_factor,
     load_checkpoint,
     make_optimizers,
     mean_loss,
@@ -39,6 +38,7 @@ from training import (
     report_errors,
     save_checkpoint,
     save_result,
+    set_learning_rates,
     train,
 )
 
@@ -151,12 +151,21 @@ def test_the_best_weights_are_kept(tmp_path: Path, runtime: Runtime):
 
 
 def test_the_schedule():
-    config = TrainConfig(steps=100, warmup_steps=10, decay_fraction=0.5)
-    factors = [learning_rate_factor(step, config) for step in range(100)]
-    assert factors[0] == 0.1 and factors[9:51] == [1.0] * 42
-    assert factors[75] == 0.5 and factors[99] == pytest.approx(0.02)
-    constant = TrainConfig(steps=100, warmup_steps=0, decay_fraction=0.0)
-    assert {learning_rate_factor(step, constant) for step in range(100)} == {1.0}
+    optimizers = [torch.optim.SGD([torch.zeros(1)], lr=rate) for rate in (1.0, 2.0)]
+
+    def rates(**changes: Any) -> list[float]:
+        found = []
+        for step in range(100):
+            set_learning_rates(optimizers, step, TrainConfig(steps=100, **changes))
+            first, second = (optimizer.param_groups[0]["lr"] for optimizer in optimizers)
+            assert second == 2 * first
+            found.append(first)
+        return found
+
+    schedule = rates(warmup_steps=10, decay_fraction=0.5)
+    assert schedule[0] == 0.1 and schedule[9:51] == [1.0] * 42
+    assert schedule[75] == 0.5 and schedule[99] == pytest.approx(0.02)
+    assert set(rates(warmup_steps=0, decay_fraction=0.0)) == {1.0}
 
 
 def test_each_parameter_goes_to_its_optimizer():
