@@ -180,9 +180,10 @@ def all_reduce_(parameters: list[nn.Parameter], totals: Tensor, world_size: int)
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         tensors = [totals, *(parameter.grad for parameter in parameters)]
-        flat = nn.utils.parameters_to_vector(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat, tensors)
+        for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(summed.view_as(tensor))
     return totals.tolist()
 
 
