@@ -317,9 +317,7 @@ class _Run:
             self.best_weights = {name: tensor.clone() for name, tensor in self.weights.items()}
         return metrics
 
-    def advance(
-        self, bar: tqdm, loss_sum: float, n_terms: float, metrics: dict[str, float], stop: int
-    ) -> None:
+    def advance(self, bar: tqdm, loss_sum: float, n_terms: float, metrics: dict, stop: int) -> None:
         """Counts a step and shows it; rank 0 also writes a log line and the resumable state."""
         self.step, self.tokens = self.step + 1, self.tokens + n_terms
         self.seconds = time.perf_counter() - self.started
