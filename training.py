@@ -639,7 +639,7 @@ def add_run_flags(
 ) -> None:
     """Adds the flags that all trainings share, and with `max_examples` those of fine-tunings."""
     add = parser.add_argument
-    add("--dataset", choices=("auto", *data_sets), default="auto", help="auto: first available one")
+    add("--dataset", choices=("auto", *data_sets), default="auto", help="auto: the first available")
     add("--data", type=Path, help=f"your own data instead: {data_help}")
     add("--data-dir", type=Path, help="folder of downloads (default: $GPT_DATA_DIR, else data)")
     add("--out-dir", type=Path, default=Path("models"), help="folder to write to")
