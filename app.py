@@ -7,8 +7,6 @@ names, and in its subfolders such as `models/shipped/`: checkpoints, logs and `r
 """
 
 import contextlib
-import dataclasses
-import itertools
 import json
 import os
 import tempfile
@@ -18,34 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
-import numpy as np
 import pandas as pd
 import streamlit as st
 import torch
 
+import evaluate
 import generation
 from data_loader import Instruction, read_unlabelled
 from data_utils import IGNORE, encode_instruction
-from evaluate import LINEAR, LINEAR_BASELINE, REPORT_COLUMNS, load_linear_baseline, table_cells
+from evaluate import LINEAR, LINEAR_BASELINE, REPORT, REPORT_COLUMNS, table_cells
 from generation import BASE, QLORA, TEMPERATURE, TOP_P, continue_prompt, generate_response
 from model import GPTModel
 from tokenizer import BPETokenizer
 
 MODELS = Path(os.environ.get("GPT_MODELS_DIR") or Path(__file__).parent / "models")
-MAX_CHARACTERS = 2_000
+MAX_TEXT = 2_000  # characters
 MAX_ROWS, MAX_UPLOAD_MB = 10_000, 10
 SHOWN_TOKENS, ATTENTION_TOKENS = 15, 32
 REFRESH_SECONDS = 3.0
 CHART_COLOR = "#3a7ca5"
 MARKDOWN = str.maketrans({c: f"\\{c}" for c in r"\`*_{}()#+-.!|<>~$:&="})  # shown literally
 FINE_TUNINGS = ("full fine-tuning", "LoRA", "QLoRA, 4-bit base")  # rows of the report
-TASKS = {"language": "Language", "sentiment": "Sentiment", "instructions": "Instructions"}
-CLASSIFIERS = {
-    "Full fine-tuning": generation.FULL_CLASSIFIER,
-    "LoRA": generation.LORA_CLASSIFIER,
-    LINEAR: LINEAR_BASELINE,
-}
-LOADERS = {"tokenizer.json": BPETokenizer.load, LINEAR_BASELINE: load_linear_baseline}
+CLASSIFIERS = dict(REPORT["sentiment"][:3])  # files by name; the last row only guesses
+COLORS, SHOWN_BADGES = ("blue", "green", "orange", "violet", "red"), 300
+LOADERS = {"tokenizer.json": BPETokenizer.load, LINEAR_BASELINE: evaluate.load_linear_baseline}
 
 
 def main() -> None:
@@ -110,15 +104,17 @@ def errors_as_messages() -> Iterator[None]:
         st.error(str(error))
 
 
-def forget(*keys: str) -> None:
-    """Clears texts before new ones are generated."""
-    for key in keys:
-        st.session_state.pop(key, None)
+def start_button(label: str, *keys: str) -> bool:
+    """A button that starts to generate and clears the texts of `keys`, beside one that stops."""
+    start, stop = st.columns([1, 5])
+    stop.button("Stop")  # any button ends the run that streams
+    if go := start.button(label, type="primary"):
+        for key in keys:
+            st.session_state.pop(key, None)
+    return go
 
 
-def stream_text(
-    key: str, ids: Iterator[int] | None, tokenizer: BPETokenizer, start: str = ""
-) -> None:
+def stream_text(key: str, ids: Iterator | None, tokenizer: BPETokenizer, text: str = "") -> None:
     """Shows text as it is generated; what was shown stays when a button interrupts it."""
     body, caption = st.empty(), st.empty()
 
@@ -128,31 +124,29 @@ def stream_text(
         caption.caption(note)
 
     if ids is not None:
-        text, n_tokens, started = start, 0, time.perf_counter()
+        tokens, started = [], time.perf_counter()
 
         def counted() -> Iterator[int]:
-            nonlocal n_tokens
             for token_id in ids:
-                n_tokens += 1
+                tokens.append(token_id)
                 yield token_id
 
         for new_text in tokenizer.decode_stream(counted()):
             text += new_text
-            speed = n_tokens / (time.perf_counter() - started)
-            show(text, f"{n_tokens} tokens, {speed:.0f} tokens per second")
-        if not n_tokens:
-            show(start, "The model produced no text.")
+            speed = len(tokens) / (time.perf_counter() - started)
+            show(text, f"{len(tokens)} tokens, {speed:.0f} tokens per second")
+        if not tokens:
+            show(text, "The model produced no text.")
     elif key in st.session_state:
         show(*st.session_state[key])
 
 
 def bars(
-    frame: pd.DataFrame, x: str, y: str, x_format: str = ".0%", x_max: float | None = None
+    frame: pd.DataFrame, x: str, y: str, x_format: str = ".0%", x_max: Any = alt.Undefined
 ) -> alt.Chart:
     """A horizontal bar for each row of a table, in its order."""
-    scale = alt.Scale() if x_max is None else alt.Scale(domain=[0, x_max])
+    length = alt.X(x, type="quantitative").axis(format=x_format).scale(domainMax=x_max)
     chart = alt.Chart(frame).mark_bar(color=CHART_COLOR)
-    length = alt.X(x, type="quantitative", axis=alt.Axis(format=x_format), scale=scale)
     return chart.encode(x=length, y=alt.Y(y, type="nominal", sort=None), tooltip=[y, x])
 
 
@@ -168,27 +162,20 @@ def printable(token: bytes) -> str:
 def generate_page() -> None:
     """Text from the base model, and its predictions for the next token."""
     st.title("Generate")
-    st.write(
-        "The base model continues your text, one token at a time, in the style of Shakespeare."
-    )
+    st.write("The base model continues your text, one token at a time, in the style it learned.")
     with errors_as_messages():
-        model, tokenizer, _ = loaded(BASE)
-        prompt = st.text_area("Prompt", "ROMEO:", max_chars=MAX_CHARACTERS)
+        model, tokenizer, checkpoint = loaded(BASE)
+        example = checkpoint.get("sample_prompt", "ROMEO:")
+        prompt = st.text_area("Prompt", example, max_chars=MAX_TEXT)
         left, middle, right = st.columns(3)
         temperature = left.slider("Temperature", 0.0, 2.0, TEMPERATURE, 0.05, help="0 is greedy")
         length = left.slider("Tokens", 10, 500, 200, 10)
-        top_p = middle.slider(
-            "Top-p", 0.05, 1.0, TOP_P, 0.05, help="Sample from top tokens of this total probability"
-        )
-        top_k = middle.slider(
-            "Top-k", 0, 200, 0, help="Number of most probable tokens to sample from; 0 is all"
-        )
+        top_p = middle.slider("Top-p", 0.05, 1.0, TOP_P, 0.05, help="Total probability to sample")
+        top_k = middle.slider("Top-k", 0, 200, 0, help="Number of tokens to sample from; 0 is all")
         seed = right.number_input("Seed", 0, 2**31, 0, help="The same seed gives the same text")
-        run, stop = st.columns([1, 5])
-        go = run.button("Generate", type="primary", on_click=forget, args=("generated",))
-        stop.button("Stop")  # any button ends the run that streams
-        options = {"temperature": temperature, "top_k": top_k or None, "top_p": top_p, "seed": seed}
-        ids = continue_prompt(model, tokenizer, prompt, length, **options) if go else None
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        go = start_button("Generate", "generated")
+        ids = continue_prompt(model, tokenizer, prompt, length, **sampling) if go else None
         stream_text("generated", ids, tokenizer, prompt)
         if prompt_ids := tokenizer.encode(prompt):
             show_next_tokens(model, tokenizer, prompt_ids)
@@ -235,35 +222,34 @@ def sentiment_page() -> None:
     st.title("Sentiment")
     st.write("Which label fits a text? Two fine-tuned models beside a linear one.")
     example = "Stopped working after two days, and nobody answered my letters."
-    text = st.text_area("Review", example, max_chars=MAX_CHARACTERS)
+    text = st.text_area("Review", example, max_chars=MAX_TEXT)
     if text.strip():
         for column, name in zip(st.columns(len(CLASSIFIERS)), CLASSIFIERS):
             with column, errors_as_messages():
-                labels, (row,) = classify(name, [text])
-                frame = pd.DataFrame({"probability": row, "class": labels})
-                verdict, sure = labels[row.argmax()].translate(MARKDOWN), f"{row.max():.0%} sure"
+                row = classify(name, [text]).iloc[0]
+                verdict, sure = row.idxmax().translate(MARKDOWN), f"{row.max():.0%} sure"
                 st.metric(name, verdict, sure, delta_color="off", delta_arrow="off")
+                frame = row.rename_axis("class").reset_index(name="probability")
                 st.altair_chart(bars(frame, "probability", "class", x_max=1))
     else:
         st.info("Write a review to classify it.")
     classify_file()
 
 
-def classify(name: str, texts: list[str]) -> tuple[list[str], np.ndarray]:
-    """The labels of one of `CLASSIFIERS`, and their probabilities (N, labels) for texts."""
+def classify(name: str, texts: list[str]) -> pd.DataFrame:
+    """Probabilities by one of `CLASSIFIERS`: a row for each text, a column for each label."""
     model, tokenizer, checkpoint = loaded(CLASSIFIERS[name])
     if name == LINEAR:
-        return list(checkpoint["labels"]), model.predict_proba(texts)
-    probabilities = generation.class_probabilities(model, tokenizer, texts)
-    return list(checkpoint["labels"]), probabilities
+        probabilities = model.predict_proba(texts)
+    else:
+        probabilities = generation.class_probabilities(model, tokenizer, texts)
+    return pd.DataFrame(probabilities, columns=checkpoint["labels"])
 
 
 def classify_file() -> None:
     """Predictions for the rows of an uploaded file."""
     st.subheader("A file of reviews")
-    st.write(
-        f"CSV, TSV, JSON, JSON Lines or Parquet with a column of texts; at most {MAX_ROWS:,} rows."
-    )
+    st.write(f"CSV, TSV, JSON, JSON Lines or Parquet with texts; at most {MAX_ROWS:,} rows.")
     name = st.selectbox("Classifier", list(CLASSIFIERS))
     column = st.text_input("Column of the texts", help="Only if its name is not text or the like")
     types = ["csv", "tsv", "txt", "jsonl", "ndjson", "json", "parquet", "gz"]
@@ -272,12 +258,14 @@ def classify_file() -> None:
         return
     with errors_as_messages():
         rows, texts = read_upload(upload.getvalue(), upload.name, column or None)
-        with st.spinner(f"Classifying {len(texts):,} texts"):
-            labels, probabilities = classify_once(name, texts)
+        request, shown = (model_set(), name, texts), st.session_state.get("classified", [None])
+        if shown[0] != request:  # else only another widget of the page has changed
+            with st.spinner(f"Classifying {len(texts):,} texts"):
+                shown = st.session_state["classified"] = request, classify(name, texts)
+        probabilities = shown[1]
         frame = pd.DataFrame(rows, dtype=object)
-        frame["prediction"] = [labels[i] for i in probabilities.argmax(1)]
-        for label, column in zip(labels, probabilities.T):
-            frame[f"probability_{label}"] = column.round(4)
+        frame["prediction"] = probabilities.idxmax(axis=1)
+        frame[[f"probability_{label}" for label in probabilities]] = probabilities.round(4)
         st.dataframe(frame)
         if "json" in Path(upload.name.lower().removesuffix(".gz")).suffix:
             lines = (json.dumps(row, default=str) + "\n" for row in frame.to_dict("records"))
@@ -287,67 +275,45 @@ def classify_file() -> None:
         st.download_button("Download with predictions", content, file, on_click="ignore")
 
 
-def read_upload(
-    content: bytes, name: str, text_column: str | None = None
-) -> tuple[list[dict[str, Any]], list[str]]:
+def read_upload(content: bytes, name: str, column: str | None = None) -> tuple[list, list[str]]:
     """Rows and texts of an uploaded file, read as the scripts read a file of their own."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, Path(name).name)
         path.write_bytes(content)
         try:
-            rows, texts = read_unlabelled(path, text_column)
+            rows, texts = read_unlabelled(path, column)
         except ValueError as error:
             raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from None
     if len(rows) > MAX_ROWS:
         raise ValueError(f"the file has {len(rows):,} rows; the maximum is {MAX_ROWS:,}")
-    return rows, [text[: 10 * MAX_CHARACTERS] for text in texts]
-
-
-def classify_once(name: str, texts: list[str]) -> tuple[list[str], np.ndarray]:
-    """As `classify`; the last result of a session is reused."""
-    request = (str(model_set()), name, texts)
-    if st.session_state.get("classified") != request:
-        st.session_state["probabilities"] = classify(name, texts)
-        st.session_state["classified"] = request
-    return st.session_state["probabilities"]
+    return rows, [text[: 10 * MAX_TEXT] for text in texts]
 
 
 def instructions_page() -> None:
     """The untouched base and the fine-tuned model answer side by side."""
     st.title("Instructions")
     st.write("The same prompt, answered by the untouched base and by the model after QLoRA.")
-    keys = ("base-response", "qlora-response")
     question = st.text_area("Instruction", "Name three things to take to the beach.", max_chars=500)
-    task = Instruction(question, st.text_area("Context (optional)", "", max_chars=MAX_CHARACTERS))
+    task = Instruction(question, st.text_area("Context (optional)", "", max_chars=MAX_TEXT))
     left, right = st.columns(2)
     temperature = left.slider("Temperature", 0.0, 2.0, 0.7, 0.05)
-    seed = right.number_input("Seed", 0, 2**31, 0)
-    run, stop = st.columns([1, 5])
-    go = run.button("Answer", type="primary", on_click=forget, args=keys)
-    stop.button("Stop")
-    titles = ("Base", "QLoRA")
-    for column, title, key, name in zip(st.columns(2), titles, keys, (BASE, QLORA)):
+    sampling = {"temperature": temperature, "seed": right.number_input("Seed", 0, 2**31, 0)}
+    go = start_button("Answer", BASE, QLORA)
+    for column, title, name in zip(st.columns(2), ("Base", "QLoRA"), (BASE, QLORA)):
         with column, errors_as_messages():
             st.subheader(title)
             model, tokenizer, _ = loaded(name)
-            options = {"temperature": temperature, "seed": seed}
-            ids = generate_response(model, tokenizer, task, **options) if go else None
-            stream_text(key, ids, tokenizer)
+            ids = generate_response(model, tokenizer, task, **sampling) if go else None
+            stream_text(name, ids, tokenizer)
     with errors_as_messages(), st.expander("Template and token mask"):
-        show_template(task)
-
-
-def show_template(task: Instruction) -> None:
-    """A task as the model reads it, and which of its targets carry loss."""
-    model, tokenizer, _ = loaded(QLORA)
-    example = "A towel, a book, and a hat."
-    response = st.text_input("A response to learn from", example, max_chars=200)
-    task = dataclasses.replace(task, response=response)
-    encoded = encode_instruction(task, tokenizer, model.config.context_length)
-    st.code(tokenizer.decode(encoded.ids), language=None)
-    names = [printable(tokenizer.vocab[i]) for i in encoded.ids]
-    rows = zip(names, names[1:], (target != IGNORE for target in encoded.targets[1:]))
-    st.dataframe(pd.DataFrame(rows, columns=["input", "target", "carries loss"]), height=300)
+        model, tokenizer, _ = loaded(QLORA)
+        response = st.text_input("A response to learn from", "Towel, book and hat.", max_chars=200)
+        task = Instruction(task.instruction, task.context, response)
+        encoded = encode_instruction(task, tokenizer, model.config.context_length)
+        st.code(tokenizer.decode(encoded.ids), language=None)
+        names = [printable(tokenizer.vocab[i]) for i in encoded.ids]
+        rows = zip(names, names[1:], (target != IGNORE for target in encoded.targets[1:]))
+        st.dataframe(pd.DataFrame(rows, columns=["input", "target", "carries loss"]), height=300)
 
 
 def tokenizer_page() -> None:
@@ -356,8 +322,7 @@ def tokenizer_page() -> None:
     st.write("Byte-level BPE: the tokens that the models read, learned from the training text.")
     with errors_as_messages():
         tokenizer = loaded("tokenizer.json")
-        example = "Shall I compare thee to a summer's day?"
-        text = st.text_area("Text", example, max_chars=MAX_CHARACTERS)
+        text = st.text_area("Text", "Shall I compare thee to a summer's day?", max_chars=MAX_TEXT)
         ids = tokenizer.encode(text)
         if not ids:
             st.info("Write some text to see its tokens.")
@@ -367,38 +332,28 @@ def tokenizer_page() -> None:
         left.metric("Tokens", f"{len(ids):,}")
         middle.metric("Bytes", f"{n_bytes:,}")
         right.metric("Bytes per token", f"{n_bytes / len(ids):.2f}")
-        colors = itertools.cycle(("blue", "green", "orange", "violet", "red"))
         with st.container(horizontal=True, gap="small"):
-            for token_id, color in zip(ids[:300], colors):
+            for i, token_id in enumerate(ids[:SHOWN_BADGES]):
+                color = COLORS[i % len(COLORS)]
                 st.badge(badge(tokenizer.vocab[token_id], token_id), color=color)
-        if len(ids) > 300:
-            st.caption(f"The first 300 of {len(ids):,} tokens.")
-        show_merges(tokenizer)
+        if len(ids) > SHOWN_BADGES:
+            st.caption(f"The first {SHOWN_BADGES} of {len(ids):,} tokens.")
+        st.subheader("Merges, step by step")
+        word = st.text_input("Word", " summer", max_chars=40)
+        rows = []
+        for rank, ids in tokenizer.merge_steps(word):
+            pair, vocab = "found whole" if rows else "bytes", tokenizer.vocab
+            if rank is not None:
+                pair = " + ".join(printable(vocab[i]) for i in tokenizer.merges[rank][:2])
+            tokens = "  ".join(printable(vocab[i]) for i in ids)
+            rows.append({"merge": pair, "rank": rank, "tokens": tokens})
+        st.dataframe(pd.DataFrame(rows).astype({"rank": "Int64"}), hide_index=True)
 
 
 def badge(token: bytes, token_id: int) -> str:
-    """Markdown that shows a token literally, and its id.
-
-    Streamlit itself escapes square brackets in badges; the invisible word joiners keep it from
-    replacing dashes and arrows.
-    """
-    text = printable(token)
-    return "\u2060".join([*(c.translate(MARKDOWN) for c in text), ""]) + f" {token_id}"
-
-
-def show_merges(tokenizer: BPETokenizer) -> None:
-    """Table of the merges that build a word from its bytes."""
-    st.subheader("Merges, step by step")
-    word = st.text_input("Word", " summer", max_chars=40)
-    rows = []
-    for rank, ids in tokenizer.merge_steps(word):
-        pair = "found whole" if rows else "bytes"
-        if rank is not None:
-            left, right, _ = tokenizer.merges[rank]
-            pair = f"{printable(tokenizer.vocab[left])} + {printable(tokenizer.vocab[right])}"
-        tokens = "  ".join(printable(tokenizer.vocab[i]) for i in ids)
-        rows.append({"merge": pair, "rank": rank, "tokens": tokens})
-    st.dataframe(pd.DataFrame(rows).astype({"rank": "Int64"}), hide_index=True)
+    """Markdown that shows a token literally, and its id. Invisible word joiners keep Streamlit from
+    replacing dashes and arrows; it escapes square brackets itself."""
+    return "\u2060".join([*(c.translate(MARKDOWN) for c in printable(token)), f" {token_id}"])
 
 
 def training_page() -> None:
@@ -414,65 +369,60 @@ def training_page() -> None:
         return
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        for task, title in TASKS.items():
-            header, *lines = table_cells(REPORT_COLUMNS[task], rows[task])
-            st.markdown(f"**{title}**")
+        for task, columns in REPORT_COLUMNS.items():
+            header, *lines = table_cells(columns, rows[task])
+            st.markdown(f"**{task.capitalize()}**")
             st.dataframe(pd.DataFrame(lines, columns=header), hide_index=True)
-        show_costs(rows)
+        formats = {"trained parameters": "~s", "peak memory (GiB)": ".2f", "training (s)": ",.0f"}
+        for task in ("sentiment", "instructions"):
+            tuned = [r for r in rows[task] if r["model"] in FINE_TUNINGS and "seconds" in r]
+            if not tuned:
+                continue
+            frame = pd.DataFrame(tuned)
+            costs = frame[["trained_parameters", "peak_memory_bytes", "seconds"]]
+            frame[list(formats)] = costs / [1, 2**30, 1]
+            st.markdown(f"**{task.capitalize()}: full fine-tuning against adapters**")
+            for column, (name, x_format) in zip(st.columns(3), formats.items()):
+                column.altair_chart(bars(frame[["model", name]], name, "model", x_format))
     except (KeyError, TypeError, AttributeError, ValueError):
         st.error(f"{path.name} cannot be read: recreate it with `{command}`.")
 
 
 @st.fragment(run_every=REFRESH_SECONDS)
 def curves() -> None:
-    """Loss and learning rate of a training, read again every few seconds."""
-    logs = {p.name.removesuffix(".log.jsonl"): p for p in sorted(model_set().glob("*.log.jsonl"))}
+    """Loss and learning rate of a training, read again every few seconds; one in progress, which
+    has a log of its own, comes first."""
+    paths = sorted(model_set().glob("*.log.jsonl"))
+    paths.sort(key=lambda p: (".resume." not in p.name, not p.name.startswith("model_weights.")))
+    names = (path.name.removesuffix(".log.jsonl") for path in paths)
+    logs = {name.replace(".resume", " (in progress)"): path for name, path in zip(names, paths)}
     if not logs:
         st.info("There are no logs yet: train with `python main.py`.")
         return
-    first = list(logs).index("model_weights") if "model_weights" in logs else 0
-    name = st.selectbox("Training", list(logs), index=first, key="training")
-    frame = pd.DataFrame(read_log(logs[name]))
+    frame = pd.DataFrame(read_log(logs[st.selectbox("Training", list(logs), key="training")]))
     if frame.empty:
         st.info("No step is logged yet: wait a moment, or train with `python main.py`.")
         return
-    last = frame.iloc[-1]
-    st.caption(f"{int(last['step']):,} steps, {last['seconds']:,.0f} seconds")
-    left, right = st.columns(2)
-    losses = [n for n in ("loss", "val_loss") if n in frame]
-    shown = frame.melt("step", losses, "metric", "value").dropna()
-    chart = alt.Chart(shown, title="Loss (nats; val_loss of language models per byte)")
-    value = alt.Y("value:Q", title="loss").scale(zero=False)
-    color = alt.Color("metric:N", title=None)
-    left.altair_chart(chart.mark_line(point=True).encode(x="step:Q", y=value, color=color))
-    chart = alt.Chart(frame, title="Learning rate").mark_line(color=CHART_COLOR)
-    right.altair_chart(chart.encode(x="step:Q", y=alt.Y("learning_rate:Q", title="learning rate")))
+    st.caption(f"{frame.step.iloc[-1]:,.0f} steps, {frame.seconds.iloc[-1]:,.0f} seconds")
+    titles = "Loss (nats; val_loss of language models per byte)", "Learning rate"
+    metrics = ["loss", "val_loss"], ["learning_rate"]
+    for column, title, names in zip(st.columns(2), titles, metrics):
+        shown = frame.melt("step", frame.columns.intersection(names), "metric").dropna()
+        chart = alt.Chart(shown, title=title).mark_line(point=True)
+        value = alt.Y("value:Q", title=None).scale(zero=False)
+        color = alt.Color("metric:N", title=None)
+        column.altair_chart(chart.encode(x="step:Q", y=value, color=color))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Complete lines of a log; the last one may still be written."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    rows = []
+    text, rows = "", []
+    with contextlib.suppress(FileNotFoundError):  # a run in progress has just ended
+        text = path.read_text(encoding="utf-8", errors="replace")
     for line in text[: text.rfind("\n") + 1].split("\n"):
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and {"step", "seconds"} <= row.keys()]
-
-
-def show_costs(rows: dict[str, list[dict[str, Any]]]) -> None:
-    """Charts of trained parameters, memory and time: full against LoRA against QLoRA."""
-    for task in ("sentiment", "instructions"):
-        tuned = [row for row in rows[task] if row["model"] in FINE_TUNINGS]
-        frame = pd.DataFrame([row for row in tuned if "peak_memory_bytes" in row])
-        if frame.empty:
-            continue
-        frame["peak memory (GiB)"] = frame["peak_memory_bytes"] / 2**30
-        frame["training (s)"] = frame["seconds"]
-        frame["trained parameters"] = frame["trained_parameters"]
-        st.markdown(f"**{TASKS[task]}: full fine-tuning against adapters**")
-        formats = {"trained parameters": "~s", "peak memory (GiB)": ".2f", "training (s)": ",.0f"}
-        for column, (name, x_format) in zip(st.columns(3), formats.items()):
-            column.altair_chart(bars(frame[["model", name]], name, "model", x_format))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@
     python evaluate.py sentiment (--data FILE | --text TEXT) [--checkpoint FILE] [--json]
     python evaluate.py instructions --data FILE [--checkpoint FILE] [--json]
 
-Bits per byte, the loss of a whole text in bits divided by its UTF-8 bytes, compares models with
-different vocabularies. Perplexity, e to the nats per token, does not: longer tokens are harder to
-predict.
+Bits per byte, the loss of a text in bits divided by its UTF-8 bytes, compares models with different
+vocabularies. Perplexity, e to the nats per token, does not: longer tokens are harder to predict.
 """
 
 import argparse
@@ -15,11 +14,10 @@ import contextlib
 import copy
 import json
 import math
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +27,13 @@ import data_loader
 import data_utils
 import generation
 import training
-from data_loader import ByteRange, Instruction, Review, log0
+from data_loader import INSTRUCTION_SOURCES, REVIEW_SOURCES, ByteRange, Instruction, Review, log0
 from data_utils import EncodedInstruction, Split
-from generation import BASE, COMMANDS, FULL_CLASSIFIER, LORA_CLASSIFIER, QLORA, REVIEW_LM
+from generation import BASE, CLASSIFIERS, FULL_CLASSIFIER, LORA_CLASSIFIER, QLORA, REVIEW_LM
 from lora import count_parameters, merge_lora
 from model import GPTClassificationModel, GPTModel
 from tokenizer import BPETokenizer
-from training import Runtime
+from training import HelpFormatter, Runtime
 
 INSTRUCTION_CONTEXT = 256  # tokens of prompt and response
 LINEAR_BASELINE = "linear_baseline.pth"
@@ -44,8 +42,31 @@ JUDGED_RESPONSES = 100
 MAX_WINDOW, BATCH_TOKENS = 512, 4096  # bound the memory of models with a long context
 Metrics = dict[str, Any]
 
-
 # ---- metrics of a model on data
+
+
+def measure(
+    model: GPTModel | GPTClassificationModel,
+    tokenizer: BPETokenizer,
+    checkpoint: dict[str, Any],
+    examples: ByteRange | list[Review] | list[Instruction],
+    runtime: Runtime,
+) -> Metrics:
+    """Metrics of what `load_model` returns: of a classifier on labelled reviews, or of a language
+    model on a part of a corpus, on reviews as text, or on responses to instructions."""
+    if isinstance(model, GPTClassificationModel):
+        texts, labels = [row.text for row in examples], np.array([row.label for row in examples])
+        predicted = generation.class_probabilities(model, tokenizer, texts, runtime).argmax(1)
+        return classification_metrics(predicted, labels, checkpoint["labels"])
+    if isinstance(examples, ByteRange):
+        chunks = data_utils.encode_documents(data_loader.read_text(examples), tokenizer)
+        ids = np.concatenate([np.array(ids) for ids in chunks])
+        return language_model_metrics(model, tokenizer, ids, runtime)
+    if isinstance(examples[0], Review):
+        ids = data_utils.reviews_as_text(examples, tokenizer)
+        return language_model_metrics(model, tokenizer, ids, runtime)
+    encoded = data_utils.encode_instructions(examples, tokenizer, model.config.context_length)
+    return response_metrics(model, tokenizer, encoded, runtime)
 
 
 def language_model_metrics(
@@ -55,9 +76,8 @@ def language_model_metrics(
     if not len(ids):
         raise ValueError("there is no text to measure")
     n_bytes = data_utils.count_bytes(ids, tokenizer)
-    start = tokenizer.end_id
     length = min(model.config.context_length, MAX_WINDOW)
-    windows = data_utils.scoring_windows(ids, length, start, max(1, BATCH_TOKENS // length))
+    windows = data_utils.scoring_windows(ids, length, tokenizer.end_id, BATCH_TOKENS // length)
     nats_per_token = training.mean_loss(model, windows, training.next_token_loss, runtime)
     nats_per_byte = nats_per_token * len(ids) / n_bytes
     return {
@@ -75,15 +95,6 @@ def validation_metrics(
     """`language_model_metrics` as a training logs them; its "val_loss" is in nats per byte."""
     metrics = language_model_metrics(model, tokenizer, ids, runtime)
     return {"val_loss": metrics["nats_per_byte"], **{f"val_{k}": v for k, v in metrics.items()}}
-
-
-def text_metrics(
-    model: GPTModel, tokenizer: BPETokenizer, byte_range: ByteRange, runtime: Runtime
-) -> Metrics:
-    """`language_model_metrics` on a part of a corpus."""
-    chunks = data_utils.encode_documents(data_loader.read_text(byte_range), tokenizer)
-    ids = np.concatenate([np.array(ids) for ids in chunks])
-    return language_model_metrics(model, tokenizer, ids, runtime)
 
 
 def classification_metrics(
@@ -107,19 +118,6 @@ def classification_metrics(
     }
 
 
-def classifier_metrics(
-    model: GPTClassificationModel,
-    tokenizer: BPETokenizer,
-    rows: list[Review],
-    names: Sequence[str],
-    runtime: Runtime,
-) -> Metrics:
-    """`classification_metrics` of a classifier on labelled reviews."""
-    texts, labels = [row.text for row in rows], np.array([row.label for row in rows])
-    predicted = generation.class_probabilities(model, tokenizer, texts, runtime).argmax(1)
-    return classification_metrics(predicted, labels, names)
-
-
 def response_metrics(
     model: GPTModel, tokenizer: BPETokenizer, examples: list[EncodedInstruction], runtime: Runtime
 ) -> Metrics:
@@ -136,19 +134,9 @@ def response_metrics(
     }
 
 
-def instruction_metrics(
-    model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction], runtime: Runtime
-) -> Metrics:
-    """`response_metrics` on examples that are not encoded yet."""
-    examples = data_utils.encode_instructions(rows, tokenizer, model.config.context_length)
-    return response_metrics(model, tokenizer, examples, runtime)
-
-
 def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction]) -> float:
-    """Fraction of sampled responses that end by themselves within `MAX_RESPONSE_TOKENS`.
-
-    Uses a merged copy: equivalent and several times faster than 4 bits.
-    """
+    """Fraction of sampled responses that end by themselves within `MAX_RESPONSE_TOKENS`. A merged
+    copy samples them: equivalent and several times faster than 4 bits."""
     judged, merged = rows[:JUDGED_RESPONSES], copy.deepcopy(model)
     merge_lora(merged)
     n_stopped = 0
@@ -161,28 +149,24 @@ def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction])
 # ---- the linear baseline
 
 
-def fit_linear_baseline(split: Split[Review], names: Sequence[str]) -> dict[str, Any]:
-    """Fits the classifier to beat, logistic regression on TF-IDF weights of words and word pairs:
-    its "model", its "metrics" (see `baseline_metrics`) and its "provenance"."""
+def fit_linear_baseline(split: Split[Review], names: Sequence[str]) -> tuple[dict, dict]:
+    """Fits the classifier to beat, logistic regression on TF-IDF weights of words and word pairs;
+    returns `baseline_metrics`, and a checkpoint of plain tensors and words, which run no code."""
     linear, train = _new_linear_model(), [*split.train, *split.validation]
+    features, model = linear[0], linear[1]
     started = time.perf_counter()
     linear.fit([row.text for row in train], [row.label for row in train])
-    provenance = {
-        "command": training.command_line(),
-        "seconds": time.perf_counter() - started,
-        "peak_memory_bytes": training.peak_memory_bytes(torch.device("cpu")),
-    }
+    provenance = training.provenance(training.CPU, time.perf_counter() - started)
     metrics = baseline_metrics(linear, split, names)
-    return {"model": linear, "metrics": metrics, "provenance": provenance}
-
-
-def _new_linear_model(words: list[str] | None = None) -> Any:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    features = TfidfVectorizer(ngram_range=(1, 2), vocabulary=words)
-    return make_pipeline(features, LogisticRegression(C=10, max_iter=1000))
+    arrays = {"idf": features.idf_, "coef": model.coef_, "intercept": model.intercept_}
+    return metrics, {
+        "kind": "linear",
+        "words": "\n".join(features.get_feature_names_out()),
+        "labels": list(names),
+        "metrics": {"test": metrics[LINEAR]},
+        "provenance": provenance,
+        "weights": {name: torch.tensor(a, dtype=torch.float32) for name, a in arrays.items()},
+    }
 
 
 def baseline_metrics(linear: Any, split: Split[Review], names: Sequence[str]) -> dict[str, Metrics]:
@@ -194,163 +178,121 @@ def baseline_metrics(linear: Any, split: Split[Review], names: Sequence[str]) ->
     return {name: classification_metrics(guess, labels, names) for name, guess in guesses.items()}
 
 
-def save_linear_baseline(baseline: dict[str, Any], path: str | Path, data: dict[str, Any]) -> None:
-    """Writes a fitted baseline as plain tensors and words, which run no code when loaded."""
-    features, model = baseline["model"][0], baseline["model"][1]
-    arrays = {"idf": features.idf_, "coef": model.coef_, "intercept": model.intercept_}
-    contents = {
-        "kind": "linear",
-        "words": "\n".join(sorted(features.vocabulary_, key=features.vocabulary_.get)),
-        "labels": baseline["metrics"][LINEAR]["labels"],
-        **data,
-        "metrics": {"test": baseline["metrics"][LINEAR]},
-        "provenance": baseline["provenance"],
-        "weights": {name: torch.tensor(a, dtype=torch.float32) for name, a in arrays.items()},
-    }
-    training.save_checkpoint(path, contents)
-
-
 def load_linear_baseline(path: str | Path) -> tuple[Any, None, dict[str, Any]]:
-    """A baseline that `save_linear_baseline` wrote, no tokenizer, and the checkpoint."""
-    checkpoint = training.load_checkpoint(path, "linear", COMMANDS[FULL_CLASSIFIER])
-    with generation.checkpoint_errors(Path(path), COMMANDS[FULL_CLASSIFIER]):
-        weights = {name: tensor.double().numpy() for name, tensor in checkpoint["weights"].items()}
+    """The baseline of a checkpoint file, no tokenizer, and the checkpoint."""
+    hint = generation.COMMANDS[FULL_CLASSIFIER]
+    checkpoint = training.load_checkpoint(path, "linear", hint)
+    with generation.checkpoint_errors(path, hint):
+        arrays = [checkpoint["weights"][n].double().numpy() for n in ("idf", "coef", "intercept")]
         linear = _new_linear_model(checkpoint["words"].split("\n"))
         features, model = linear[0], linear[1]
-        features.idf_ = weights["idf"]
-        model.coef_, model.intercept_ = weights["coef"], weights["intercept"]
+        features.idf_, model.coef_, model.intercept_ = arrays
         model.classes_ = np.arange(len(checkpoint["labels"]))
     return linear, None, checkpoint
 
 
+def _new_linear_model(words: list[str] | None = None) -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    features = TfidfVectorizer(ngram_range=(1, 2), vocabulary=words)
+    return make_pipeline(features, LogisticRegression(C=10, max_iter=1000))
+
+
 # ---- the comparison of a model set
 
+PLAY, BOOK, UNTOUCHED = "TinyShakespeare, validation split", "The Wizard of Oz", "base, untouched"
+REPORT = {  # rows of each task: model, file, and what it is measured on, if not its own test split
+    "language": [
+        ("base", BASE, PLAY),
+        ("base", BASE, BOOK),
+        ("base, pretrained further", REVIEW_LM, "test reviews"),
+    ],
+    "sentiment": [
+        ("full fine-tuning", FULL_CLASSIFIER),
+        ("LoRA", LORA_CLASSIFIER),
+        (LINEAR, LINEAR_BASELINE),
+        (MAJORITY, LINEAR_BASELINE),
+    ],
+    "instructions": [
+        (UNTOUCHED, QLORA),
+        ("full fine-tuning", generation.FULL),
+        ("LoRA", generation.LORA),
+        ("QLoRA, 4-bit base", QLORA),
+    ],
+}
 
-class Row(NamedTuple):
-    """A row of the report."""
 
-    model: str
-    file: str
-    measure: Callable  # the metrics of (model, tokenizer, checkpoint, data_dir, runtime)
-    measured_on: str = ""  # else the name of the data set
-    load: Callable = generation.load_model
-
-
-def report(models: Path, data_dir: Path, runtime: Runtime) -> dict[str, list[Metrics]]:
+def report(models: str | Path, data_dir: str | Path, runtime: Runtime) -> dict[str, list[Metrics]]:
     """Measures every checkpoint of a model set on its held-out data: for each task a row per model,
     with metrics and costs, or with a "problem" that names the command to run."""
     return {
-        task: [_measure_row(row, models / row.file, data_dir, runtime) for row in rows]
+        task: [_measure_row(Path(models), Path(data_dir), runtime, *row) for row in rows]
         for task, rows in REPORT.items()
     }
 
 
-def _measure_row(row: Row, path: Path, data_dir: Path, runtime: Runtime) -> Metrics:
+def _measure_row(models, data_dir, runtime, name, file, measured_on="") -> Metrics:
+    path = models / file
     try:
-        model, tokenizer, checkpoint = row.load(path, runtime=runtime)
-        metrics = row.measure(model, tokenizer, checkpoint, data_dir, runtime)
+        if file == LINEAR_BASELINE:
+            linear, _, checkpoint = load_linear_baseline(path)
+            split = rebuild_split(checkpoint, data_dir)
+            metrics = baseline_metrics(linear, split, checkpoint["labels"])[name]
+            trained = total = sum(tensor.numel() for tensor in checkpoint["weights"].values())
+        else:
+            model, tokenizer, checkpoint = generation.load_model(path, runtime=runtime)
+            if name == UNTOUCHED:
+                path, context_length = models / checkpoint["base"], model.config.context_length
+                model, tokenizer, base = generation.load_model(path, "base", runtime)
+                generation.reconfigure(model, context_length)
+                checkpoint["provenance"] = base["provenance"]
+            examples = _held_out(measured_on, checkpoint, data_dir)
+            metrics = measure(model, tokenizer, checkpoint, examples, runtime)
+            if checkpoint["kind"] in generation.INSTRUCTION_MODELS:
+                metrics["stops"] = stop_rate(model, tokenizer, examples)
+            trained, total = count_parameters(model)
     except (ValueError, OSError) as error:
-        return {"model": row.model, "problem": str(error)}
-    if row.file == LINEAR_BASELINE:
-        trained = total = sum(tensor.numel() for tensor in checkpoint["weights"].values())
-    else:
-        trained, total = count_parameters(model)
+        return {"model": name, "problem": str(error)}
     costs = {
         "trained_parameters": trained,
         "parameters": total,
-        "file_bytes": checkpoint.get("path", path).stat().st_size,
+        "file_bytes": path.stat().st_size,
         "seconds": checkpoint["provenance"]["seconds"],
         "peak_memory_bytes": checkpoint["provenance"]["peak_memory_bytes"],
     }
-    if row.model == MAJORITY:
+    if name == MAJORITY:
         costs = dict.fromkeys(costs, 0)  # a guess costs nothing
-    measured_on = row.measured_on or checkpoint["dataset"]
-    return {"model": row.model, "measured_on": measured_on, **metrics, **costs}
+    return {"model": name, "measured_on": measured_on or checkpoint["dataset"], **metrics, **costs}
 
 
-def _load_untouched_base(path, runtime):
-    """The base of an instruction model, with the same context."""
-    tuned = training.load_checkpoint(path, generation.INSTRUCTION_MODELS, COMMANDS[path.name])
-    base_path = path.parent / tuned["base"]
-    model, tokenizer, base = generation.load_model(base_path, "base")
-    model = generation.reconfigure(model, tuned["model_config"]["context_length"])
-    checkpoint = {**tuned, "provenance": base["provenance"], "path": base_path}
-    return model.to(runtime.device), tokenizer, checkpoint
+def _held_out(measured_on, checkpoint, data_dir):
+    if measured_on == PLAY:
+        return data_loader.load_corpus("tinyshakespeare", None, data_dir).split()[1]
+    if measured_on == BOOK:
+        book = data_loader.fetch(data_loader.WIZARD_OF_OZ, data_dir)
+        return data_loader.corpus_from_path(book).split(1.0)[0]
+    return rebuild_split(checkpoint, data_dir).test
 
 
-def _on_shakespeare(model, tokenizer, _, data_dir, runtime):
-    play = data_loader.load_corpus("tinyshakespeare", None, data_dir)
-    return text_metrics(model, tokenizer, play.split()[1], runtime)
-
-
-def _on_oz(model, tokenizer, _, data_dir, runtime):
-    book = data_loader.corpus_from_path(data_loader.fetch(data_loader.WIZARD_OF_OZ, data_dir))
-    return text_metrics(model, tokenizer, book.split(1.0)[0], runtime)
-
-
-def _on_reviews_as_text(model, tokenizer, checkpoint, data_dir, runtime):
-    reviews = rebuild_split(checkpoint, data_loader.REVIEW_SOURCES, data_dir).test
-    ids = data_utils.reviews_as_text(reviews, tokenizer)
-    return language_model_metrics(model, tokenizer, ids, runtime)
-
-
-def _on_reviews(model, tokenizer, checkpoint, data_dir, runtime):
-    reviews = rebuild_split(checkpoint, data_loader.REVIEW_SOURCES, data_dir).test
-    return classifier_metrics(model, tokenizer, reviews, checkpoint["labels"], runtime)
-
-
-def _on_tasks(model, tokenizer, checkpoint, data_dir, runtime):
-    tasks = rebuild_split(checkpoint, data_loader.INSTRUCTION_SOURCES, data_dir).test
-    metrics = instruction_metrics(model, tokenizer, tasks, runtime)
-    return {**metrics, "stops": stop_rate(model, tokenizer, tasks)}
-
-
-def _baseline_row(name: str) -> Row:
-    def measure(linear, _, checkpoint, data_dir, __):
-        split = rebuild_split(checkpoint, data_loader.REVIEW_SOURCES, data_dir)
-        return baseline_metrics(linear, split, checkpoint["labels"])[name]
-
-    return Row(
-        name, LINEAR_BASELINE, measure, load=lambda path, runtime: load_linear_baseline(path)
-    )
-
-
-def rebuild_split(checkpoint: dict[str, Any], sources: dict[str, Any], data_dir: Path) -> Split:
+def rebuild_split(checkpoint: dict[str, Any], data_dir: str | Path) -> Split:
     """The splits of the data set that a checkpoint was trained on."""
-    name, n_rows = checkpoint["dataset"], checkpoint["rows"]
+    kind, name, n_rows = (checkpoint[key] for key in ("kind", "dataset", "rows"))
+    sources = INSTRUCTION_SOURCES if kind in generation.INSTRUCTION_MODELS else REVIEW_SOURCES
     if name in sources:
-        examples = data_loader.load_examples(sources, name, None, data_dir, n_rows)
+        examples = data_loader.load_examples(sources, name, None, Path(data_dir), n_rows)
         if examples.metadata["data_sha256"] == checkpoint["data_sha256"]:
             return data_utils.split_examples(examples)
     raise ValueError(f"its data set, {name}, is not available with the recorded content")
 
 
-REPORT = {
-    "language": [
-        Row("base", BASE, _on_shakespeare, "TinyShakespeare, validation split"),
-        Row("base", BASE, _on_oz, "The Wizard of Oz"),
-        Row("base, pretrained further", REVIEW_LM, _on_reviews_as_text, "test reviews"),
-    ],
-    "sentiment": [
-        Row("full fine-tuning", FULL_CLASSIFIER, _on_reviews),
-        Row("LoRA", LORA_CLASSIFIER, _on_reviews),
-        _baseline_row(LINEAR),
-        _baseline_row(MAJORITY),
-    ],
-    "instructions": [
-        Row("base, untouched", QLORA, _on_tasks, load=_load_untouched_base),
-        Row("full fine-tuning", generation.FULL, _on_tasks),
-        Row("LoRA", generation.LORA, _on_tasks),
-        Row("QLoRA, 4-bit base", QLORA, _on_tasks),
-    ],
-}
+# ---- tables
 
-COST_COLUMNS = {
-    "trained parameters": "{trained_parameters:,}",
-    "of": "{parameters:,}",
-    "file": "{kb:,.0f} kB",
-    "training": "{seconds:,.0f} s",
-    "peak memory": "{gib:.2f} GiB",
+TEXT_COLUMNS = {
+    "bits per byte": "{bits_per_byte:.4f}",
+    "nats per byte": "{nats_per_byte:.4f}",
+    "perplexity": "{perplexity:.2f}",
 }
 ACCURACY_COLUMNS = {
     "accuracy": "{accuracy:.1%}",
@@ -362,22 +304,18 @@ RESPONSE_COLUMNS = {
     "perplexity": "{response_perplexity:.2f}",
     "responses that stop": "{stops:.0%}",
 }
-REPORT_COLUMNS = {
-    "language": {
-        "measured on": "{measured_on}",
-        "bits per byte": "{bits_per_byte:.4f}",
-        "nats per byte": "{nats_per_byte:.4f}",
-        "perplexity": "{perplexity:.2f}",
-        **COST_COLUMNS,
-    },
-    "sentiment": {"measured on": "{measured_on}, {n:,} texts", **ACCURACY_COLUMNS, **COST_COLUMNS},
-    "instructions": {
-        "measured on": "{measured_on}, {n:,} responses",
-        **RESPONSE_COLUMNS,
-        **COST_COLUMNS,
-    },
+COSTS = {
+    "trained parameters": "{trained_parameters:,}",
+    "of": "{parameters:,}",
+    "file": "{kb:,.0f} kB",
+    "training": "{seconds:,.0f} s",
+    "peak memory": "{gib:.2f} GiB",
 }
-SENTIMENT_COLUMNS = {"texts": "{n:,}", **ACCURACY_COLUMNS}
+REPORT_COLUMNS = {
+    "language": {"measured on": "{measured_on}"} | TEXT_COLUMNS | COSTS,
+    "sentiment": {"measured on": "{measured_on}, {n:,} texts"} | ACCURACY_COLUMNS | COSTS,
+    "instructions": {"measured on": "{measured_on}, {n:,} responses"} | RESPONSE_COLUMNS | COSTS,
+}
 
 
 def table_cells(columns: dict[str, str], rows: list[Metrics]) -> list[list[str]]:
@@ -396,90 +334,51 @@ def _cells(columns: dict[str, str], row: Metrics) -> list[str]:
     return list(cells.values())
 
 
-def sentiment_tables(rows: dict[str, Metrics]) -> str:
-    """Metrics of classifiers by name, and the confusion matrix of the first one."""
-    table = markdown_table(SENTIMENT_COLUMNS, [{"model": n, **row} for n, row in rows.items()])
-    names, counts = (next(iter(rows.values()))[key] for key in ("labels", "confusion"))
-    lines = [["label \\ prediction", *names], *([n, *map(str, c)] for n, c in zip(names, counts))]
-    return f"{table}\n\n{_markdown(lines)}"
-
-
-def markdown_table(columns: dict[str, str], rows: list[Metrics]) -> str:
-    """`table_cells` as Markdown."""
-    return _markdown(table_cells(columns, rows))
-
-
-def _markdown(lines: list[list[str]]) -> str:
+def markdown_table(lines: list[list[str]]) -> str:
+    """The first line is the header."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def sentiment_tables(rows: dict[str, Metrics]) -> str:
+    """Metrics of classifiers by name, and the confusion matrix of the first one."""
+    columns, first = {"texts": "{n:,}"} | ACCURACY_COLUMNS, next(iter(rows.values()))
+    lines = table_cells(columns, [{"model": name, **row} for name, row in rows.items()])
+    confusion = [["label \\ prediction", *first["labels"]]]
+    confusion += [[n, *map(str, c)] for n, c in zip(first["labels"], first["confusion"])]
+    return f"{markdown_table(lines)}\n\n{markdown_table(confusion)}"
+
+
 # ---- command line
 
-
-class Task(NamedTuple):
-    """What `python evaluate.py NAME` measures."""
-
-    text: str
-    file: str  # default checkpoint
-    kinds: tuple[str, ...]
-    read: Callable
-    measure: Callable
-    data_help: str
-
-
-TASKS = {
-    "perplexity": Task(
-        "a base model on a text",
-        BASE,
-        ("base",),
-        lambda path: data_loader.corpus_from_path(path).split(1.0)[0],
-        text_metrics,
-        "text file, or a folder of .txt files",
-    ),
-    "sentiment": Task(
-        "a classifier on labelled reviews",
-        FULL_CLASSIFIER,
-        generation.CLASSIFIERS,
-        data_loader.read_reviews,
-        classifier_metrics,
-        "file of labelled texts",
-    ),
-    "instructions": Task(
+TASKS = {  # what is measured; files of what; the default checkpoint; the kinds of checkpoints
+    "perplexity": ("a base model on a text", "text, or a folder of .txt files", BASE, ("base",)),
+    "sentiment": ("a classifier on reviews", "labelled texts", FULL_CLASSIFIER, CLASSIFIERS),
+    "instructions": (
         "an instruction model, or a base, on tasks with responses",
+        "instructions or conversations",
         QLORA,
         ("base", *generation.INSTRUCTION_MODELS),
-        data_loader.read_instructions,
-        instruction_metrics,
-        "file of instructions or conversations",
     ),
 }
 
 
 def measure_file(
-    name: str, checkpoint: Path, data: Path, runtime: Runtime, **columns: str | None
+    name: str, path: str | Path, data: str | Path, runtime: Runtime, **columns: str | None
 ) -> Metrics:
-    """Metrics of a checkpoint on a file; `name` is one of TASKS. `columns` are choices of columns
-    of labelled texts."""
-    task = TASKS[name]
-    model, tokenizer, metadata = generation.load_model(checkpoint, task.kinds, runtime)
-    if name == "sentiment":
-        rows, labels = task.read(data, metadata["labels"], **columns)
-        return task.measure(model, tokenizer, rows, labels, runtime)
-    rows = task.read(data)
-    if name == "instructions" and metadata["kind"] == "base" and model.config.position == "rotary":
-        length = max(INSTRUCTION_CONTEXT, model.config.context_length)  # as the fine-tuned models
-        model = generation.reconfigure(model, length).to(runtime.device)
-    return task.measure(model, tokenizer, rows, runtime)
-
-
-def judge_text(checkpoint: Path, text: str, runtime: Runtime) -> dict[str, Any]:
-    """The label that a classifier gives a text, and the probability of each label."""
-    model, tokenizer, metadata = generation.load_model(checkpoint, generation.CLASSIFIERS, runtime)
-    (row,) = generation.class_probabilities(model, tokenizer, [text], runtime)
-    probabilities = dict(zip(metadata["labels"], row.tolist()))
-    return {"label": max(probabilities, key=probabilities.get), "probabilities": probabilities}
+    """Metrics of the checkpoint at `path` on a file; `name` is one of TASKS. `columns` are choices
+    of columns of labelled texts."""
+    model, tokenizer, checkpoint = generation.load_model(path, TASKS[name][-1], runtime)
+    if name == "perplexity":
+        examples, _ = data_loader.corpus_from_path(data).split(1.0)
+    elif name == "sentiment":
+        examples, _ = data_loader.read_reviews(data, checkpoint["labels"], **columns)
+    else:
+        examples = data_loader.read_instructions(data)
+        if checkpoint["kind"] == "base" and model.config.position == "rotary":  # as if fine-tuned
+            generation.reconfigure(model, max(INSTRUCTION_CONTEXT, model.config.context_length))
+    return measure(model, tokenizer, checkpoint, examples, runtime)
 
 
 @training.report_errors
@@ -494,48 +393,50 @@ def main(argv: list[str] | None = None) -> int:
             if args.models or models.name != "shipped":  # which no default command changes
                 with data_loader.atomic_write(models / "report.json") as file:
                     file.write(json.dumps(rows, indent=1).encode() + b"\n")
-            print("\n\n".join(markdown_table(REPORT_COLUMNS[task], rows[task]) for task in rows))
+            tables = (table_cells(REPORT_COLUMNS[task], rows[task]) for task in rows)
+            print(*map(markdown_table, tables), sep="\n\n")
             return 0
-        file = TASKS[args.task].file
-        checkpoint = args.checkpoint or (args.models and args.models / file)
-        checkpoint = checkpoint or generation.default_path(file)
-        if (text := getattr(args, "text", None)) is not None:
-            metrics = judge_text(checkpoint, text, runtime)
+        _, _, file, _ = TASKS[args.task]
+        path = args.checkpoint or (args.models and args.models / file)
+        path = path or generation.default_path(file)
+        if args.text is not None:
+            model, tokenizer, checkpoint = generation.load_model(path, CLASSIFIERS, runtime)
+            (row,) = generation.class_probabilities(model, tokenizer, [args.text], runtime)
+            scores = dict(zip(checkpoint["labels"], row.tolist()))
+            metrics = {"label": max(scores, key=scores.get), "probabilities": scores}
         else:
-            options = {k: v for k, v in vars(args).items() if k.endswith("_column")}
-            metrics = measure_file(args.task, checkpoint, args.data, runtime, **options)
+            columns = {k: v for k, v in vars(args).items() if k.endswith("_column")}
+            metrics = measure_file(args.task, path, args.data, runtime, **columns)
     if args.json:
         print(json.dumps(metrics))
-    elif text is not None:
-        print(metrics["label"])
-        print(*(f"{p:.1%} {label}" for label, p in metrics["probabilities"].items()), sep="\n")
+    elif args.text is not None:
+        lines = (f"{probability:.1%} {label}" for label, probability in scores.items())
+        print(metrics["label"], *lines, sep="\n")
     elif args.task == "sentiment":
-        print(sentiment_tables({checkpoint.name: metrics}))
+        print(sentiment_tables({path.name: metrics}))
     else:
         print(*(f"{k}: {v:,.4f}".removesuffix(".0000") for k, v in metrics.items()), sep="\n")
     return 0
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = training.new_parser("Measure the checkpoints of a model set.")
-    add = parser.add_argument
+    shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     text = "model set (default: models if it has a base, else models/shipped)"
-    add("--models", type=Path, help=text)
-    add("--data-dir", type=Path, help="folder of data sets (default: $GPT_DATA_DIR, else data)")
+    shared.add_argument("--models", type=Path, help=text)
+    parser = training.new_parser("Measure the checkpoints of a model set.", parents=[shared])
+    text = "folder of data sets (default: $GPT_DATA_DIR, else data)"
+    parser.add_argument("--data-dir", type=Path, help=text)
     tasks = parser.add_subparsers(dest="task", metavar="TASK")
-    for name, task in TASKS.items():
-        options = {"help": task.text, "formatter_class": training.HelpFormatter}
-        subparser = tasks.add_parser(name, **options)
-        add = subparser.add_argument
-        add("--models", type=Path, default=argparse.SUPPRESS, help=text)
-        add("--checkpoint", type=Path, help=f"(default: {task.file} of the model set)")
-        group = subparser.add_mutually_exclusive_group(required=True)
-        group.add_argument("--data", type=Path, help=task.data_help)
+    for name, (text, data_text, file, _) in TASKS.items():
+        one = tasks.add_parser(name, help=text, parents=[shared], formatter_class=HelpFormatter)
+        one.add_argument("--checkpoint", type=Path, help=f"(default: {file} of the model set)")
+        data = one.add_mutually_exclusive_group(required=True)
+        data.add_argument("--data", type=Path, help=f"file of {data_text}")
         if name == "sentiment":
-            group.add_argument("--text", help="one text to classify")
-            add_column_flags(subparser)
-        add("--json", action="store_true", help="print one JSON object")
-    return parser.parse_args(argv)
+            data.add_argument("--text", help="one text to classify")
+            add_column_flags(one)
+        one.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser.parse_args(argv, argparse.Namespace(models=None, text=None))
 
 
 def add_column_flags(parser: argparse.ArgumentParser) -> None:
@@ -546,4 +447,4 @@ def add_column_flags(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    training.exit_process(main())

@@ -15,50 +15,26 @@ of the last token, and all weights learn from the labels. Writes
 import argparse
 import math
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import evaluate
+import generation
 import training
-from data_loader import (
-    REVIEW_SOURCES,
-    Review,
-    find_data_dir,
-    load_reviews,
-    log0,
-)
+from data_loader import REVIEW_SOURCES, Review, find_data_dir, load_reviews, log0
 from data_utils import TokenBatches, review_batches, reviews_as_text, split_reviews
-from evaluate import (
-    LINEAR_BASELINE,
-    add_column_flags,
-    classifier_metrics,
-    fit_linear_baseline,
-    save_linear_baseline,
-    sentiment_tables,
-    validation_metrics,
-)
-from generation import (
-    FULL_CLASSIFIER,
-    LORA_CLASSIFIER,
-    REVIEW_LM,
-    cached_model,
-    class_probabilities,
-    load_model,
-    open_base,
-    reconfigure,
-)
+from evaluate import LINEAR_BASELINE, fit_linear_baseline
+from generation import FULL_CLASSIFIER, LORA_CLASSIFIER, REVIEW_LM, class_probabilities, open_base
 from lora import LoRAConfig, apply_lora, count_parameters, lora_state_dict, resolve_targets
 from model import GPTClassificationModel
 from tokenizer import BPETokenizer
 from training import Runtime, TrainConfig
 
-REVIEW_LM_BATCH = 32  # windows per step
-REVIEW_LM_SEED = 0  # not --seed: classifiers of all seeds start from one language model
-REVIEW_LM_EPOCHS = 6  # at most
-REVIEW_LM_RESEGMENTATION = 0.1  # probability; see `TokenBatches`
+# Of the language model. Its seed is not --seed: classifiers of all seeds start from one model.
+LM_BATCHES = {"batch_size": 32, "seed": 0, "resegment_probability": 0.1, "max_epochs": 6}
 
 RECIPE = {
     "steps": 450,
@@ -112,18 +88,17 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
             columns = {"text_column": args.text_column, "label_column": args.label_column}
             reviews = load_reviews(args.dataset, args.data, data_dir, args.max_examples, **columns)
             split, labels = split_reviews(reviews), reviews.labels
-            baseline = fit_linear_baseline(split, labels)  # now, because peak memory only grows
+            guesses, baseline = fit_linear_baseline(split, labels)  # now: peak memory only grows
             base, tokenizer, origin = open_base(args.base, args.out_dir, config.context_length)
             log0(f"reviews: {reviews.name}, {split.sizes()}; runtime: {runtime.describe()}")
             log0(f"labels: {', '.join(labels)}")
             lora = lora and resolve_targets(nn.ModuleDict({"backbone": base}), lora)
-            if args.overwrite and runtime.rank == 0:
-                for result in (path, path.with_name(REVIEW_LM)):
-                    training.state_path(result).unlink(missing_ok=True)
+            for file in (path.name, REVIEW_LM) if args.overwrite and not runtime.rank else ():
+                training.state_path(args.out_dir / file).unlink(missing_ok=True)
         origin |= reviews.metadata
         language_model, origin = _review_lm(base, tokenizer, split, config, origin, args, runtime)
         torch.manual_seed(args.seed)
-        backbone = reconfigure(language_model, config.context_length, config.dropout)
+        backbone = generation.reconfigure(language_model, config.context_length, config.dropout)
         model = GPTClassificationModel(backbone, len(labels)).to(runtime.device)
         if lora:
             apply_lora(model, lora)
@@ -139,57 +114,46 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
         best, provenance = _train(model, tokenizer, split, config, metadata, path, args, runtime)
         if runtime.rank == 0:
             calibrate(model, tokenizer, split.validation, runtime)
-            weights = training.half_precision(model.state_dict())
-            model.load_state_dict(weights)  # as they are saved
-            metrics = classifier_metrics(model, tokenizer, split.test, labels, runtime)
-            print(sentiment_tables({path.name: metrics, **baseline["metrics"]}))
-            save_linear_baseline(baseline, path.with_name(LINEAR_BASELINE), reviews.metadata)
+            weights = lora_state_dict(model) if lora else model.state_dict()
+            model.load_state_dict(training.half_precision(weights), strict=False)  # as saved
+            metrics = evaluate.measure(model, tokenizer, metadata, split.test, runtime)
+            print(evaluate.sentiment_tables({path.name: metrics, **guesses}))
+            training.save_checkpoint(path.with_name(LINEAR_BASELINE), baseline | reviews.metadata)
             kind = "lora_classifier" if lora else "classifier"
             metadata |= {"metrics": {**best, "test": metrics}, "provenance": provenance}
-            weights = lora_state_dict(model) if lora else weights
             print(training.save_result(path, kind, weights, **metadata))
 
 
 def _review_lm(base, tokenizer, split, config, origin, args, runtime):
     """Pretrains the base further on the training reviews, or loads the cached result; returns it
     and the path and hashes by which checkpoints identify it."""
-    path = args.out_dir / REVIEW_LM
-    steps = config.review_lm_steps
+    path, steps = args.out_dir / REVIEW_LM, config.review_lm_steps
     metadata = {"model_config": asdict(base.config), **origin, "review_lm_steps": steps}
-    if not (cached := cached_model(path, metadata)):
+    if not (cached := generation.cached_model(path, metadata)):
         model, state = base.to(runtime.device), training.state_path(path)
         if args.resume and not state.is_file():
             raise ValueError(f"{path} is missing or differs: give equal options, or --overwrite")
         splits = (split.train, split.validation)
         train_ids, validation_ids = (reviews_as_text(rows, tokenizer) for rows in splits)
-        batches = TokenBatches(
-            train_ids,
-            tokenizer,
-            context_length=base.config.context_length,
-            batch_size=REVIEW_LM_BATCH,
-            seed=REVIEW_LM_SEED,
-            resegment_probability=REVIEW_LM_RESEGMENTATION,
-            steps=steps,
-            max_epochs=REVIEW_LM_EPOCHS,
-        )
+        length = base.config.context_length
+        batches = TokenBatches(train_ids, tokenizer, length, steps=steps, **LM_BATCHES)
         log0(f"language model of the reviews: {batches.steps} steps on {len(train_ids):,} tokens")
         best, provenance = training.train(
             model,
             batches,
             training.next_token_loss,
-            TrainConfig(steps=batches.steps, seed=REVIEW_LM_SEED),
+            TrainConfig(steps=batches.steps, seed=LM_BATCHES["seed"]),
             runtime=runtime,
-            validate=partial(validation_metrics, model, tokenizer, validation_ids, runtime),
+            validate=lambda: evaluate.validation_metrics(model, tokenizer, validation_ids, runtime),
             path=path,
             metadata=metadata,
             resume=args.resume,
         )
         if runtime.rank == 0:
             contents = {**metadata, "metrics": best, "provenance": provenance}
-            message = training.save_result(path, "base", model.state_dict(), **contents)
-            log0(message)
+            log0(training.save_result(path, "base", model.state_dict(), **contents))
         with training.rank_zero_first(runtime):  # rank 0 has saved it
-            cached = load_model(path, "base")
+            cached = generation.load_model(path, "base")
     model, _, checkpoint = cached
     return model, {**origin, "base": REVIEW_LM, "base_sha256": checkpoint["weights_sha256"]}
 
@@ -218,11 +182,7 @@ def _train(model, tokenizer, split, config, metadata, path, args, runtime):
         }
 
     batches = review_batches(
-        split.train,
-        tokenizer,
-        context_length=config.context_length,
-        batch_size=config.batch_size,
-        seed=args.seed,
+        split.train, tokenizer, config.context_length, config.batch_size, args.seed
     )
     return training.train(
         model,
@@ -261,10 +221,7 @@ def prefix_classification_loss(model: nn.Module, batch: training.Batch) -> tuple
 
 
 def calibrate(
-    model: GPTClassificationModel,
-    tokenizer: BPETokenizer,
-    rows: list[Review],
-    runtime: Runtime,
+    model: GPTClassificationModel, tokenizer: BPETokenizer, rows: list[Review], runtime: Runtime
 ) -> None:
     """Scales and shifts the head's logits so that probabilities match frequencies.
 
@@ -290,14 +247,14 @@ def calibrate(
         with torch.no_grad():
             head.weight *= scale
             head.bias *= scale
-            head.bias += torch.tensor(shift, dtype=head.bias.dtype, device=head.bias.device)
+            head.bias += torch.tensor(shift).to(head.bias)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """The flags that every way of fine-tuning a classifier has."""
     parser = training.new_parser(description)
     training.add_run_flags(parser, REVIEW_SOURCES, "file of labelled texts", 20_000)
-    add_column_flags(parser)
+    evaluate.add_column_flags(parser)
     for config_class in (ReviewConfig, TrainConfig):
         training.add_config_flags(parser, config_class)
     return parser

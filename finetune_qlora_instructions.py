@@ -18,35 +18,15 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+import data_utils
+import evaluate
+import generation
+import lora
 import training
 from data_loader import INSTRUCTION_SOURCES, find_data_dir, load_instructions, log0
-from data_utils import (
-    CHAT_TEMPLATE,
-    ExampleBatches,
-    Split,
-    collate_instructions,
-    encode_instructions,
-    instruction_batches,
-    split_examples,
-)
-from evaluate import (
-    INSTRUCTION_CONTEXT,
-    RESPONSE_COLUMNS,
-    markdown_table,
-    response_metrics,
-    stop_rate,
-)
-from generation import generate_response, open_base, reconfigure
-from lora import (
-    LoRAConfig,
-    apply_lora,
-    count_parameters,
-    lora_state_dict,
-    merge_lora,
-    quantize_4bit,
-    resolve_targets,
-    stored_bytes,
-)
+from data_utils import CHAT_TEMPLATE, ExampleBatches, Split, encode_instructions, split_examples
+from evaluate import INSTRUCTION_CONTEXT, RESPONSE_COLUMNS, response_metrics
+from lora import LoRAConfig
 from tokenizer import BPETokenizer
 from training import Runtime, TrainConfig
 
@@ -97,16 +77,17 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, runtime: Runtime) -> None:
     """Fine-tunes by one of three methods: "qlora", "lora" or "full"."""
     config = training.from_options(InstructionConfig, vars(args))
-    lora = None if args.method == "full" else training.from_options(LoRAConfig, vars(args))
+    adapter = None if args.method == "full" else training.from_options(LoRAConfig, vars(args))
+    length, kind = config.context_length, f"{args.method}_instruction"
     with training.rank_zero_first(runtime):
-        base, tokenizer, origin = open_base(args.base, args.out_dir, config.context_length)
-        lora = lora and resolve_targets(base, lora)
+        base, tokenizer, origin = generation.open_base(args.base, args.out_dir, length)
+        adapter = adapter and lora.resolve_targets(base, adapter)
         data_dir = find_data_dir(args.data_dir)
         tasks = load_instructions(args.dataset, args.data, data_dir, args.max_examples)
         rows = split_examples(tasks)
-        encoded = _encode(rows, tokenizer, config.context_length)
+        encoded = _encode(rows, tokenizer, length)
         log0(f"instructions: {tasks.name}, {encoded.sizes()}; runtime: {runtime.describe()}")
-    model = reconfigure(base, config.context_length, config.dropout).to(runtime.device)
+    model = generation.reconfigure(base, length, config.dropout).to(runtime.device)
     before = response_metrics(model, tokenizer, encoded.test, runtime)
     metadata = {
         "model_config": asdict(model.config),
@@ -114,22 +95,21 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
         **tasks.metadata,
         "chat_template": tokenizer.chat_template or CHAT_TEMPLATE,
         "instruction_config": asdict(config),
-        "lora_config": lora and asdict(lora),
+        "lora_config": adapter and asdict(adapter),
         "compute_dtype": str(runtime.dtype),
     }
-    _prepare_model(model, args, lora, runtime)
-    path = args.out_dir / f"{args.method}_instruction_weights.pth"
+    _prepare_model(model, args, adapter, runtime)
+    path = args.out_dir / f"{kind}_weights.pth"
     best, provenance = _train(model, tokenizer, encoded, config, args, runtime, path, metadata)
     if runtime.rank == 0:
         runtime = Runtime(runtime.device, runtime.dtype)  # the other processes have left
-        weights = lora_state_dict(model) if lora else model.state_dict()
+        weights = lora.lora_state_dict(model) if adapter else model.state_dict()
         model.load_state_dict(training.half_precision(weights), strict=False)  # as saved
         after = response_metrics(model, tokenizer, encoded.test, runtime)
-        after["stops"] = stop_rate(model, tokenizer, rows.test)
-        metrics = {**best, "base": before, "test": after}
-        contents = {**metadata, "metrics": metrics, "provenance": provenance}
-        print(training.save_result(path, f"{args.method}_instruction", weights, **contents))
-        _report(path.name, model, tokenizer, encoded, rows, contents, runtime)
+        after["stops"] = evaluate.stop_rate(model, tokenizer, rows.test)
+        metadata |= {"metrics": {**best, "base": before, "test": after}, "provenance": provenance}
+        print(training.save_result(path, kind, weights, **metadata))
+        _report(path.name, model, tokenizer, encoded, rows, metadata, runtime)
 
 
 def _encode(rows: Split, tokenizer: BPETokenizer, context_length: int) -> Split:
@@ -137,23 +117,22 @@ def _encode(rows: Split, tokenizer: BPETokenizer, context_length: int) -> Split:
     train, *others = (
         encode_instructions(split, tokenizer, context_length) for split in vars(rows).values()
     )
-    end = tokenizer.end_id
-    complete = [example for example in train if example.ids[-1] == end]
+    complete = [example for example in train if example.ids[-1] == tokenizer.end_id]
     if n_cut := len(train) - len(complete):
         log0(f"skipped {n_cut:,} training responses: too long for the context")
     return Split(complete or train, *others)
 
 
-def _prepare_model(model, args, lora, runtime) -> None:
+def _prepare_model(model, args, adapter, runtime) -> None:
     """Quantises the base and adds adapters, as the method requires."""
     if args.method == "qlora":
-        before = stored_bytes(model)
-        quantize_4bit(model, runtime.dtype)
-        log0(f"base in 4 bits: {stored_bytes(model):,} bytes instead of {before:,}")
-    if lora:
+        before = lora.stored_bytes(model)
+        lora.quantize_4bit(model, runtime.dtype)
+        log0(f"base in 4 bits: {lora.stored_bytes(model):,} bytes instead of {before:,}")
+    if adapter:
         torch.manual_seed(args.seed)
-        apply_lora(model, lora)
-    trained, total = count_parameters(model)
+        lora.apply_lora(model, adapter)
+    trained, total = lora.count_parameters(model)
     log0(f"{args.method}: training {trained:,} of {total:,} parameters ({trained / total:.2%})")
 
 
@@ -161,10 +140,10 @@ def _train(model, tokenizer, encoded, config, args, runtime, path, metadata):
     T, loss_fn = config.context_length, training.next_token_loss
 
     def collate(indices):
-        return collate_instructions([encoded.train[i] for i in indices], tokenizer, T)
+        return data_utils.collate_instructions([encoded.train[i] for i in indices], tokenizer, T)
 
     batches = ExampleBatches(map(len, encoded.train), collate, config.batch_size, args.seed)
-    validation = instruction_batches(encoded.validation, tokenizer, T)
+    validation = data_utils.instruction_batches(encoded.validation, tokenizer, T)
     return training.train(
         model,
         batches,
@@ -178,33 +157,29 @@ def _train(model, tokenizer, encoded, config, args, runtime, path, metadata):
     )
 
 
-def _report(name, model, tokenizer, encoded, rows, contents, runtime) -> None:
+def _report(name, model, tokenizer, encoded, rows, metadata, runtime) -> None:
     """Prints metrics before and after, and a few responses."""
-    before, after = contents["metrics"]["base"], contents["metrics"]["test"]
-    columns = {"responses": "{n:,}", **RESPONSE_COLUMNS}
-    table = [{"model": "base", **before}, {"model": name, **after}]
-    if contents["lora_config"]:
+    metrics = metadata["metrics"]
+    table = [{"model": "base", **metrics["base"]}, {"model": name, **metrics["test"]}]
+    if metadata["lora_config"]:
         merged = copy.deepcopy(model)
-        merge_lora(merged)
+        lora.merge_lora(merged)
         metrics = response_metrics(merged, tokenizer, encoded.test, runtime)
         table.append({"model": "merged into full precision", **metrics})
-    print(markdown_table(columns, table))
+    lines = evaluate.table_cells({"responses": "{n:,}"} | RESPONSE_COLUMNS, table)
+    print(evaluate.markdown_table(lines))
     for row in rows.test[:SHOWN_RESPONSES]:
-        ids = generate_response(model, tokenizer, row)
+        ids = generation.generate_response(model, tokenizer, row)
         print(f"\n> {row.instruction}\n" + "".join(tokenizer.decode_stream(ids)))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = training.new_parser("Fine-tune the base to follow instructions, with QLoRA.")
-    training.add_run_flags(
-        parser, INSTRUCTION_SOURCES, "instructions or conversations", max_examples=4_000
-    )
-    methods = parser.add_mutually_exclusive_group()
-    for flag, method, text in (
-        ("--no-quantize", "lora", "plain LoRA on the base in full precision"),
-        ("--full", "full", "train every weight, without adapters"),
-    ):
-        methods.add_argument(flag, dest="method", action="store_const", const=method, help=text)
+    training.add_run_flags(parser, INSTRUCTION_SOURCES, "instructions or conversations", 4_000)
+    method = {"dest": "method", "action": "store_const"}
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--no-quantize", const="lora", help="plain LoRA on the base in full precision", **method)
+    add("--full", const="full", help="train every weight, without adapters", **method)
     for config_class in (InstructionConfig, LoRAConfig, TrainConfig):
         training.add_config_flags(parser, config_class)
     parser.set_defaults(method="qlora", **RECIPE)

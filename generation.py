@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import training
 from data_loader import Instruction, log0
 from data_utils import CHAT_TEMPLATE, encode_instruction, text_batches
 from lora import (
@@ -569,4 +569,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    training.exit_process(main())

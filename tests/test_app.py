@@ -101,9 +101,9 @@ def test_a_classifier_of_topics_has_a_bar_for_each_label(models: Path):
     save_checkpoint(path, {**checkpoint, "labels": labels, "weights": weights})
     at = page("sentiment")
     assert_quiet(at)
-    found, probabilities = app.classify("Full fine-tuning", ["a", "b"])
-    assert found == labels and probabilities.shape == (2, 3)
-    verdict = labels[app.classify("Full fine-tuning", [at.text_area[0].value])[1].argmax()]
+    found = app.classify("full fine-tuning", ["a", "b"])
+    assert [*found] == labels and found.shape == (2, 3)
+    verdict = app.classify("full fine-tuning", [at.text_area[0].value]).iloc[0].idxmax()
     assert at.metric[0].value == verdict.translate(app.MARKDOWN)
     assert "<b>".translate(app.MARKDOWN) == r"\<b\>"
 
@@ -203,11 +203,17 @@ def test_a_file_is_judged_once(models: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
     judge = app.classify
     monkeypatch.setattr(app, "classify", lambda n, t: (calls.append(len(t)), judge(n, t))[1])
-    script = 'import app\napp.classify_once("LoRA", ["good", "bad"])'
-    at = AppTest.from_string(script, default_timeout=60).run()
+    at = page("sentiment")
+    at.file_uploader[0].set_value(("a.csv", b"text,n\ngood,1\nbad,2\n", "text/csv")).run()
     at.run()
     assert_quiet(at)
-    assert calls == [2]
+    assert calls.count(2) == 1
+    frame, found = at.dataframe[0].value, judge("full fine-tuning", ["good", "bad"])
+    assert [*frame] == ["text", "n", "prediction", "probability_negative", "probability_positive"]
+    assert frame["prediction"].tolist() == found.idxmax(axis=1).tolist()
+    assert frame["probability_positive"].tolist() == found["positive"].round(4).tolist()
+    at.selectbox[0].set_value("LoRA").run()
+    assert calls.count(2) == 2
 
 
 def test_both_models_answer(models: Path):
@@ -308,6 +314,29 @@ def test_curves_and_table_come_from_the_files(models: Path):
     at.run()
     assert_quiet(at)
     assert at.info[0].value.startswith("No step is logged yet")
+
+
+def test_a_training_in_progress_is_shown_first(models: Path):
+    name = "lora_classifier_weights"
+    finished = models / f"{name}.log.jsonl"
+    running = finished.rename(models / f"{name}.resume.log.jsonl")
+    at = page("training")
+    assert_quiet(at)
+    assert at.selectbox[0].value == at.selectbox[0].options[0] == f"{name} (in progress)"
+    n_steps = json.loads(running.read_text().splitlines()[-1])["step"]
+    assert at.caption[0].value.startswith(f"{n_steps} steps")
+    running.rename(finished)
+    assert_quiet(at.run())
+    assert f"{name} (in progress)" not in at.selectbox[0].options
+    assert at.selectbox[0].value in at.selectbox[0].options
+
+
+def test_the_prompt_comes_with_the_checkpoint(models: Path):
+    assert page("generate").text_area[0].value == "ROMEO:"
+    path = models / BASE
+    save_checkpoint(path, {**load_checkpoint(path, "base"), "sample_prompt": "The capital is"})
+    at = page("generate")
+    assert at.text_area[0].value == "The capital is" and "Shakespeare" not in at.markdown[0].value
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"language": 1}'])

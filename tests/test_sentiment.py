@@ -13,8 +13,10 @@ from conftest import TINY_LORA, TINY_SENTIMENT, randomised, run_under_torchrun, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
+from sklearn.pipeline import make_pipeline
 
 import evaluate
 import finetune_classifier
@@ -130,33 +132,34 @@ def test_any_text_has_probabilities_whatever_stands_beside_it(texts: list[str]):
 
 
 @pytest.fixture
-def baseline(reviews: Path) -> tuple[dict, Split[Review]]:
-    """The linear baseline on two thirds of the reviews, and the split."""
-    rows, labels = read_reviews(reviews)
-    split = Split(rows[:36], rows[36:40], rows[40:])
-    return evaluate.fit_linear_baseline(split, labels), split
+def split(reviews: Path) -> Split[Review]:
+    """Two thirds of the reviews to learn from, the rest to test."""
+    rows, _ = read_reviews(reviews)
+    return Split(rows[:36], rows[36:40], rows[40:])
 
 
-def test_the_linear_baseline_learns_what_a_word_decides(baseline: tuple[dict, Split[Review]]):
-    fitted, _ = baseline
-    metrics = fitted["metrics"]
+def test_the_linear_baseline_learns_what_a_word_decides(split: Split[Review]):
+    metrics, checkpoint = evaluate.fit_linear_baseline(split, LABELS)
     assert metrics["TF-IDF + logistic regression"]["accuracy"] == 1.0
     assert metrics["majority class"]["accuracy"] == 0.5
+    assert checkpoint["metrics"]["test"] == metrics["TF-IDF + logistic regression"]
     table = evaluate.sentiment_tables(dict(reversed(metrics.items())))
     assert "| majority class | 20 | 50.0% | 29.9% to 70.1% | 0.333 |" in table
     assert "| negative | 10 | 0 |\n| positive | 10 | 0 |" in table
 
 
 def test_the_linear_baseline_reloads_to_the_same_probabilities(
-    baseline: tuple[dict, Split[Review]], tmp_path: Path
+    split: Split[Review], tmp_path: Path
 ):
-    fitted, split = baseline
-    linear, texts = fitted["model"], [row.text for row in split.test]
-    evaluate.save_linear_baseline(fitted, tmp_path / "linear.pth", {"dataset": "mine"})
+    _, saved = evaluate.fit_linear_baseline(split, LABELS)
+    save_checkpoint(tmp_path / "linear.pth", {**saved, "dataset": "mine"})
     again, _, checkpoint = evaluate.load_linear_baseline(tmp_path / "linear.pth")
     assert checkpoint["dataset"] == "mine" and checkpoint["provenance"]["seconds"] > 0
-    np.testing.assert_allclose(again.predict_proba(texts), linear.predict_proba(texts), atol=1e-6)
-    assert again.predict(texts).tolist() == linear.predict(texts).tolist()
+    oracle = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(C=10))
+    train, texts = [*split.train, *split.validation], [row.text for row in split.test]
+    oracle.fit([row.text for row in train], [row.label for row in train])
+    np.testing.assert_allclose(again.predict_proba(texts), oracle.predict_proba(texts), atol=1e-6)
+    assert again.predict(texts).tolist() == oracle.predict(texts).tolist()
 
 
 # ---- scripts
@@ -172,16 +175,15 @@ def test_a_run_saves_what_reloads_to_the_same_predictions(
     capsys: pytest.CaptureFixture[str],
 ):
     measured: list[tuple] = []
-    measure = finetune_classifier.classifier_metrics
-    monkeypatch.setattr(
-        finetune_classifier, "classifier_metrics", lambda *a: (measured.append(a), measure(*a))[1]
-    )
+    measure = evaluate.measure
+    monkeypatch.setattr(evaluate, "measure", lambda *a: (measured.append(a), measure(*a))[1])
     assert SCRIPTS[name].main(arguments(reviews, folder, name)) == 0
     shown = capsys.readouterr()
     assert "TF-IDF + logistic regression" in shown.out and "majority class" in shown.out
     assert "parameters (" in shown.err and not list(folder.glob("*.resume.pth"))
     model, tokenizer, checkpoint = load_model(folder / name)
-    ((trained, _, rows, *_),) = measured
+    ((trained, _, _, rows, _),) = measured
+    monkeypatch.undo()
     texts = [row.text for row in rows]
     found = [class_probabilities(m, tokenizer, texts, runtime) for m in (model, trained)]
     assert np.array_equal(*found) and checkpoint["labels"] == ("negative", "positive")
