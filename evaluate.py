@@ -27,7 +27,7 @@ import data_loader
 import data_utils
 import generation
 import training
-from data_loader import INSTRUCTION_SOURCES, REVIEW_SOURCES, ByteRange, Instruction, Review, log0
+from data_loader import INSTRUCTION_SOURCES, REVIEW_SOURCES, Corpus, Instruction, Review, log0
 from data_utils import EncodedInstruction, Split
 from generation import BASE, CLASSIFIERS, FULL_CLASSIFIER, LORA_CLASSIFIER, QLORA, REVIEW_LM
 from lora import count_parameters, merge_lora
@@ -49,7 +49,7 @@ def measure(
     model: GPTModel | GPTClassificationModel,
     tokenizer: BPETokenizer,
     checkpoint: dict[str, Any],
-    examples: ByteRange | list[Review] | list[Instruction],
+    examples: Corpus | list[Review] | list[Instruction],
     runtime: Runtime,
 ) -> Metrics:
     """Metrics of what `load_model` returns: of a classifier on labelled reviews, or of a language
@@ -58,8 +58,8 @@ def measure(
         texts, labels = [row.text for row in examples], np.array([row.label for row in examples])
         predicted = generation.class_probabilities(model, tokenizer, texts, runtime).argmax(1)
         return classification_metrics(predicted, labels, checkpoint["labels"])
-    if isinstance(examples, ByteRange):
-        chunks = data_utils.encode_documents(data_loader.read_text(examples), tokenizer)
+    if isinstance(examples, Corpus):
+        chunks = data_utils.encode_documents(examples.read(), tokenizer)
         ids = np.concatenate([np.array(ids) for ids in chunks])
         return language_model_metrics(model, tokenizer, ids, runtime)
     if isinstance(examples[0], Review):
@@ -272,7 +272,7 @@ def _held_out(measured_on, checkpoint, data_dir):
         return data_loader.load_corpus("tinyshakespeare", None, data_dir).split()[1]
     if measured_on == BOOK:
         book = data_loader.fetch(data_loader.WIZARD_OF_OZ, data_dir)
-        return data_loader.corpus_from_path(book).split(1.0)[0]
+        return data_loader.corpus_from_path(book)
     return rebuild_split(checkpoint, data_dir).test
 
 
@@ -371,7 +371,7 @@ def measure_file(
     of columns of labelled texts."""
     model, tokenizer, checkpoint = generation.load_model(path, TASKS[name][-1], runtime)
     if name == "perplexity":
-        examples, _ = data_loader.corpus_from_path(data).split(1.0)
+        examples = data_loader.corpus_from_path(data)
     elif name == "sentiment":
         examples, _ = data_loader.read_reviews(data, checkpoint["labels"], **columns)
     else:
@@ -400,6 +400,8 @@ def main(argv: list[str] | None = None) -> int:
         path = args.checkpoint or (args.models and args.models / file)
         path = path or generation.default_path(file)
         if args.text is not None:
+            if not args.text.strip():
+                raise ValueError("--text is empty")
             model, tokenizer, checkpoint = generation.load_model(path, CLASSIFIERS, runtime)
             (row,) = generation.class_probabilities(model, tokenizer, [args.text], runtime)
             scores = dict(zip(checkpoint["labels"], row.tolist()))

@@ -225,12 +225,12 @@ def test_conversations_are_read_in_both_formats(tmp_path: Path, capsys: pytest.C
         ({"messages": "hello"}, "messages is not a list"),
         ({"messages": ["hello"]}, "a message is not an object"),
         (messages(), "no instruction"),
-        (messages(("user", "a")), "no assistant turn"),
-        (messages(*SAID, ("user", "a")), "wrong order of turns: user, assistant, user, assistant,"),
-        (messages(*SAID[1:]), "wrong order of turns: assistant, user, assistant"),
-        (messages(*SAID, ("system", "a")), "wrong order of turns"),
-        (messages(("tool", "a"), *SAID), "unknown role 'tool'"),
-        ({"messages": [{"content": "a"}]}, "unknown role ''"),
+        (messages(("user", "a")), "not user and assistant in turn: user)"),
+        (messages(*SAID, ("user", "a")), "in turn: user, assistant, user, assistant, user"),
+        (messages(*SAID[1:]), "in turn: assistant, user, assistant"),
+        (messages(*SAID, ("system", "a")), "in turn: user, assistant, user, assistant, system"),
+        (messages(("tool", "a"), *SAID), "in turn: tool, user"),
+        ({"messages": [{"content": "a"}]}, "in turn: no role"),
         (messages(("user", " "), ("assistant", "a")), "empty content of user"),
         (messages(("user", "a"), ("assistant", "b\ud800")), "an invalid character"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "content is not a string"),
@@ -259,7 +259,7 @@ def test_no_text_of_a_record_is_lost_unseen(record: dict, task: dict):
     record |= task
     ignored: dict[str, None] = {}
     try:
-        row = data_loader._instruction_fields(record, ignored)
+        row = data_loader._instruction(record, ignored)
     except ValueError as error:
         assert str(error)
         return

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_loader import load_corpus, load_instructions, load_reviews, read_text
+from data_loader import load_corpus, load_instructions, load_reviews
 from data_utils import (
     CHAT_TEMPLATE,
     encode_instructions,
@@ -65,7 +65,7 @@ def test_the_base_reaches_its_recorded_figure(data_dir: Path, tmp_path: Path, he
     _, _, checkpoint = load_model(path)
     corpus = load_corpus("tinyshakespeare", None, data_dir)
     validation = tmp_path / "validation.txt"
-    validation.write_text("".join(read_text(corpus.split()[1])))
+    validation.write_text("".join(corpus.split()[1].read()))
     found = measure_file("perplexity", path, validation, here)["nats_per_byte"]
     assert found == pytest.approx(checkpoint["metrics"]["val_nats_per_byte"], rel=1e-3)
 
