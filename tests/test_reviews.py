@@ -340,7 +340,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise SourceError("no network")
 
-    for name in ("_fetch_polarity", "_open_package", "download"):
+    for name in ("_fetch_polarity", "read_package", "download"):
         monkeypatch.setattr(data_loader, name, fail)
 
 
@@ -388,7 +388,7 @@ def test_snippets_come_out_of_a_package_that_is_only_read(
     def download(command: list[str], **_: object) -> None:
         folder = Path(command[command.index("--dest") + 1])
         with zipfile.ZipFile(folder / "vaderSentiment-0.5.zip", "w") as archive:
-            archive.writestr(f"vaderSentiment-0.5/{data_loader.VADER_ARCHIVE}", inner.getvalue())
+            archive.writestr(*data_loader.VADER[2], inner.getvalue())
 
     monkeypatch.setattr(data_loader.subprocess, "run", download)
     with pytest.raises(SourceError, match="unexpected content"):
