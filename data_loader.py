@@ -54,6 +54,7 @@ REVIEW_COLUMNS["label"] += ["target", "y"]
 DOCUMENT_END = "\0"  # between documents; no text contains it
 END_MARKERS = re.compile(r"(<\|endoftext\|>\n?)+")
 
+T = TypeVar("T")
 # Row numbers with the fields of each row, or with the reason why it cannot be used.
 Records = list[tuple[int, Any]]
 
@@ -276,10 +277,13 @@ def read_reviews(
     negative and positive; other numbers are sorted by value, other names by the alphabet. A file to
     measure has only labels of the given `labels`.
     """
-    records, columns = _review_records(path, {"text": text_column, "label": label_column})
-    rows = parse_rows(
-        path, records, lambda r: (_review_text(r, columns), _label(r.get(columns["label"])))
-    )
+    chosen = {"text": text_column, "label": label_column}
+    records, columns, ignored = _review_records(path, chosen)
+
+    def parse(record: dict[str, Any]) -> tuple[str, str]:
+        return _review_text(record, columns), _label(record.get(columns["label"]))
+
+    rows = parse_rows(path, records, parse, ignored)
     found = {label.lower(): label for _, label in reversed(rows)}
     try:
         names, indices = _index_labels(found, labels, len(rows))
@@ -293,14 +297,15 @@ def read_unlabelled(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a file as `read_reviews` takes it, labels optional, and the text of each; the
     first invalid row is an error."""
-    records, columns = _review_records(path, {"text": text_column})
-    texts = parse_rows(path, records, lambda r: _review_text(r, columns), skip_invalid=False)
+    records, columns, ignored = _review_records(path, {"text": text_column})
+    parse = partial(_review_text, columns=columns)
+    texts = parse_rows(path, records, parse, ignored, skip_invalid=False)
     return [record for _, record in records], texts
 
 
 def _review_records(path, chosen):
-    """Records of a file, and its columns by role. `chosen` has the user's choice for each role that
-    is needed. Two columns for one role are an error, and columns without a role are named."""
+    """Records of a file, its columns by role, and those without a role. `chosen` has the user's
+    choice for each role that is needed. Two columns for one role are an error."""
     records = read_records(path, [*itertools.chain(*REVIEW_COLUMNS.values()), *chosen.values()])
     names = list(dict.fromkeys(n for _, r in records if isinstance(r, dict) for n in r))
     columns = {}
@@ -315,8 +320,7 @@ def _review_records(path, chosen):
         if names and role not in columns and not (role == "text" and "title" in columns):
             missing = f"{choice or role}, but {_shorten(names)}"
             raise ValueError(f"{path} has no column {missing}: use --{role}-column")
-    _log_ignored(path, [name for name in names if name not in columns.values()])
-    return records, columns
+    return records, columns, [name for name in names if name not in columns.values()]
 
 
 def _review_text(record: dict[str, Any], columns: Mapping[str, str]) -> str:
@@ -381,10 +385,7 @@ def read_instructions(path: str | Path) -> list[Instruction]:
     """
     ignored: dict[str, None] = {}
     records = read_records(path, INSTRUCTION_NAMES)
-    try:
-        return parse_rows(path, records, partial(_instruction, ignored=ignored))
-    finally:
-        _log_ignored(path, [*ignored])
+    return parse_rows(path, records, partial(_instruction, ignored=ignored), ignored)
 
 
 def _instruction(record: dict[str, Any], ignored: dict[str, None]) -> Instruction:
@@ -452,33 +453,34 @@ def sample_texts() -> list[str]:
 
 
 def parse_rows(
-    path: str | Path, records: Records, parse: Callable[[dict], Any], skip_invalid: bool = True
-) -> list[Any]:
-    """What `parse` makes of each record. Those that it refuses are skipped and reported by row
-    number, or else the first of them is an error."""
+    path: str | Path,
+    records: Records,
+    parse: Callable[[dict[str, Any]], T],
+    ignored: Iterable[str],
+    skip_invalid: bool = True,
+) -> list[T]:
+    """What `parse` makes of each record; columns that it ignored are named. Records that it refuses
+    are skipped and reported by row number, or else the first of them is an error."""
     rows, problems = [], []
     for number, record in records:
         try:
-            if isinstance(record, ValueError):
-                raise record
             if not isinstance(record, dict):
-                raise ValueError("not an object with fields")
+                is_problem = isinstance(record, ValueError)
+                raise record if is_problem else ValueError("not an object with fields")
             rows.append(parse(record))
         except ValueError as error:
             problems.append(f"row {number}: {error}")
-    shown = "; ".join(problems[:MAX_REPORTED_ROWS] + ["..."] * (len(problems) > MAX_REPORTED_ROWS))
+    if names := list(ignored):
+        log0(f"{path}: ignored columns: {_shorten(names)}")
     if problems and not skip_invalid:
         raise ValueError(f"{path}, {problems[0]}")
+    more = ["..."] * (len(problems) > MAX_REPORTED_ROWS)
+    shown = "; ".join(problems[:MAX_REPORTED_ROWS] + more)
     if not rows:
         raise ValueError(f"{path} has no valid row" + (f": {shown}" if shown else ""))
     if problems:
         log0(f"{path}: skipped {len(problems):,} of {len(records):,} rows ({shown})")
     return rows
-
-
-def _log_ignored(path: str | Path, names: list[str]) -> None:
-    if names:
-        log0(f"{path}: ignored columns: {_shorten(names)}")
 
 
 def _shorten(names: Sequence[str]) -> str:
@@ -502,7 +504,7 @@ SIGNATURES = {  # first bytes of files that are not text
     b"%PDF": "a PDF: extract its text",
     b"PAR1": "a Parquet table: name it .parquet",
 }
-ENCODINGS = ["utf_16", "utf_16_le", "utf_16_be", "utf_32", "cp1252", "cp1250", "cp1251", "koi8_r"]
+ENCODINGS = ["utf_16", "utf_16_le", "utf_32", "cp1252", "cp1250", "cp1251", "koi8_r"]
 ENCODINGS += ["cp1253", "cp1254", "cp1255", "cp1256", "cp932", "gb18030", "big5", "cp949"]
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 LAST_ROW = "\x1e"  # appended to a table; a quotation mark that is never closed swallows it
@@ -537,7 +539,6 @@ def read_records(path: str | Path, columns: Iterable[str | None]) -> Records:
 
 
 def _parquet_records(path: Path) -> Records:
-    import pyarrow
     import pyarrow.parquet
 
     try:
@@ -761,7 +762,6 @@ POLARITY_BYTES = 259_761_770
 HUB_ROWS = {"dolly": 15_011, "amazon_polarity": 900_000}
 NEUTRAL_RATING = 0.5  # ratings from -0.5 to 0.5 are skipped
 
-T = TypeVar("T")
 # (find, read): `find(n, data_dir)` downloads n rows if need be and returns the path; `read(path)`
 # returns the rows and the names of their labels.
 Source = tuple[Callable[[int, Path], Path], Callable[..., tuple[list[Example], tuple[str, ...]]]]
