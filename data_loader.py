@@ -668,9 +668,10 @@ def find_encoding(path: Path) -> str:
         line = next((line for line in file if not _is_utf8(line)), None)
         if line is None:
             return "utf-8-sig"  # with or without a mark
-        position, sample = file.tell() - len(line), line + file.read(SAMPLE_BYTES)
-    if b"\0" in sample:  # whole characters of UTF-16 or UTF-32
-        sample = sample[: len(sample) // 4 * 4]
+        position = file.tell() - len(line)
+        sample = b"".join([line, *file.readlines(SAMPLE_BYTES)])
+    if b"\0" in sample:  # in UTF-16, lines end within a character
+        sample = sample[:SAMPLE_BYTES]
     matches = from_bytes(sample, cp_isolation=ENCODINGS)
     names = [name for match in matches for name in match.could_be_from_charset]
     text = sample.decode("utf-8", errors="replace")

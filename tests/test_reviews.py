@@ -151,7 +151,7 @@ def test_a_hundred_thousand_rows_with_every_spelling_of_the_labels(tmp_path: Pat
 def test_files_that_are_no_text(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_rows(tmp_path / "none.csv")
-    wide = "text\tlabel\nGreat stuff\t1\n".encode("utf-16")
+    wide = ("text\tlabel\n" + "Great stuff\t1\n" * 9).encode("utf-16")
     for content in (wide + b"\x00\xd8\n\x00", wide[:-1], b"text\tlabel\nx\0y\t1\n"):
         (tmp_path / "binary.tsv").write_bytes(content)
         with pytest.raises(ValueError, match=r"not utf_16 throughout|is no text"):
