@@ -723,7 +723,7 @@ def test_a_file_as_it_was_downloaded_trains_and_is_measured_whole(
     data.write_text(json.dumps(rows, indent=4))
     assert run("--data", str(data)) == 0
     shown = capsys.readouterr()
-    assert "skipped 2 of 62 rows (row 41: wrong order of turns" in shown.err
+    assert "skipped 2 of 62 rows (row 41: roles are not user and" in shown.err
     checkpoint = next(tmp_path.rglob("qlora_instruction_weights.pth"))
     saved = load_checkpoint(checkpoint, "qlora_instruction")
     assert (saved["dataset"], saved["rows"]) == (data.name, 60)

@@ -314,6 +314,8 @@ def test_any_labels_from_a_file_to_a_verdict(
     assert list(judged["probabilities"]) == labels
     assert sum(judged["probabilities"].values()) == pytest.approx(1)
     assert judged["label"] == max(labels, key=judged["probabilities"].get)
+    assert evaluate.main([*command, "--text", " "]) == 2
+    assert "--text is empty" in capsys.readouterr().err
     part = tmp_path / "part.jsonl"
     part.write_text('{"review": "the war", "topic": 1, "label": "WORLD"}\n' * 3)
     assert evaluate.main([*command, "--data", str(part)]) == 0
