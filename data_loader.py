@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 import requests
+from charset_normalizer import from_bytes
 from tqdm import tqdm
 
 if TYPE_CHECKING:  # slow to import
@@ -595,7 +596,8 @@ def _table_records(rows: list, columns: Iterable[str | None]) -> Records:
         return []
     header = [cell.strip() for cell in rows[0][1]]
     known = {name.lower() for name in columns if name}
-    if known & {name.lower() for name in header} and not any(map(_is_usual_label, header)):
+    unknown = [name for name in header if name.lower() not in known]
+    if len(unknown) < len(header) and not any(map(_is_usual_label, unknown)):
         rows, names = rows[1:], [name or f"column {i}" for i, name in enumerate(header, 1)]
         _check_distinct(names)
     else:
@@ -619,8 +621,8 @@ def _usual_columns(rows: list[list[str]]) -> list[str]:
     """Names of the columns of a table without a header."""
     names = {1: ["text"], 2: ["text", "label"], 3: ["label", "title", "content"]}.get(len(rows[0]))
     if not names:
-        first_row = f"{len(rows[0])} columns without known names ({_shorten(rows[0])})"
-        raise ValueError(f"{first_row}: add a row of names")
+        problem = f"{len(rows[0])} columns without known names ({_shorten(rows[0])})"
+        raise ValueError(f"{problem}: add a row of names")
     if len(names) == 2:  # usual labels, else fewer or shorter values, are the labels
         first, second = (
             (not all(map(_is_usual_label, column)), len({*column}), len("".join(column)))
@@ -649,8 +651,6 @@ def read_chunks(path: Path, encoding: str | None = None) -> Iterator[str]:
 
 def find_encoding(path: Path) -> str:
     """The codec of a text file: UTF-8 if all of it is, else a guess, which is announced."""
-    from charset_normalizer import from_bytes
-
     with _open_bytes(path) as file:
         if (signature := file.read(4)) in SIGNATURES:
             raise ValueError(f"{path} is {SIGNATURES[signature]}")
