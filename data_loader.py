@@ -344,6 +344,8 @@ def _index_labels(found, labels, n_rows):
     """The names of the labels, given ones or those of a file, and the index of each label found."""
     for negative, positive in KNOWN_PAIRS if tuple(labels or LABELS) == LABELS else ():
         if found.keys() <= negative | positive:
+            if found.keys() == {"1"}:
+                log0("all labels are 1, taken as positive")
             return LABELS, {label: int(label in positive) for label in found}
     if labels:
         indices = {name.lower(): i for i, name in enumerate(labels)}
