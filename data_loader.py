@@ -637,7 +637,7 @@ def _usual_columns(rows: list[list[str]]) -> list[str]:
 # ---- files as text
 
 
-def read_chunks(path: Path, encoding: str | None = None) -> Iterator[str]:
+def read_chunks(path: str | Path, encoding: str | None = None) -> Iterator[str]:
     """Yields the text of a file, gzipped or not, in whole lines of together about a million
     characters: decoded, without byte order mark, and with "\\n" at the end of every line."""
     encoding = encoding or find_encoding(path)
@@ -651,7 +651,7 @@ def read_chunks(path: Path, encoding: str | None = None) -> Iterator[str]:
             raise ValueError(f"{path} is not {encoding} throughout ({error.reason})") from None
 
 
-def find_encoding(path: Path) -> str:
+def find_encoding(path: str | Path) -> str:
     """The codec of a text file: UTF-8 if all of it is, else a guess, which is announced."""
     with _open_bytes(path) as file:
         if (signature := file.read(4)) in SIGNATURES:
@@ -684,9 +684,9 @@ def _is_utf8(line: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _open_bytes(path: Path) -> Iterator[BinaryIO]:
+def _open_bytes(path: str | Path) -> Iterator[BinaryIO]:
     """Opens a file, or what it holds if it is gzipped."""
-    with path.open("rb") as file:
+    with Path(path).open("rb") as file:
         is_gzip = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         try:
@@ -992,7 +992,7 @@ def pretrained_id(name: str) -> str:
     return PRETRAINED.get(name, name)
 
 
-def open_pretrained(source: str, data_dir: Path) -> Pretrained:
+def open_pretrained(source: str, data_dir: str | Path) -> Pretrained:
     """Opens what `pretrained_id` names. Where the hub cannot be reached, SmolLM2-135M-Instruct
     comes out of a package."""
     if Path(source).is_dir():

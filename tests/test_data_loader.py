@@ -233,6 +233,17 @@ def test_a_folder_is_read_in_order(tmp_path: Path):
     assert [path.name for path in corpus.paths] == ["a.txt", "b.txt", "e.txt"]
 
 
+def test_every_path_may_be_a_string(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "text.txt").write_bytes(CONTENT)
+    file = RemoteFile("text.txt", "http://127.0.0.1:9/", SHA256)
+    monkeypatch.setattr(data_loader, "TINY_SHAKESPEARE", file)
+    folder = str(data_loader.find_data_dir(str(tmp_path)))
+    (found,) = data_loader.load_corpus("tinyshakespeare", None, folder).paths
+    assert found == data_loader.fetch(file, folder) == tmp_path / "text.txt"
+    assert "".join(data_loader.read_chunks(str(found))) == CONTENT.decode()
+    assert len(data_loader.load_reviews("sample", None, folder, 9).rows) == 9
+
+
 def test_missing_and_empty_texts_are_one_line_errors(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         data_loader.load_corpus("auto", tmp_path / "nothing", tmp_path)
