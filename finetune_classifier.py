@@ -15,6 +15,7 @@ of the last token, and all weights learn from the labels. Writes
 import argparse
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -44,6 +45,23 @@ RECIPE = {
     "decay_fraction": 0.9,
     "eval_every": 0,
 }
+# For a public base, which knows the words: one pass, no further pretraining, a loss on the last
+# token alone, after a text that asks for the label.
+PUBLIC_RECIPE = {
+    "steps": 100_000,
+    "epochs": 1,
+    "batch_size": 16,
+    "dropout": 0.0,
+    "optimizer": "adamw",
+    "learning_rate": 2e-5,
+    "weight_decay": 0.0,
+    "warmup_steps": 20,
+    "decay_fraction": 0.9,
+    "eval_every": 0,
+    "review_lm_steps": 0,
+    "prefix_loss": 0.0,
+    "text_template": "Review: {}\nSentiment:",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +73,10 @@ class ReviewConfig:
         context_length: Tokens of a review that are read; longer ones lose their middle.
         dropout: Dropout rate of embeddings and block outputs.
         epochs: Maximum number of passes over the reviews; `steps` may end the training sooner.
-        review_lm_steps: Maximum number of steps of the language model on the training reviews.
+        review_lm_steps: Maximum number of steps of the language model on the training reviews; 0
+            starts from the base itself.
+        prefix_loss: Fraction of the loss that is on the prefixes of the texts.
+        text_template: What the model reads, with {} in place of the text.
     """
 
     batch_size: int = 32
@@ -63,17 +84,21 @@ class ReviewConfig:
     dropout: float = 0.15
     epochs: int = 4
     review_lm_steps: int = 600
+    prefix_loss: float = 0.5
+    text_template: str = "{}"
 
     def __post_init__(self) -> None:
-        training.check_range(self, 1, math.inf, "batch_size", "epochs", "review_lm_steps")
+        training.check_range(self, 1, math.inf, "batch_size", "epochs")
+        training.check_range(self, 0, math.inf, "review_lm_steps", "prefix_loss")
+        if self.text_template.count("{}") != 1:
+            raise ValueError("text_template must contain {} once")
 
 
 @training.report_errors
 def main(argv: list[str] | None = None) -> int:
     """Fine-tunes every weight; returns the exit code (130 or 143 when interrupted)."""
     parser = make_parser("Fine-tune every weight of the base for sentiment.")
-    parser.set_defaults(**RECIPE)
-    run(parser.parse_args(argv))
+    run(generation.parse_for_base(parser, argv, RECIPE, PUBLIC_RECIPE))
     return 0
 
 
@@ -89,16 +114,21 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
             reviews = load_reviews(args.dataset, args.data, data_dir, args.max_examples, **columns)
             split, labels = split_reviews(reviews), reviews.labels
             guesses, baseline = fit_linear_baseline(split, labels)  # now: peak memory only grows
-            base, tokenizer, origin = open_base(args.base, args.out_dir, config.context_length)
+            is_frozen = lora and not config.review_lm_steps
+            dtype = runtime.dtype if is_frozen else torch.float32
+            length = config.context_length
+            base, tokenizer, origin = open_base(args.base, args.out_dir, length, dtype)
+            tokenizer.text_template = config.text_template
             log0(f"reviews: {reviews.name}, {split.sizes()}; runtime: {runtime.describe()}")
             log0(f"labels: {', '.join(labels)}")
             lora = lora and resolve_targets(nn.ModuleDict({"backbone": base}), lora)
             for file in (path.name, REVIEW_LM) if args.overwrite and not runtime.rank else ():
                 training.state_path(args.out_dir / file).unlink(missing_ok=True)
         origin |= reviews.metadata
-        language_model, origin = _review_lm(base, tokenizer, split, config, origin, args, runtime)
+        if config.review_lm_steps:
+            base, origin = _review_lm(base, tokenizer, split, config, origin, args, runtime)
         torch.manual_seed(args.seed)
-        backbone = generation.reconfigure(language_model, config.context_length, config.dropout)
+        backbone = generation.reconfigure(base, length, config.dropout)
         model = GPTClassificationModel(backbone, len(labels)).to(runtime.device)
         if lora:
             apply_lora(model, lora)
@@ -108,6 +138,7 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
             "model_config": asdict(backbone.config),
             **origin,
             "labels": labels,
+            "text_template": config.text_template,
             "review_config": asdict(config),
             "lora_config": lora and asdict(lora),
         }
@@ -187,7 +218,7 @@ def _train(model, tokenizer, split, config, metadata, path, args, runtime):
     return training.train(
         model,
         batches,
-        prefix_classification_loss,
+        partial(prefix_classification_loss, weight=config.prefix_loss),
         training.fine_tuning_config(vars(args), batches.steps_per_epoch),
         runtime=runtime,
         validate=validate,
@@ -199,8 +230,10 @@ def _train(model, tokenizer, split, config, metadata, path, args, runtime):
     )
 
 
-def prefix_classification_loss(model: nn.Module, batch: training.Batch) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy in nats, half of it over all prefixes, and the number of texts.
+def prefix_classification_loss(
+    model: nn.Module, batch: training.Batch, weight: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy in nats, `weight` of it over all prefixes, and the number of texts.
 
     At each token a causal model has read a prefix of the text: all of them are examples. Their mean
     is weighted by position, because a short prefix says less.
@@ -217,13 +250,15 @@ def prefix_classification_loss(model: nn.Module, batch: training.Batch) -> tuple
     weights = positions * (positions <= lengths[:, None])
     prefixes = (losses * weights).sum(1) / weights.sum(1)
     last = losses.gather(1, lengths[:, None] - 1).squeeze(1)
-    return (prefixes + last).sum() / 2, torch.tensor(B, device=ids.device)
+    losses = weight * prefixes + (1 - weight) * last
+    return losses.sum(), torch.tensor(B, device=ids.device)
 
 
 def calibrate(
     model: GPTClassificationModel, tokenizer: BPETokenizer, rows: list[Review], runtime: Runtime
 ) -> None:
-    """Scales and shifts the head's logits so that probabilities match frequencies.
+    """Scales and, where the head has a bias, shifts the logits so that probabilities match
+    frequencies.
 
     Training drives probabilities towards 0 and 1, and may favour a class. One scale and a shift for
     each class, which minimise the cross entropy of unseen texts, correct both (Platt 1999,
@@ -236,18 +271,20 @@ def calibrate(
     probabilities = class_probabilities(model, tokenizer, [row.text for row in rows], runtime)
     logits, labels = np.log(np.maximum(probabilities, 1e-9)), [row.label for row in rows]
 
+    head = model.classifier_head
+
     def loss(parameters: np.ndarray) -> float:
-        scale, *shift = parameters
+        scale, shift = parameters[0], parameters[1:] * (head.bias is not None)
         log_likelihood = log_softmax(scale * logits + shift, axis=1)[range(len(rows)), labels]
         return scale**2 / 2 - log_likelihood.sum()  # a small scale, if labels are separable
 
     scale, *shift = minimize(loss, [1.0, *np.zeros(logits.shape[1])]).x
     if scale > 0:
-        head = model.classifier_head
         with torch.no_grad():
             head.weight *= scale
-            head.bias *= scale
-            head.bias += torch.tensor(shift).to(head.bias)
+            if head.bias is not None:
+                head.bias *= scale
+                head.bias += torch.tensor(shift).to(head.bias)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

@@ -12,8 +12,8 @@ low-rank updates to it and the classification head.
 from pathlib import Path
 
 from data_loader import is_rank_zero
-from finetune_classifier import make_parser, run
-from generation import LORA_CLASSIFIER, export_peft
+from finetune_classifier import PUBLIC_RECIPE, make_parser, run
+from generation import LORA_CLASSIFIER, export_peft, parse_for_base
 from lora import LoRAConfig
 from training import add_config_flags, exit_process, from_options, report_errors
 
@@ -30,6 +30,7 @@ RECIPE = {
     # The embedding, to learn modern words, and one layer to combine them: all that 1 % allows.
     "target_modules": ("token_embedding", "blocks.-1.attn.qkv"),
 }
+PUBLIC = {**PUBLIC_RECIPE, "learning_rate": 1e-3, "target_modules": ("qkv", "attn.proj")}
 
 
 @report_errors
@@ -38,8 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser("Fine-tune low-rank adapters (LoRA) for sentiment.")
     parser.add_argument("--export-peft", type=Path, help="folder for a copy that peft can load")
     add_config_flags(parser, LoRAConfig)
-    parser.set_defaults(**RECIPE)
-    args = parser.parse_args(argv)
+    args = parse_for_base(parser, argv, RECIPE, PUBLIC)
     config = from_options(LoRAConfig, vars(args))
     if args.export_peft:
         args.export_peft.mkdir(parents=True, exist_ok=True)  # fails now rather than after training

@@ -41,6 +41,20 @@ RECIPE = {
     # The head, too: it has never had to predict <|endoftext|> or modern words.
     "target_modules": ("qkv", "fc", "proj", "head"),
 }
+PUBLIC_RECIPE = {  # for a public base, which answers already
+    "steps": 120,
+    "batch_size": 8,
+    "dropout": 0.0,
+    "optimizer": "adamw",
+    "learning_rate": 2e-4,
+    "weight_decay": 0.0,
+    "warmup_steps": 10,
+    "decay_fraction": 0.9,
+    "eval_every": 40,
+    "r": 16,
+    "lora_alpha": 32.0,
+    "target_modules": ("qkv", "fc", "proj"),
+}
 SHOWN_RESPONSES = 3
 
 
@@ -80,7 +94,8 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
     adapter = None if args.method == "full" else training.from_options(LoRAConfig, vars(args))
     length, kind = config.context_length, f"{args.method}_instruction"
     with training.rank_zero_first(runtime):
-        base, tokenizer, origin = generation.open_base(args.base, args.out_dir, length)
+        dtype = torch.float32 if args.method == "full" else runtime.dtype  # nothing frozen in more
+        base, tokenizer, origin = generation.open_base(args.base, args.out_dir, length, dtype)
         adapter = adapter and lora.resolve_targets(base, adapter)
         data_dir = find_data_dir(args.data_dir)
         tasks = load_instructions(args.dataset, args.data, data_dir, args.max_examples)
@@ -117,7 +132,8 @@ def _encode(rows: Split, tokenizer: BPETokenizer, context_length: int) -> Split:
     train, *others = (
         encode_instructions(split, tokenizer, context_length) for split in vars(rows).values()
     )
-    complete = [example for example in train if example.ids[-1] == tokenizer.end_id]
+    ends = generation.stop_ids(tokenizer)
+    complete = [x for x in train if x.targets[-1] in ends or x.targets[-2] in ends]
     if n_cut := len(train) - len(complete):
         log0(f"skipped {n_cut:,} training responses: too long for the context")
     return Split(complete or train, *others)
@@ -182,8 +198,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--full", const="full", help="train every weight, without adapters", **method)
     for config_class in (InstructionConfig, LoRAConfig, TrainConfig):
         training.add_config_flags(parser, config_class)
-    parser.set_defaults(method="qlora", **RECIPE)
-    return parser.parse_args(argv)
+    parser.set_defaults(method="qlora")
+    return generation.parse_for_base(parser, argv, RECIPE, PUBLIC_RECIPE)
 
 
 if __name__ == "__main__":

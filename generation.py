@@ -6,6 +6,7 @@
 Shapes: B batch, T time (tokens), V vocabulary; N texts.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import training
 from data_loader import Instruction, log0
@@ -296,6 +297,9 @@ def build_model(
 ) -> GPTModel:
     """A model with these weights; none are initialised first."""
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    if config.position == "learned":
+        positions = weights["position_embedding.weight"]
+        weights["position_embedding.weight"] = positions[: config.context_length].clone()
     if config.tie_weights:
         weights["head.weight"] = weights["token_embedding.weight"]
     with torch.device("meta"):
@@ -323,8 +327,40 @@ def cached_model(path: str | Path, metadata: dict[str, Any]) -> tuple | None:
     return None
 
 
+def parse_for_base(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    recipe: dict[str, Any],
+    public_recipe: dict[str, Any],
+) -> argparse.Namespace:
+    """The options of a fine-tuning, with the defaults for a base that is a public model, or for one
+    trained from scratch. `--base NAME` finds `models/NAME/`; the folder to write to is the base's.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--base", type=Path)
+    base = first.parse_known_args(argv)[0].base
+    if base and Path("models", base, BASE).is_file():
+        base = Path("models", base, BASE)
+    is_public = False
+    with contextlib.suppress(Exception):  # `load_model` says what is wrong with a file
+        path = base or default_model_set() / BASE
+        is_public = "pretrained" in torch.load(path, "cpu", weights_only=True, mmap=True)
+    recipe = public_recipe if is_public else recipe
+    if is_public:
+        log0("for a public base: " + ", ".join(f"{k} {v!r}" for k, v in recipe.items()))
+    parser.set_defaults(**recipe)
+    args = parser.parse_args(argv)
+    args.base, default = base, base.parent if base else Path("models")
+    if args.out_dir is None:  # what comes with the clone is never written to by default
+        args.out_dir = Path("models") if default.name == "shipped" else default
+    return args
+
+
 def open_base(
-    path: str | Path | None, out_dir: str | Path, context_length: int
+    path: str | Path | None,
+    out_dir: str | Path,
+    context_length: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[GPTModel, BPETokenizer, dict[str, Any]]:
     """Opens a base to fine-tune, by default that of the default model set, and copies its
     tokenizer to `out_dir`.
@@ -333,10 +369,10 @@ def open_base(
         The model, its tokenizer, and the path and hashes by which checkpoints identify the base.
     """
     path, out_dir = Path(path or default_path(BASE)), Path(out_dir)
-    model, tokenizer, checkpoint = load_model(path, "base")
+    model, tokenizer, checkpoint = load_model(path, "base", dtype=dtype)
     length = model.config.context_length
-    if model.config.position == "learned" and context_length != length:
-        raise ValueError(f"the base has learned positions: --context-length must be {length}")
+    if model.config.position == "learned" and context_length > length:
+        raise ValueError(f"the base has {length} learned positions: lower --context-length")
     place_tokenizer(tokenizer, out_dir)
     origin = {
         "base": _relative_path(path.resolve(), out_dir.resolve()),
@@ -376,9 +412,13 @@ def checkpoint_errors(path: str | Path, hint: str) -> Iterator[None]:
 
 
 def reconfigure(model: GPTModel, context_length: int, dropout: float = 0.0) -> GPTModel:
-    """Changes the context length and, for training, the dropout rate of a model in place."""
+    """Changes the context length and, for training, the dropout rate of a model in place. Learned
+    positions can only become fewer."""
     changes = {"context_length": context_length, "dropout": dropout}
     model.config = dataclasses.replace(model.config, **changes)
+    if model.config.position == "learned":
+        table = model.position_embedding
+        table.weight = nn.Parameter(table.weight[:context_length].detach())
     for module in model.modules():
         if isinstance(module, FastDropout):
             module.p = dropout

@@ -642,10 +642,13 @@ def add_run_flags(
     add("--dataset", choices=("auto", *data_sets), default="auto", help="auto: the first available")
     add("--data", type=Path, help=f"your own data instead: {data_help}")
     add("--data-dir", type=Path, help="folder of downloads (default: $GPT_DATA_DIR, else data)")
-    add("--out-dir", type=Path, default=Path("models"), help="folder to write to")
-    if max_examples:
+    if not max_examples:
+        add("--out-dir", type=Path, default=Path("models"), help="folder to write to")
+    else:
+        add("--out-dir", type=Path, help="folder to write to (default: the base's, or models)")
         add("--max-examples", type=int, default=max_examples, help="maximum number of examples")
-        add("--base", type=Path, help="base model (default: that of models, else models/shipped)")
+        text = "base model: a file, or a folder in models (default: models, else models/shipped)"
+        add("--base", type=Path, help=text)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="continue an unfinished run with the same options")
     add("--overwrite", action="store_true", help="discard an unfinished run and start over")

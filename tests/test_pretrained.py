@@ -3,6 +3,7 @@ an imitation of the hub, and the real SmolLM2."""
 
 import errno
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -1118,3 +1119,27 @@ def test_the_package_of_smollm2_is_there(tmp_path: Path):
     assert main.main(arguments) == 0
     assert (tmp_path / "data" / SMOLLM2_GGUF.name).is_file()
     assert files_in(tmp_path / "models") == [BASE, "tokenizer.json"]
+
+
+@pytest.mark.parametrize("script", ["finetune_lora_classifier", "finetune_qlora_instructions"])
+def test_a_public_base_gets_its_own_defaults_and_stays_frozen(
+    script: str, elsewhere: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """By its name alone, and into its own folder; what is trained opens again."""
+    write_folder(tmp_path / "tiny")
+    assert main.main(["--pretrained", str(tmp_path / "tiny")]) == 0
+    module = importlib.import_module(script)
+    options = ["--base", "tiny", "--dataset", "sample", "--steps", "3", "--context-length", "48"]
+    assert module.main([*options, "--batch-size", "4"]) == 0
+    log = capsys.readouterr().err
+    assert "for a public base: " in log and "optimizer 'adamw'" in log
+    folder = Path("models", "tiny")
+    (path,) = folder.glob("*lora_*_weights.pth")
+    model, tokenizer, checkpoint = load_model(path)
+    assert (
+        checkpoint["base"] == "model_weights.pth" and not Path("models", "tokenizer.json").exists()
+    )
+    if script == "finetune_lora_classifier":
+        assert tokenizer.text_template == "Review: {}\nSentiment:"
+        assert model.classifier_head.bias is None and not list(folder.glob("review_lm*"))
+        assert generation.class_probabilities(model, tokenizer, ["Good."]).sum() == pytest.approx(1)

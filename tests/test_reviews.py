@@ -341,7 +341,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise SourceError("no network")
 
-    for name in ("_fetch_polarity", "read_package", "download"):
+    for name in ("_fetch_polarity", "_read_package", "download"):
         monkeypatch.setattr(data_loader, name, fail)
 
 

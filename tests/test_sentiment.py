@@ -444,6 +444,6 @@ def test_a_base_of_fixed_length_says_which(
     base = {**load_checkpoint(path, "base"), "model_config": vars(config), "weights": weights}
     save_checkpoint(path, base)
     assert finetune_classifier.main(arguments(reviews, folder, FULL)) == 2
-    assert "--context-length must be 16" in capsys.readouterr().err
+    assert "the base has 16 learned positions" in capsys.readouterr().err
     fitting = arguments(reviews, folder, FULL, "--context-length", "16")
     assert finetune_classifier.main(fitting) == 0
