@@ -554,7 +554,7 @@ def _json_records(text: str, is_array: bool) -> Records:
     value = _parse_json(text)
     if isinstance(value, ValueError):
         if is_array and text.lstrip().startswith("["):
-            raise ValueError("not a whole JSON array")
+            raise value if "twice" in str(value) else ValueError("not a whole JSON array")
         lines = enumerate(text.split("\n"), 1)
         return [(number, _parse_json(line)) for number, line in lines if line.strip()]
     if is_array and isinstance(value, dict):
@@ -566,10 +566,19 @@ def _json_records(text: str, is_array: bool) -> Records:
 
 
 def _parse_json(text: str) -> Any:
+    """The value, or an error in its place."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return json.loads(text, object_pairs_hook=_unique_fields)
+    except (json.JSONDecodeError, RecursionError):
         return ValueError("not JSON")
+    except ValueError as error:
+        return error
+
+
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(fields := dict(pairs)) < len(pairs):
+        raise ValueError("a field occurs twice")
+    return fields
 
 
 def _table_rows(text: str, is_quoted: bool) -> list[tuple[int, list[str]]]:

@@ -217,6 +217,8 @@ REFUSED = {
     "cut.csv.gz": (gzipped(TABLE.encode())[:-9], "damaged gzip"),
     "cut.json": (b'[{"text": "a", "label": 1},', "not a whole JSON array"),
     "twice.csv": (b"text,label,label\na,1,0\n", "two columns are named 'label'"),
+    "twice.json": (b'[{"text": "a", "label": 1, "label": 0}]', "a field occurs twice"),
+    "twice.jsonl": (b'{"text": "a", "label": 1, "label": 0}', "row 1: a field occurs twice"),
     "texts.jsonl": (
         b'{"text": "a", "Body": "b", "label": 1}',
         r"two columns for text \(text, Body",
