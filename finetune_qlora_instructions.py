@@ -94,7 +94,8 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
     adapter = None if args.method == "full" else training.from_options(LoRAConfig, vars(args))
     length, kind = config.context_length, f"{args.method}_instruction"
     with training.rank_zero_first(runtime):
-        dtype = torch.float32 if args.method == "full" else runtime.dtype  # nothing frozen in more
+        is_frozen = args.is_public and args.method == "lora"
+        dtype = runtime.dtype if is_frozen else torch.float32
         base, tokenizer, origin = generation.open_base(args.base, args.out_dir, length, dtype)
         adapter = adapter and lora.resolve_targets(base, adapter)
         data_dir = find_data_dir(args.data_dir)

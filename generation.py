@@ -350,7 +350,8 @@ def parse_for_base(
         log0("for a public base: " + ", ".join(f"{k} {v!r}" for k, v in recipe.items()))
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
-    args.base, default = base, base.parent if base else Path("models")
+    args.base, args.is_public = base, is_public
+    default = base.parent if base else Path("models")
     if args.out_dir is None:  # what comes with the clone is never written to by default
         args.out_dir = Path("models") if default.name == "shipped" else default
     return args

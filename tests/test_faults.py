@@ -21,6 +21,7 @@ from conftest import PLAY, TINY_INSTRUCTIONS, TINY_LORA, TINY_SENTIMENT, unsaved
 from streamlit.testing.v1 import AppTest
 
 import app
+import evaluate
 import finetune_classifier
 import finetune_lora_classifier
 import finetune_qlora_instructions
@@ -244,7 +245,7 @@ def test_a_signal_leaves_a_state_and_the_command_to_resume(
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    "moment", [(finetune_classifier, "validation_metrics"), (training, "save_checkpoint")]
+    "moment", [(evaluate, "validation_metrics"), (training, "save_checkpoint")]
 )
 def test_an_interruption_at_the_very_end_is_not_lost(
     sent: signal.Signals,
