@@ -145,7 +145,7 @@ def log_of(folder: Path, name: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("name", "kills"),
     [
-        ("lora_classifier_weights.pth", 2),
+        ("model_weights.pth", 2),
         *(pytest.param(name, 20, marks=pytest.mark.slow) for name in TRAININGS),
     ],
 )
@@ -408,6 +408,7 @@ def test_a_second_training_in_a_folder_is_refused(
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_job_which_resumes(
     all_models: Path, own: Path, tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]
 ):

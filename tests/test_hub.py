@@ -82,7 +82,7 @@ LOADS: dict[str, Load] = {
 }
 
 
-@pytest.fixture(params=list(LOADS))
+@pytest.fixture(params=["amazon_polarity", pytest.param("dolly", marks=pytest.mark.slow)])
 def load(request: pytest.FixtureRequest) -> Load:
     """Loads one of the two data sets."""
     return LOADS[request.param]
