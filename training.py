@@ -554,6 +554,8 @@ def lock_output_dir(folder: str | Path, runtime: Runtime) -> Iterator[None]:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 try:
                     stack.enter_context(FileLock(Path(folder, ".training.lock"), timeout=0))
+                    for part in Path(folder).glob("*.pth.*.part"):  # of a process that was killed
+                        part.unlink()
                 except Timeout:
                     text = f"another training is running in {folder}: wait, or change --out-dir"
                     raise ValueError(text) from None

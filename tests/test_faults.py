@@ -145,7 +145,7 @@ def log_of(folder: Path, name: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("name", "kills"),
     [
-        ("model_weights.pth", 2),
+        ("model_weights.pth", 1),
         *(pytest.param(name, 20, marks=pytest.mark.slow) for name in TRAININGS),
     ],
 )
