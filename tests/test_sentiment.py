@@ -175,8 +175,10 @@ def test_a_run_saves_what_reloads_to_the_same_predictions(
     capsys: pytest.CaptureFixture[str],
 ):
     measured: list[tuple] = []
-    measure = evaluate.measure
-    monkeypatch.setattr(evaluate, "measure", lambda *a: (measured.append(a), measure(*a))[1])
+    measure = evaluate.classifier_metrics
+    monkeypatch.setattr(
+        evaluate, "classifier_metrics", lambda *a: (measured.append(a), measure(*a))[1]
+    )
     assert SCRIPTS[name].main(arguments(reviews, folder, name)) == 0
     shown = capsys.readouterr()
     assert "TF-IDF + logistic regression" in shown.out and "majority class" in shown.out
