@@ -184,7 +184,7 @@ def test_a_run_saves_what_reloads_to_the_same_predictions(
     assert "TF-IDF + logistic regression" in shown.out and "majority class" in shown.out
     assert "parameters (" in shown.err and not list(folder.glob("*.resume.pth"))
     model, tokenizer, checkpoint = load_model(folder / name)
-    ((trained, _, _, rows, _),) = measured
+    ((trained, _, rows, _, _),) = measured
     monkeypatch.undo()
     texts = [row.text for row in rows]
     found = [class_probabilities(m, tokenizer, texts, runtime) for m in (model, trained)]
