@@ -225,7 +225,13 @@ def test_the_state_of_an_unfinished_run_is_not_overwritten(
 
 
 @pytest.mark.parametrize(
-    ("name", "sent"), list(zip(TRAININGS, [signal.SIGINT, signal.SIGTERM] * 2, strict=True))
+    ("name", "sent"),
+    [
+        ("model_weights.pth", signal.SIGINT),
+        ("qlora_instruction_weights.pth", signal.SIGTERM),
+        pytest.param("finetuned_classifier_weights.pth", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("lora_classifier_weights.pth", signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_leaves_a_state_and_the_command_to_resume(
     name: str, sent: signal.Signals, all_models: Path, own: Path, tmp_path: Path, start: Start

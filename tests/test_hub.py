@@ -300,6 +300,7 @@ def test_the_bar_counts_bytes(
 # ---- the environment
 
 
+@pytest.mark.slow
 def test_offline_variables_and_a_dead_proxy(hub: FakeHub, tmp_path: Path):
     """The hub is not asked; the samples do, and the reason is given."""
     environments = [{name: "1"} for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")]

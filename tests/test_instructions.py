@@ -754,6 +754,7 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(
     assert not path.with_suffix(".resume.pth").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_one_finishes(base_checkpoint: Path, run: Callable[..., int]):
     data, folder = base_checkpoint.parents[1] / "tasks.jsonl", base_checkpoint.parent
     options = ["--data", str(data), "--base", str(base_checkpoint), "--out-dir", str(folder)]

@@ -383,6 +383,7 @@ def test_one_flipped_bit_in_a_weight_is_noticed(reviews: Path, folder: Path):
         load_model(path)
 
 
+@pytest.mark.slow
 def test_two_processes_train_an_adapter(reviews: Path, folder: Path, tmp_path: Path):
     more = ["--dropout", "0", "--export-peft", str(tmp_path / "p")]
     options = arguments(reviews, folder, LORA, *more)

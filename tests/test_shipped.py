@@ -1,6 +1,7 @@
 """The models that the clone carries: they load, fit together, and reach their recorded figures."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ MODELS = Path(__file__).parents[1] / "models" / "shipped"
 LANGUAGE = ["model_weights", "review_lm_weights"]
 CLASSIFIERS = ["finetuned_classifier_weights", "lora_classifier_weights"]
 INSTRUCTIONS = [f"{method}_instruction_weights" for method in ("qlora", "lora", "full")]
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def test_the_linear_baseline_reaches_its_recorded_figure(data_dir: Path):
     assert accuracy == pytest.approx(checkpoint["metrics"]["test"]["accuracy"], abs=1e-9)
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", [CLASSIFIERS[0], *map(slow, CLASSIFIERS[1:])])
 def test_the_classifiers_reach_their_recorded_figures(name: str, data_dir: Path, here: Runtime):
     model, tokenizer, checkpoint = load_model(MODELS / f"{name}.pth")
     reviews = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
@@ -97,7 +99,7 @@ def test_the_classifiers_reach_their_recorded_figures(name: str, data_dir: Path,
     assert accuracy == pytest.approx(checkpoint["metrics"]["test"]["accuracy"], abs=0.005)
 
 
-@pytest.mark.parametrize("name", INSTRUCTIONS)
+@pytest.mark.parametrize("name", [INSTRUCTIONS[0], *map(slow, INSTRUCTIONS[1:])])
 def test_the_instruction_model_reaches_its_recorded_figure(
     name: str, data_dir: Path, here: Runtime
 ):
