@@ -542,6 +542,7 @@ def _new_folder(folder: str | Path) -> Iterator[Path]:
         yield Path(part)
         if folder.exists():
             folder.rmdir()
+        Path(part).chmod(0o755)  # a temporary folder is for its owner alone
         Path(part).rename(folder)
         Path(part).mkdir()  # for the context manager to delete
     log0(f"wrote {folder}")
