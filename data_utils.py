@@ -39,7 +39,7 @@ SAMPLE_WEIGHT = 3  # copies of the bundled samples that the tokenizer learns fro
 # ---- a corpus becomes token ids, once
 
 
-def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETokenizer:
+def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: str | Path) -> BPETokenizer:
     """Trains the tokenizer of all models, or loads it from `cache_dir`. It learns from the training
     split and from the bundled samples, so that reviews and instructions compress well, too."""
     samples = data_loader.sample_texts()
@@ -55,12 +55,12 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: Path) -> BPETo
     documents = (text for chunk in train.read() for text in chunk.split(DOCUMENT_END))
     texts = itertools.chain(SAMPLE_WEIGHT * samples, documents)
     tokenizer = BPETokenizer.train(texts, vocab_size)
-    tokenizer.save(cache_dir / f"{stem}-{tokenizer.sha256[:16]}.json")
+    tokenizer.save(Path(cache_dir, f"{stem}-{tokenizer.sha256[:16]}.json"))
     return tokenizer
 
 
 def prepare_token_ids(
-    split: str, part: Corpus, corpus: Corpus, tokenizer: BPETokenizer, cache_dir: Path
+    split: str, part: Corpus, corpus: Corpus, tokenizer: BPETokenizer, cache_dir: str | Path
 ) -> np.ndarray:
     """Token ids (N,) of a split of the corpus, as a memory-mapped file that is written once, chunk
     by chunk; see `encode_documents`."""
@@ -69,14 +69,14 @@ def prepare_token_ids(
     if path := _cached_file(cache_dir, stem, ".bin"):
         log0(f"{split} tokens: from {path}")
     else:
-        new_path = cache_dir / f"{stem}.bin"
+        new_path = Path(cache_dir, f"{stem}.bin")
         with data_loader.atomic_write(new_path) as file:
             n_chunks = -(-(part.stop - part.start) // data_loader.CHUNK_BYTES)
             text = tqdm(part.read(), f"{split} tokens", n_chunks, unit="MiB")
             for ids in encode_documents(text, tokenizer):
                 file.write(np.array(ids, dtype).data)
         sha256 = data_loader.file_sha256(new_path)
-        path = new_path.replace(cache_dir / f"{stem}-{sha256[:16]}.bin")
+        path = new_path.replace(new_path.with_name(f"{stem}-{sha256[:16]}.bin"))
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
 
@@ -87,9 +87,9 @@ def encode_documents(chunks: Iterable[str], tokenizer: BPETokenizer) -> Iterator
         yield from [[tokenizer.end_id]] if is_end else tokenizer.encode_stream(document)
 
 
-def _cached_file(cache_dir: Path, stem: str, suffix: str) -> Path | None:
+def _cached_file(cache_dir: str | Path, stem: str, suffix: str) -> Path | None:
     """The cached file whose name starts with `stem` and ends with the hash of its content."""
-    for path in cache_dir.glob(f"{stem}-*{suffix}"):
+    for path in Path(cache_dir).glob(f"{stem}-*{suffix}"):
         if path.stem == f"{stem}-{data_loader.file_sha256(path)[:16]}":
             return path
         log0(f"{path} is damaged: recreating it")
@@ -430,10 +430,11 @@ def _encode_turns(system, turns, tokenizer, n):
     """Fills in the template with marks and replaces these by token ids, so that no text can spell a
     heading or a control token; a single turn that exceeds `n` tokens is cut."""
     template = tokenizer.chat_template or CHAT_TEMPLATE
+    is_ours = "### Instruction" in template
     texts, responses, messages = [], set(), []
 
     def mark(text: str) -> str:
-        text = escape_headings(text.strip()) if template == CHAT_TEMPLATE else text.strip()
+        text = escape_headings(text.strip()) if is_ours else text.strip()
         texts.append(tokenizer.encode(text))
         return f"\ue000{len(texts) - 1}\ue001" if text else ""
 
@@ -441,7 +442,7 @@ def _encode_turns(system, turns, tokenizer, n):
         messages.append({"role": "system", "content": mark(system)})
         texts[0] = texts[0][: n // 2]
     for task, context, response in turns:
-        if "message['context']" not in template:
+        if not is_ours:  # published templates know no context
             task, context = f"{task.strip()}\n\n{context}", ""
         messages.append({"role": "user", "content": mark(task), "context": mark(context)})
         if response.strip():

@@ -29,14 +29,21 @@ import generation
 import training
 from data_loader import INSTRUCTION_SOURCES, REVIEW_SOURCES, Corpus, Instruction, Review, log0
 from data_utils import EncodedInstruction, Split
-from generation import BASE, CLASSIFIERS, FULL_CLASSIFIER, LORA_CLASSIFIER, QLORA, REVIEW_LM
+from generation import (
+    BASE,
+    CLASSIFIERS,
+    FULL_CLASSIFIER,
+    LINEAR_BASELINE,
+    LORA_CLASSIFIER,
+    QLORA,
+    REVIEW_LM,
+)
 from lora import count_parameters, merge_lora
 from model import GPTClassificationModel, GPTModel
 from tokenizer import BPETokenizer
 from training import HelpFormatter, Runtime
 
 INSTRUCTION_CONTEXT = 256  # tokens of prompt and response
-LINEAR_BASELINE = "linear_baseline.pth"
 LINEAR, MAJORITY = "TF-IDF + logistic regression", "majority class"
 JUDGED_RESPONSES = 100
 MAX_WINDOW, BATCH_TOKENS = 512, 4096  # bound the memory of models with a long context
@@ -191,7 +198,7 @@ def baseline_metrics(linear: Any, split: Split[Review], names: Sequence[str]) ->
 
 def load_linear_baseline(path: str | Path) -> tuple[Any, None, dict[str, Any]]:
     """The baseline of a checkpoint file, no tokenizer, and the checkpoint."""
-    hint = generation.COMMANDS[FULL_CLASSIFIER]
+    hint = generation.command_for(path)
     checkpoint = training.load_checkpoint(path, "linear", hint)
     with generation.checkpoint_errors(path, hint):
         arrays = [checkpoint["weights"][n].double().numpy() for n in ("idf", "coef", "intercept")]

@@ -29,7 +29,7 @@ from data_loader import REVIEW_SOURCES, Review, find_data_dir, load_reviews, log
 from data_utils import TokenBatches, review_batches, reviews_as_text, split_reviews
 from evaluate import LINEAR_BASELINE, fit_linear_baseline
 from generation import FULL_CLASSIFIER, LORA_CLASSIFIER, REVIEW_LM, class_probabilities, open_base
-from lora import LoRAConfig, apply_lora, count_parameters, lora_state_dict, resolve_targets
+from lora import LoRAConfig, apply_lora, describe_training, lora_state_dict, resolve_targets
 from model import GPTClassificationModel
 from tokenizer import BPETokenizer
 from training import Runtime, TrainConfig
@@ -116,11 +116,9 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
             guesses, baseline = fit_linear_baseline(split, labels)  # now: peak memory only grows
             is_frozen = lora and not config.review_lm_steps
             dtype = runtime.dtype if is_frozen else torch.float32
-            length = config.context_length
-            base, tokenizer, origin = open_base(args.base, args.out_dir, length, dtype)
+            base, tokenizer, origin = open_base(args, config.context_length, dtype)
             tokenizer.text_template = config.text_template
-            log0(f"reviews: {reviews.name}, {split.sizes()}; runtime: {runtime.describe()}")
-            log0(f"labels: {', '.join(labels)}")
+            log0(f"reviews: {reviews.name}, {split.sizes()}; labels: {', '.join(labels)}")
             lora = lora and resolve_targets(nn.ModuleDict({"backbone": base}), lora)
             for file in (path.name, REVIEW_LM) if args.overwrite and not runtime.rank else ():
                 training.state_path(args.out_dir / file).unlink(missing_ok=True)
@@ -128,17 +126,15 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
         if config.review_lm_steps:
             base, origin = _review_lm(base, tokenizer, split, config, origin, args, runtime)
         torch.manual_seed(args.seed)
-        backbone = generation.reconfigure(base, length, config.dropout)
+        backbone = generation.reconfigure(base, config.context_length, config.dropout)
         model = GPTClassificationModel(backbone, len(labels)).to(runtime.device)
         if lora:
             apply_lora(model, lora)
-        trained, total = count_parameters(model)
-        log0(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
+        log0(f"{describe_training(model)}; runtime: {runtime.describe()}")
         metadata = {
             "model_config": asdict(backbone.config),
             **origin,
             "labels": labels,
-            "text_template": config.text_template,
             "review_config": asdict(config),
             "lora_config": lora and asdict(lora),
         }

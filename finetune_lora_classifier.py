@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_loader import is_rank_zero
 from finetune_classifier import PUBLIC_RECIPE, make_parser, run
-from generation import LORA_CLASSIFIER, export_peft, parse_for_base
+from generation import LORA_CLASSIFIER, export_peft, parse_for_base, prepare_export
 from lora import LoRAConfig
 from training import add_config_flags, exit_process, from_options, report_errors
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_for_base(parser, argv, RECIPE, PUBLIC)
     config = from_options(LoRAConfig, vars(args))
     if args.export_peft:
-        args.export_peft.mkdir(parents=True, exist_ok=True)  # fails now rather than after training
+        prepare_export(args.export_peft)  # fails now rather than after training
     run(args, config)
     if args.export_peft and is_rank_zero():
         export_peft(args.out_dir / LORA_CLASSIFIER, args.export_peft)

@@ -94,9 +94,9 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
     adapter = None if args.method == "full" else training.from_options(LoRAConfig, vars(args))
     length, kind = config.context_length, f"{args.method}_instruction"
     with training.rank_zero_first(runtime):
-        is_frozen = args.is_public and args.method == "lora"
+        is_frozen = args.public_recipe and args.method == "lora"
         dtype = runtime.dtype if is_frozen else torch.float32
-        base, tokenizer, origin = generation.open_base(args.base, args.out_dir, length, dtype)
+        base, tokenizer, origin = generation.open_base(args, length, dtype)
         adapter = adapter and lora.resolve_targets(base, adapter)
         data_dir = find_data_dir(args.data_dir)
         tasks = load_instructions(args.dataset, args.data, data_dir, args.max_examples)
@@ -149,8 +149,7 @@ def _prepare_model(model, args, adapter, runtime) -> None:
     if adapter:
         torch.manual_seed(args.seed)
         lora.apply_lora(model, adapter)
-    trained, total = lora.count_parameters(model)
-    log0(f"{args.method}: training {trained:,} of {total:,} parameters ({trained / total:.2%})")
+    log0(f"{args.method}: {lora.describe_training(model)}")
 
 
 def _train(model, tokenizer, encoded, config, args, runtime, path, metadata):

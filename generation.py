@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import training
-from data_loader import Instruction, log0
+from data_loader import PRETRAINED, Instruction, log0
 from data_utils import CHAT_TEMPLATE, encode_instruction, text_batches
 from lora import (
     HEAD,
@@ -227,11 +228,13 @@ def class_probabilities(
 BASE, REVIEW_LM = "model_weights.pth", "review_lm_weights.pth"
 FULL_CLASSIFIER = "finetuned_classifier_weights.pth"
 LORA_CLASSIFIER = "lora_classifier_weights.pth"
+LINEAR_BASELINE = "linear_baseline.pth"
 QLORA, LORA, FULL = (f"{name}_instruction_weights.pth" for name in ("qlora", "lora", "full"))
 COMMANDS = {  # the files of a model set, and what creates them
     BASE: "python main.py",
     REVIEW_LM: "python finetune_classifier.py",
     FULL_CLASSIFIER: "python finetune_classifier.py",
+    LINEAR_BASELINE: "python finetune_classifier.py",
     LORA_CLASSIFIER: "python finetune_lora_classifier.py",
     QLORA: "python finetune_qlora_instructions.py",
     LORA: "python finetune_qlora_instructions.py --no-quantize",
@@ -256,12 +259,12 @@ def load_model(
     `kinds`, raise a ValueError.
     """
     path = Path(path)
-    hint = COMMANDS.get(path.name, COMMANDS[BASE])
+    hint = command_for(path)
     with checkpoint_errors(path, hint):
         checkpoint = load_checkpoint(path, kinds, hint)
         if lora_config := checkpoint.get("lora_config"):
             base_path = path.parent / checkpoint["base"]
-            base = load_checkpoint(base_path, "base", COMMANDS.get(base_path.name, hint))
+            base = load_checkpoint(base_path, "base", command_for(base_path))
             if base["weights_sha256"] != checkpoint["base_sha256"]:
                 raise ValueError(
                     f"{path} was trained on another base than {base_path}: put the right one back, "
@@ -282,7 +285,7 @@ def load_model(
             model = GPTClassificationModel(model, len(checkpoint["labels"]))
             model.load_state_dict(head, strict=False)
         tokenizer.chat_template = checkpoint.get("chat_template")
-        tokenizer.text_template = checkpoint.get("text_template", "{}")
+        tokenizer.text_template = checkpoint.get("review_config", {}).get("text_template", "{}")
         model.to(runtime.device)
         if checkpoint["kind"] == "qlora_instruction":
             quantize_4bit(model, getattr(torch, checkpoint["compute_dtype"].split(".")[-1]))
@@ -290,6 +293,18 @@ def load_model(
             apply_lora(model, LoRAConfig(**lora_config))
             load_lora_state_dict(model, checkpoint["weights"])
     return model.eval(), tokenizer, checkpoint
+
+
+def command_for(path: str | Path) -> str:
+    """The command that creates a file of a model set."""
+    folder, name = Path(path).resolve().parent, Path(path).name
+    command = COMMANDS.get(name, COMMANDS[BASE])
+    if folder.parent.name != "models" or folder.name == "shipped":
+        return command
+    if command != COMMANDS[BASE]:
+        return f"{command} --base {folder.name}"
+    is_public = folder.name in PRETRAINED
+    return f"{command} --pretrained {folder.name}" if is_public else f"{command} --out-dir {folder}"
 
 
 def build_model(
@@ -346,11 +361,9 @@ def parse_for_base(
         path = base or default_model_set() / BASE
         is_public = "pretrained" in torch.load(path, "cpu", weights_only=True, mmap=True)
     recipe = public_recipe if is_public else recipe
-    if is_public:
-        log0("for a public base: " + ", ".join(f"{k} {v!r}" for k, v in recipe.items()))
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
-    args.base, args.is_public = base, is_public
+    args.base, args.public_recipe = base, recipe if is_public else {}
     default = base.parent if base else Path("models")
     if args.out_dir is None:  # what comes with the clone is never written to by default
         args.out_dir = Path("models") if default.name == "shipped" else default
@@ -358,18 +371,18 @@ def parse_for_base(
 
 
 def open_base(
-    path: str | Path | None,
-    out_dir: str | Path,
-    context_length: int,
-    dtype: torch.dtype = torch.float32,
+    args: argparse.Namespace, context_length: int, dtype: torch.dtype = torch.float32
 ) -> tuple[GPTModel, BPETokenizer, dict[str, Any]]:
-    """Opens a base to fine-tune, by default that of the default model set, and copies its
-    tokenizer to `out_dir`.
+    """Opens `args.base`, or the base of the default model set, and copies its tokenizer to
+    `args.out_dir`.
 
     Returns:
         The model, its tokenizer, and the path and hashes by which checkpoints identify the base.
     """
-    path, out_dir = Path(path or default_path(BASE)), Path(out_dir)
+    path, out_dir = args.base or default_path(BASE), args.out_dir
+    if args.public_recipe:
+        defaults = ", ".join(f"{name} {value!r}" for name, value in args.public_recipe.items())
+        log0(f"defaults for a public base: {defaults}")
     model, tokenizer, checkpoint = load_model(path, "base", dtype=dtype)
     length = model.config.context_length
     if model.config.position == "learned" and context_length > length:
@@ -383,9 +396,9 @@ def open_base(
     return model, tokenizer, origin
 
 
-def place_tokenizer(tokenizer: BPETokenizer, folder: Path) -> None:
-    """Writes the tokenizer of a model set, unless it has one; another one is a ValueError."""
-    path = folder / "tokenizer.json"
+def place_tokenizer(tokenizer: BPETokenizer, folder: str | Path) -> None:
+    """Writes the tokenizer of a model set, unless it has one; a different one is a ValueError."""
+    path = Path(folder, "tokenizer.json")
     if not path.is_file():
         tokenizer.save(path)
     elif BPETokenizer.load(path).sha256 != tokenizer.sha256:
@@ -451,9 +464,9 @@ def export_hf(path: str | Path, folder: str | Path) -> None:
     tensors = weights_to_hf(gpt.state_dict(), config)
     stops, vocab = stop_ids(tokenizer), tokenizer.vocab
     special = {"bos_token_id": None, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
-    settings = {**config_to_hf(config), **special, "dtype": "float32"}
+    task = "SequenceClassification" if labels else "CausalLM"
+    settings = {**config_to_hf(config, task), **special, "dtype": "float32"}
     if labels:
-        settings = {**config_to_hf(config, "SequenceClassification"), **special}
         settings |= {"id2label": dict(enumerate(labels)), "eos_token_id": stops[0]}
         settings["label2id"] = {name: i for i, name in enumerate(labels)}
         tensors.pop("lm_head.weight", None)
@@ -531,17 +544,25 @@ def _classifier_tensors(model: GPTClassificationModel) -> dict[str, Tensor]:
     return tensors
 
 
+def prepare_export(folder: str | Path) -> Path:
+    """Creates the folder of an export; one that holds files is a ValueError."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose a new folder")
+    return folder
+
+
 @contextlib.contextmanager
 def _new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that gets its name when all is written."""
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary folder that replaces the empty `folder` when all is written."""
+    folder = prepare_export(folder)
     with tempfile.TemporaryDirectory(dir=folder.parent) as part:
-        yield Path(part)
-        if folder.exists():
-            folder.rmdir()
+        try:
+            yield Path(part)
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"cannot write {folder}: {error}") from None
+        folder.rmdir()
         Path(part).chmod(0o755)  # a temporary folder is for its owner alone
         Path(part).rename(folder)
         Path(part).mkdir()  # for the context manager to delete
@@ -557,32 +578,13 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 @report_errors
 def main(argv: list[str] | None = None) -> int:
-    """Command line: streams text, or prints one JSON object."""
-    parser = new_parser("Continue a prompt, or follow an instruction.")
-    add, task = parser.add_argument, parser.add_mutually_exclusive_group()
-    task.add_argument("--prompt", default="", help="text to continue; empty starts a new text")
-    task.add_argument("--instruct", help="instruction to follow, instead of a prompt")
-    add("--context", default="", help="text that the instruction is about")
-    text = f"base or instruction model (default: {BASE}, or {QLORA} with --instruct, of models/"
-    add("--checkpoint", type=Path, help=f"{text} if it has a base, else of models/shipped)")
-    add("--max-new-tokens", type=int, default=300, help="maximum number of tokens to generate")
-    add("--temperature", type=float, default=TEMPERATURE, help="0 is greedy")
-    add("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0 means all")
-    add("--top-p", type=float, default=TOP_P, help="sample from tokens of this total probability")
-    add("--repetition-penalty", type=float, default=1.0, help="above 1 avoids tokens already there")
-    add("--seed", type=int, default=0, help="the same seed gives the same text")
-    add("--json", action="store_true", help="print one JSON object at the end")
-    add("--export-hf", type=Path, metavar="DIR", help="only write a copy that transformers opens")
-    add("--export-peft", type=Path, metavar="DIR", help="only write the adapter as peft opens it")
-    args = parser.parse_args(argv)
-    if args.context and args.instruct is None:
-        parser.error("--context needs --instruct")
+    """Command line: streams text, prints one JSON object, or exports."""
+    args = _parse(argv)
     path = args.checkpoint or default_path(BASE if args.instruct is None else QLORA)
     if args.export_hf or args.export_peft:
-        if args.export_hf:
-            export_hf(path, args.export_hf)
-        if args.export_peft:
-            export_peft(path, args.export_peft)
+        for export, folder in ((export_hf, args.export_hf), (export_peft, args.export_peft)):
+            if folder:
+                export(path, folder)
         return 0
     runtime = Runtime(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model, tokenizer, checkpoint = load_model(path, runtime=runtime)
@@ -595,7 +597,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.instruct is None:
         ids = continue_prompt(model, tokenizer, args.prompt, **sampling)
     else:
-        task = Instruction(args.instruct, args.context, "")
+        task = Instruction(args.instruct, args.context)
         ids = generate_response(model, tokenizer, task, **sampling)
     if args.json:
         tokens = list(ids)
@@ -608,6 +610,29 @@ def main(argv: list[str] | None = None) -> int:
             print(chunk, end="", flush=True)
         print()
     return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = new_parser("Continue a prompt, or follow an instruction.")
+    add, task = parser.add_argument, parser.add_mutually_exclusive_group()
+    task.add_argument("--prompt", default="", help="text to continue; empty starts a new text")
+    task.add_argument("--instruct", help="instruction to follow, instead of a prompt")
+    add("--context", default="", help="text that the instruction is about")
+    text = f"base or instruction model (default: {BASE}, or {QLORA} with --instruct, of models/"
+    add("--checkpoint", type=Path, help=f"{text} if it has a base, else of models/shipped)")
+    add("--max-new-tokens", type=int, default=300, help="maximum number of tokens to generate")
+    add("--temperature", type=float, default=TEMPERATURE, help="0 is greedy")
+    add("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0 means all")
+    add("--top-p", type=float, default=TOP_P, help="sample from tokens of this total probability")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1 discourages repetition")
+    add("--seed", type=int, default=0, help="the same seed gives the same text")
+    add("--json", action="store_true", help="print one JSON object at the end")
+    add("--export-hf", type=Path, metavar="DIR", help="instead, write a copy for transformers")
+    add("--export-peft", type=Path, metavar="DIR", help="instead, write the adapter for peft")
+    args = parser.parse_args(argv)
+    if args.context and args.instruct is None:
+        parser.error("--context needs --instruct")
+    return args
 
 
 if __name__ == "__main__":

@@ -337,6 +337,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for p, n in sizes.items() if p.requires_grad), sum(sizes.values())
 
 
+def describe_training(model: nn.Module) -> str:
+    """For the log: "training 24,450 of 2,582,082 parameters (0.95%)"."""
+    trained, total = count_parameters(model)
+    return f"training {trained:,} of {total:,} parameters ({trained / total:.2%})"
+
+
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all weights, and of the scales and level tables of the quantised ones."""
     tensors = list(model.parameters())

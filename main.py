@@ -5,7 +5,7 @@
     python main.py --data my_texts/ --steps 3000      # your own UTF-8 text
     torchrun --nproc_per_node=2 main.py --preset gpu  # several processes
     python main.py --pretrained smollm2-135m-instruct # a public model: fetch, convert, sample
-    python main.py --pretrained gpt2 --steps 200      # and go on training it
+    python main.py --pretrained gpt2 --steps 200      # and train it further
     python main.py --init-from models/model_weights.pth --steps 600 --data my.txt
 
 Writes `models/tokenizer.json`, `models/model_weights.pth` and `models/model_weights.log.jsonl`; a
@@ -23,7 +23,15 @@ from typing import Any
 import torch
 
 import training
-from data_loader import PRETRAINED, find_data_dir, load_corpus, log0, open_pretrained, pretrained_id
+from data_loader import (
+    PRETRAINED,
+    Corpus,
+    find_data_dir,
+    load_corpus,
+    log0,
+    open_pretrained,
+    pretrained_id,
+)
 from data_utils import TokenBatches, prepare_token_ids, prepare_tokenizer
 from evaluate import validation_metrics
 from generation import BASE, continue_prompt, load_model, place_tokenizer, reconfigure
@@ -93,15 +101,7 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
     with training.rank_zero_first(runtime):
         corpus = load_corpus(args.dataset, args.data, find_data_dir(args.data_dir))
         cache, splits = args.out_dir / "cache", zip(("train", "validation"), corpus.split())
-        if args.init_from:
-            model, tokenizer, origin = _open_start(args)
-        else:
-            tokenizer, origin = prepare_tokenizer(corpus, args.vocab_size, cache), {}
-            model = _new_model(args, tokenizer.vocab_size)
-        if args.context_length is None:
-            args.context_length = min(CONTINUE_CONTEXT, model.config.context_length)
-        if not 1 <= args.context_length <= model.config.context_length:
-            raise ValueError(f"--context-length must lie in [1, {model.config.context_length}]")
+        model, tokenizer, origin = _open_model(args, corpus, cache)
         windows = {**asdict(data_config), "context_length": args.context_length}
         train_ids, validation_ids = (
             prepare_token_ids(name, ranges, corpus, tokenizer, cache) for name, ranges in splits
@@ -141,16 +141,23 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
     return args.out_dir / BASE
 
 
-def _new_model(args: argparse.Namespace, vocab_size: int) -> GPTModel:
-    config = replace(from_options(GPTConfig, vars(args)), vocab_size=vocab_size)
-    torch.manual_seed(args.seed)
-    return GPTModel(config)
-
-
-def _open_start(args: argparse.Namespace) -> tuple[GPTModel, BPETokenizer, dict[str, str]]:
-    """The model to go on from, its tokenizer, and what a checkpoint records about it."""
+def _open_model(
+    args: argparse.Namespace, corpus: Corpus, cache: Path
+) -> tuple[GPTModel, BPETokenizer, dict[str, Any]]:
+    """The model to train, a new one or that of `--init-from`, its tokenizer, and what a checkpoint
+    records about its origin."""
+    if args.init_from is None:
+        tokenizer = prepare_tokenizer(corpus, args.vocab_size, cache)
+        config = replace(from_options(GPTConfig, vars(args)), vocab_size=tokenizer.vocab_size)
+        torch.manual_seed(args.seed)
+        return GPTModel(config), tokenizer, {}
     model, tokenizer, checkpoint = load_model(args.init_from, "base")
-    reconfigure(model, model.config.context_length, args.dropout)
+    length = model.config.context_length
+    reconfigure(model, length, args.dropout)
+    if args.context_length is None:
+        args.context_length = min(CONTINUE_CONTEXT, length)
+    if not 1 <= args.context_length <= length:
+        raise ValueError(f"--context-length must lie in [1, {length}]")
     origin = {"init_from": str(args.init_from), "init_from_sha256": checkpoint["weights_sha256"]}
     return model, tokenizer, {**origin, "chat_template": checkpoint.get("chat_template")}
 
@@ -225,7 +232,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     start.add_argument("--preset", choices=PRESETS, default="cpu", help="recipe to start from")
     text = f"public model: {', '.join(PRETRAINED)}, an id on the hub, or a local folder"
     start.add_argument("--pretrained", metavar="NAME", help=text)
-    text = "base model to go on training, with its tokenizer and architecture"
+    text = "base model to train further, with its tokenizer and architecture"
     start.add_argument("--init-from", type=Path, metavar="FILE", help=text)
     parser = training.new_parser(
         "Train the tokenizer and the base model, and show a sample.",
@@ -248,7 +255,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in sorted(given - {"context_length"}):
         if getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')}: the model to go on from decides")
+            raise ValueError(f"--{name.replace('_', '-')}: already set by the trained model")
     if args.steps is None and (args.data or args.resume or args.overwrite):
         raise ValueError("--pretrained with --data, --resume or --overwrite needs --steps")
     return args

@@ -38,6 +38,10 @@ _OUR_SPECIALS = (END_OF_TEXT, PAD)
 Merges = list[tuple[int, int, int]]  # (left id, right id, merged id), in the order learned
 
 
+class UnsupportedError(ValueError):
+    """A tokenizer whose ids would differ from those of `tokenizers`."""
+
+
 def plain_bpe(text: str, n_tokens: int) -> tuple[list[bytes], Merges]:
     """Learns a vocabulary the obvious way: count all pairs, merge the most frequent one, repeat."""
     vocab = [bytes([byte]) for byte in _BYTES]
@@ -86,13 +90,13 @@ class BPETokenizer:
         added = sorted(layout["added_tokens"], key=lambda token: token["id"])
         self.special_tokens = special = {token["content"]: token["id"] for token in added}
         if not {chr(byte) for byte in range(0x21, 0x7F)} <= ids.keys() - special.keys():
-            raise NotImplementedError("a printable ASCII character has no token")
+            raise UnsupportedError("a printable ASCII character has no token")
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         if both := {left + right for left, right in merges} & special.keys():
-            raise NotImplementedError(f"merges also produce special tokens: {sorted(both)}")
+            raise UnsupportedError(f"merges also produce special tokens: {sorted(both)}")
         names = {i: name for name, i in {**ids, **special}.items()}
         if names.keys() != set(range(len(ids.keys() | special.keys()))):
-            raise NotImplementedError("token ids are not 0, 1, 2, ... without gaps")
+            raise UnsupportedError("token ids are not 0, 1, 2, ... without gaps")
         self._names = [names[i] for i in range(len(names))]  # as files write tokens
         self.vocab = [
             name.encode() if name in special else bytes([_TO_BYTE[char] for char in name])
@@ -398,7 +402,7 @@ def _refusing(source: str, advice: str = "") -> Iterator[None]:
     """Turns the errors of unsupported and of malformed content into ValueErrors of one line."""
     try:
         yield
-    except NotImplementedError as error:
+    except UnsupportedError as error:
         raise ValueError(f"{source}: this tokenizer is not supported: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{source}: no byte-level BPE, or damaged ({error}){advice}") from None
@@ -443,16 +447,16 @@ def _check_support(layout: dict) -> str:
     """The family of a layout. Rejects features that we lack: better no ids than wrong ids."""
     model, normalizer = layout["model"], layout.get("normalizer")
     if (kind := model.get("type", "BPE")) != "BPE":
-        raise NotImplementedError(f"the model is {kind}, not BPE")
+        raise UnsupportedError(f"the model is {kind}, not BPE")
     if normalizer not in (None, {"type": "NFC"}):
-        raise NotImplementedError(f"the normalizer is {normalizer['type']}, not NFC")
+        raise UnsupportedError(f"the normalizer is {normalizer['type']}, not NFC")
     if on := [n for n in (*_OPTIONS, "byte_fallback") if model.get(n)]:
-        raise NotImplementedError(f"the model has {', '.join(on)}")
+        raise UnsupportedError(f"the model has {', '.join(on)}")
     for token in layout["added_tokens"]:
         name, is_special = token["content"], token.get("special")
         flags = [n for n in _FLAGS if token.get(n) and (n != "normalized" or normalizer)]
         if flags or not (name if is_special else re.fullmatch(r"<.+>|\[.+\]", name)):
-            raise NotImplementedError(f"the added token {name!r} would change ordinary text")
+            raise UnsupportedError(f"the added token {name!r} would change ordinary text")
     pre_tokenizer = layout.get("pre_tokenizer") or {"type": "None"}
     steps = [  # `trim_offsets` changes no ids
         {**_BYTE_LEVEL, **step, "trim_offsets": True} if step["type"] == "ByteLevel" else step
@@ -462,4 +466,4 @@ def _check_support(layout: dict) -> str:
         if steps == known:
             return family
     kinds = ", ".join(step["type"] for step in steps)
-    raise NotImplementedError(f"the pre-tokenizer {kinds} is not that of {', '.join(_STEPS)}")
+    raise UnsupportedError(f"the pre-tokenizer {kinds} is not that of {', '.join(_STEPS)}")

@@ -350,6 +350,9 @@ class _Run:
             advice = "give the same options, for precision on an idle machine (it is timed)"
             text = f"belongs to another run ({differences}): {advice}, or --overwrite"
             raise ValueError(f"{self.state_path} {text}")
+        if missing := {*self.PROGRESS} - state.keys():
+            older = f"lacks {', '.join(sorted(missing))}: it is of another version; add --overwrite"
+            raise ValueError(f"{self.state_path} {older}")
         self.model.load_state_dict(state["weights"], strict=False)
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
@@ -591,7 +594,7 @@ def adapters_on(folder: str | Path, files: Sequence[str]) -> str:
             metadata = checkpoint.get("metadata", checkpoint)  # the former in a resumable state
             if metadata["lora_config"] and metadata["base"] in files:
                 names.append(path.name)
-    return f"; adapters on that base, which need it: {', '.join(names)}" if names else ""
+    return f"; adapters that depend on it: {', '.join(names)}" if names else ""
 
 
 def bfloat16_is_faster(device: torch.device) -> bool:

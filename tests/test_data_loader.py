@@ -268,6 +268,17 @@ def test_reading_in_pieces_cuts_no_character_line_end_or_marker(
     assert whole(tmp_path / "a.txt") == "a\nb\u0085c\u2028\n é < \U0001f9c2\0<\0" * 40
 
 
+def test_a_file_without_line_ends_is_read_in_pieces_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(data_loader, "CHUNK_BYTES", 50)
+    text = "\U0001f9c2 no line ends, one long line é<|endoftext|>" * 500
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    chunks = list(Corpus("own", [tmp_path / "a.txt"]).read())
+    assert max(map(len, chunks)) <= 2 * 50 + 2 * len("<|endoftext|>\n")
+    assert "".join(chunks) == text.replace("<|endoftext|>", "\0")
+
+
 TEXT = "Señor Müller said: “The café is closed.”\nIt costs £5, or 5 €.\n" * 20
 
 
@@ -301,8 +312,8 @@ def test_one_text_in_every_form_is_one_corpus(
     ("content", "reason"),
     [
         (TEXT.encode() + b"\xff" + TEXT.encode(), f"after byte {len(TEXT.encode())}"),
-        (bytes(range(256)) * 20, "is no text"),
-        (TEXT.encode() + b"\0", "is no text"),
+        (bytes(range(256)) * 20, "is not text"),
+        (TEXT.encode() + b"\0", "is not text"),
         (b"PK\x03\x04 xl/workbook.xml", "save a workbook as CSV"),
         (b"%PDF-1.7 ...", "is a PDF"),
         (b"PAR1....", "Parquet"),

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from conftest import randomised
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -157,6 +158,19 @@ def test_an_instruction_model_answers_there_as_here(
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
         assert_equal_logits(theirs.eval(), model, ids(model))
+
+
+def test_a_failed_export_is_one_line_and_leaves_no_file(
+    base: GPTModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    def full_disk(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(generation, "save_file", full_disk)
+    checkpoint, out = tmp_path / "models" / BASE, tmp_path / "out"
+    assert generation.main(["--checkpoint", str(checkpoint), "--export-hf", str(out)]) == 2
+    assert capsys.readouterr().err == f"error: cannot write {out}: No space left on device\n"
+    assert not list(out.iterdir()) and {p.name for p in tmp_path.iterdir()} == {"models", "out"}
 
 
 def test_an_export_never_replaces_files(base: GPTModel, tmp_path: Path):

@@ -132,6 +132,18 @@ def test_the_stop_token_ends_the_text(model: GPTModel):
     assert stopped == tokens[: tokens.index(tokens[4])]
 
 
+def test_a_text_ends_with_the_chat_turn_or_the_document(
+    model: GPTModel, tokenizer: BPETokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    ids = list(continue_prompt(model, tokenizer, "To be", 30, temperature=0, top_p=None))
+    for name in ("end_of_turn_id", "end_id"):
+        with monkeypatch.context() as patch:
+            holder = tokenizer if name == "end_of_turn_id" else type(tokenizer)
+            patch.setattr(holder, name, ids[4])
+            found = continue_prompt(model, tokenizer, "To be", 30, temperature=0, top_p=None)
+            assert list(found) == ids[: ids.index(ids[4])]
+
+
 def test_a_row_that_ended_is_padded_and_costs_nothing_more(
     model: GPTModel, monkeypatch: pytest.MonkeyPatch
 ):
@@ -255,6 +267,23 @@ def test_an_empty_text_is_no_text_to_classify(model: GPTModel, tokenizer: BPETok
 def test_a_missing_checkpoint_names_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert generation.main(["--checkpoint", str(tmp_path / "none.pth")]) == 2
     assert "python main.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("models/model_weights.pth", "python main.py"),
+        ("models/shipped/lora_classifier_weights.pth", "python finetune_lora_classifier.py"),
+        ("models/gpt2/model_weights.pth", "python main.py --pretrained gpt2"),
+        ("models/gpt2/linear_baseline.pth", "python finetune_classifier.py --base gpt2"),
+        (
+            "models/gpt2/lora_instruction_weights.pth",
+            "python finetune_qlora_instructions.py --no-quantize --base gpt2",
+        ),
+    ],
+)
+def test_the_command_that_creates_a_file_of_a_model_set(file: str, command: str, tmp_path: Path):
+    assert generation.command_for(tmp_path / file) == command
 
 
 def test_another_tokenizer_is_refused(base_checkpoint: Path, capsys: pytest.CaptureFixture[str]):

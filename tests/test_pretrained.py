@@ -890,14 +890,14 @@ def test_without_the_hub_smollm2_comes_out_of_a_package(
     assert "SmolLM2-135M cannot be fetched" in line
 
 
-# ---- going on from a trained model
+# ---- training a model further
 
 MORE = "--steps 12 --eval-every 4 --batch-size 2 --context-length 16".split()  # noqa: SIM905
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A trained base of one's own, with the context of the tiny models."""
+    """A base trained from scratch, with the context of the tiny models."""
     (tmp_path / "x.txt").write_text(PLAY[:6000])
     arguments = """--data x.txt --out-dir first --n-layer 1 --n-head 1 --n-embd 16 --vocab-size 300
         --context-length 32 --steps 4"""
@@ -1132,7 +1132,7 @@ def test_a_public_base_gets_its_own_defaults_and_stays_frozen(
     options = ["--base", "tiny", "--dataset", "sample", "--steps", "3", "--context-length", "48"]
     assert module.main([*options, "--batch-size", "4"]) == 0
     log = capsys.readouterr().err
-    assert "for a public base: " in log and "optimizer 'adamw'" in log
+    assert "defaults for a public base: " in log and "optimizer 'adamw'" in log
     folder = Path("models", "tiny")
     (path,) = folder.glob("*lora_*_weights.pth")
     model, tokenizer, checkpoint = load_model(path)

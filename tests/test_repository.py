@@ -81,6 +81,8 @@ def test_public_names_are_documented_and_typed(path: Path):
             arguments = [a for a in [*node.args.args, *node.args.kwonlyargs] if a.arg != "self"]
             missing = [a.arg for a in arguments if a.annotation is None and a.arg != "cls"]
             assert not missing and node.returns is not None, f"{path.name}: {node.name} {missing}"
+            types = [ast.unparse(a.annotation) for a in arguments if a.annotation]
+            assert not {"Path", "Path | None"} & {*types}, f"{path.name}: {node.name} takes no str"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

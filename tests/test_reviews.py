@@ -154,7 +154,7 @@ def test_files_that_are_no_text(tmp_path: Path):
     wide = ("text\tlabel\n" + "Great stuff\t1\n" * 9).encode("utf-16")
     for content in (wide + b"\x00\xd8\n\x00", wide[:-1], b"text\tlabel\nx\0y\t1\n"):
         (tmp_path / "binary.tsv").write_bytes(content)
-        with pytest.raises(ValueError, match=r"not utf_16 throughout|is no text"):
+        with pytest.raises(ValueError, match=r"not utf_16 throughout|is not text"):
             read_rows(tmp_path / "binary.tsv")
 
 
@@ -225,7 +225,7 @@ REFUSED = {
     ),
     "arrays.json": (b'{"a": [], "b": []}', "several arrays: keep the one"),
     "quote.csv": (b'text,label\n"Great,1\nb,0\nc,0\n', "row 2: a quotation mark that is never"),
-    "noise.csv": (bytes(range(256)) * 9, "is no text"),
+    "noise.csv": (bytes(range(256)) * 9, "is not text"),
     "wide.csv": (b"0,7,Mon,me,Hi\n4,8,Tue,you,Ho\n", "5 columns without known names"),
 }
 
@@ -311,7 +311,7 @@ def test_a_sorted_file_is_sampled_from_end_to_end(
     rows = "".join(f"text {i},{int(i >= 3000)}\n" for i in range(6000))
     path = write(tmp_path / "sorted.csv", "text,label\n" + rows)
     drawn = load_reviews("auto", path, tmp_path, 2000)
-    assert "2,000 of 6,000 rows, drawn at random" in capsys.readouterr().err
+    assert "a random sample of 2,000 of 6,000 rows" in capsys.readouterr().err
     assert sum(row.label for row in drawn.rows) == pytest.approx(1000, abs=80)
     numbers = [int(row.text.split()[1]) for row in drawn.rows]
     assert (

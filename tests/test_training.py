@@ -367,12 +367,22 @@ def test_nothing_to_resume_is_an_error(tmp_path: Path, runtime: Runtime):
         run(tmp_path, runtime, resume=True)
 
 
+def test_a_state_of_another_version_is_one_line(tmp_path: Path, runtime: Runtime):
+    run(tmp_path, runtime)
+    path = tmp_path / "run.resume.pth"
+    state = load_checkpoint(path, "resume")
+    del state["tokens"]
+    save_checkpoint(path, state)
+    with pytest.raises(ValueError, match="lacks tokens: it is of another version"):
+        run(tmp_path, runtime, resume=True)
+
+
 def output_options(folder: Path, resume: bool = False, overwrite: bool = False) -> Namespace:
     return Namespace(out_dir=folder, resume=resume, overwrite=overwrite)
 
 
 def test_an_unfinished_run_is_refused_by_name_and_stays(tmp_path: Path, runtime: Runtime):
-    """Not `--resume` in vain, and the same for the model that a script goes on from."""
+    """So is a missing one, and all of this holds for the model that a script starts from."""
     state = tmp_path / "b.resume.pth"
     state.write_bytes(b"158 steps")
     for files, start in ((("b.pth", "c.pth"), ""), (("a.pth",), "b.pth")):
@@ -404,8 +414,8 @@ def test_what_will_be_replaced_is_named_with_the_adapters_on_it(
     check_output(output_options(tmp_path), runtime, "base.pth", "tokenizer.json")
     said = capsys.readouterr().err
     assert said == (
-        f"will replace base.pth, tokenizer.json, base.log.jsonl in {tmp_path}; adapters on that "
-        "base, which need it: on it.pth, unfinished.resume.pth\n"
+        f"will replace base.pth, tokenizer.json, base.log.jsonl in {tmp_path}; adapters that "
+        "depend on it: on it.pth, unfinished.resume.pth\n"
     )
     check_output(output_options(tmp_path), runtime, "on it.pth")
     assert capsys.readouterr().err == f"will replace on it.pth in {tmp_path}\n"
