@@ -44,6 +44,7 @@ RECIPE = {
 PUBLIC_RECIPE = {  # for a public base, which answers already
     "steps": 120,
     "batch_size": 8,
+    "grad_accumulation": 2,
     "dropout": 0.0,
     "optimizer": "adamw",
     "learning_rate": 2e-4,
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
     adapter = None if args.method == "full" else training.from_options(LoRAConfig, vars(args))
     length, kind = config.context_length, f"{args.method}_instruction"
     with training.rank_zero_first(runtime):
-        is_frozen = args.public_recipe and args.method == "lora"
+        is_frozen = args.public_recipe and args.method != "full"
         dtype = runtime.dtype if is_frozen else torch.float32
         base, tokenizer, origin = generation.open_base(args, length, dtype)
         adapter = adapter and lora.resolve_targets(base, adapter)
@@ -113,6 +114,7 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
         "instruction_config": asdict(config),
         "lora_config": adapter and asdict(adapter),
         "compute_dtype": str(runtime.dtype),
+        "base_dtype": str(dtype),
     }
     _prepare_model(model, args, adapter, runtime)
     path = args.out_dir / f"{kind}_weights.pth"

@@ -280,6 +280,9 @@ def load_model(
         weights = base["weights"] if lora_config else checkpoint["weights"]
         weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
         head = {name: weights.pop(name) for name in list(weights) if name.startswith(HEAD)}
+        is_quantized = checkpoint["kind"] == "qlora_instruction"
+        if is_quantized:  # from weights of the same type, to the same values
+            dtype = getattr(torch, checkpoint.get("base_dtype", "float32").split(".")[-1])
         model = build_model(GPTConfig(**checkpoint["model_config"]), weights, dtype)
         if checkpoint["kind"] in CLASSIFIERS:
             model = GPTClassificationModel(model, len(checkpoint["labels"]))
@@ -287,7 +290,7 @@ def load_model(
         tokenizer.chat_template = checkpoint.get("chat_template")
         tokenizer.text_template = checkpoint.get("review_config", {}).get("text_template", "{}")
         model.to(runtime.device)
-        if checkpoint["kind"] == "qlora_instruction":
+        if is_quantized:
             quantize_4bit(model, getattr(torch, checkpoint["compute_dtype"].split(".")[-1]))
         if lora_config:
             apply_lora(model, LoRAConfig(**lora_config))

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -276,7 +277,8 @@ def test_mean_loss_weighs_batches_by_their_size(runtime: Runtime):
 def test_masked_targets_carry_no_loss():
     logits = torch.randn(2, 3, 5)
     targets = torch.tensor([[1, -100, 2], [-100, -100, 4]])
-    loss, weight = next_token_loss(lambda _: logits, (targets, targets))
+    model = SimpleNamespace(hidden=lambda _: logits, head=nn.Identity())
+    loss, weight = next_token_loss(model, (targets, targets))
     log_p = logits.log_softmax(-1)
     assert weight == 3
     torch.testing.assert_close(loss, -(log_p[0, 0, 1] + log_p[0, 2, 2] + log_p[1, 2, 4]))
