@@ -45,7 +45,8 @@ from training import HelpFormatter, Runtime
 
 INSTRUCTION_CONTEXT = 256  # tokens of prompt and response
 LINEAR, MAJORITY = "TF-IDF + logistic regression", "majority class"
-JUDGED_RESPONSES = 100
+JUDGED_RESPONSES, JUDGED_OF_LARGE = 100, 20  # the latter of models above `LARGE` parameters
+LARGE = 50_000_000
 MAX_WINDOW, BATCH_TOKENS = 512, 4096  # bound the memory of models with a long context
 Metrics = dict[str, Any]
 
@@ -155,7 +156,8 @@ def response_metrics(
 def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction]) -> float:
     """Fraction of sampled responses that end by themselves within `MAX_RESPONSE_TOKENS`. A merged
     copy samples them: equivalent and several times faster than 4 bits."""
-    judged, merged = rows[:JUDGED_RESPONSES], copy.deepcopy(model)
+    is_large = count_parameters(model)[1] > LARGE
+    judged, merged = rows[: JUDGED_OF_LARGE if is_large else JUDGED_RESPONSES], copy.deepcopy(model)
     merge_lora(merged)
     n_stopped = 0
     for seed, row in enumerate(tqdm(judged, desc="responses", unit="response")):

@@ -251,14 +251,16 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     loss.
 
     The plain equivalent is `F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")`
-    with the logits (B * T, V). Here prompts and padding get none, and in slices of rows the float32
-    logits stay in the cache: faster, and with a large vocabulary gigabytes less.
+    with the logits (B * T, V). Here prompts and padding get none, and the others in slices that
+    stay in the cache: faster, and with a large vocabulary gigabytes less.
     """
     inputs, targets = batch
     has_loss = targets != -100
-    logits, wanted = model.head(model.hidden(inputs)[has_loss]), targets[has_loss]
-    slices = zip(logits.split(CACHED_ROWS), wanted.split(CACHED_ROWS))
-    losses = [F.cross_entropy(rows.float(), ids, reduction="sum") for rows, ids in slices]
+    hidden, wanted = model.hidden(inputs)[has_loss], targets[has_loss]
+    losses = [
+        F.cross_entropy(model.head(rows).float(), ids, reduction="sum")
+        for rows, ids in zip(hidden.split(CACHED_ROWS), wanted.split(CACHED_ROWS))
+    ]
     return torch.stack(losses).sum(), has_loss.sum()
 
 
