@@ -489,7 +489,7 @@ def encode_instructions(
     """Token ids of examples. Those without room for a response are skipped; these, and
     conversations that lost turns, are counted."""
     encoded = [encode_instruction(row, tokenizer, context_length) for row in rows]
-    usable = [example for example in encoded if example.targets[-1] != IGNORE]
+    usable = [example for example in encoded if set(example.targets) != {IGNORE}]
     if len(usable) < len(encoded):
         log0(f"skipped {len(encoded) - len(usable):,} examples: no room for a response")
     if not usable:
