@@ -4,6 +4,7 @@
     python evaluate.py perplexity --data FILE [--checkpoint FILE] [--json]
     python evaluate.py sentiment (--data FILE | --text TEXT) [--checkpoint FILE] [--json]
     python evaluate.py instructions --data FILE [--checkpoint FILE] [--json]
+    python evaluate.py questions [--data FILE] [--checkpoint FILE] [--json]
 
 Bits per byte, the loss of a text in bits divided by its UTF-8 bytes, compares models with different
 vocabularies. Perplexity, e to the nats per token, does not: longer tokens are harder to predict.
@@ -14,7 +15,9 @@ import contextlib
 import copy
 import json
 import math
+import re
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,8 @@ INSTRUCTION_CONTEXT = 256  # tokens of prompt and response
 LINEAR, MAJORITY = "TF-IDF + logistic regression", "majority class"
 JUDGED_RESPONSES, JUDGED_OF_LARGE = 100, 20  # the latter of models above `LARGE` parameters
 LARGE = 50_000_000
+QUESTIONS = data_loader.SAMPLES / "questions.jsonl"
+ANSWER_TOKENS = 40
 MAX_WINDOW, BATCH_TOKENS = 512, 4096  # bound the memory of models with a long context
 Metrics = dict[str, Any]
 
@@ -156,14 +161,40 @@ def response_metrics(
 def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction]) -> float:
     """Fraction of sampled responses that end by themselves within `MAX_RESPONSE_TOKENS`. A merged
     copy samples them: equivalent and several times faster than 4 bits."""
-    is_large = count_parameters(model)[1] > LARGE
-    judged, merged = rows[: JUDGED_OF_LARGE if is_large else JUDGED_RESPONSES], copy.deepcopy(model)
+    merged = copy.deepcopy(model)
     merge_lora(merged)
+    judged = rows[: JUDGED_OF_LARGE if count_parameters(model)[1] > LARGE else JUDGED_RESPONSES]
     n_stopped = 0
     for seed, row in enumerate(tqdm(judged, desc="responses", unit="response")):
         length = len(list(generation.generate_response(merged, tokenizer, row, seed=seed)))
         n_stopped += length < generation.MAX_RESPONSE_TOKENS
     return n_stopped / len(judged)
+
+
+def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path) -> Metrics:
+    """Fraction of greedy answers to the questions of a file that are right: they contain one of the
+    "answers" as a word of its own and none of the "wrong" ones; also for each "category". Leaves
+    the model merged."""
+    questions = [row for _, row in data_loader.read_records(path, ("instruction", "answers"))]
+    if not all(isinstance(q, dict) and {"instruction", "answers"} <= q.keys() for q in questions):
+        raise ValueError(f"{path}: each row needs an instruction and a list of answers")
+    found, answers = defaultdict(list), []
+    merge_lora(model)  # 4-bit weights would be dequantised for each token
+    for row in tqdm(questions, desc="questions", unit="question"):
+        task = Instruction(row["instruction"], row.get("context", ""))
+        options = {"temperature": 0.0, "max_new_tokens": ANSWER_TOKENS}
+        ids = list(generation.generate_response(model, tokenizer, task, **options))
+        answers.append(tokenizer.decode(ids))
+        right, wrong = (_has_word(answers[-1], row.get(key, [])) for key in ("answers", "wrong"))
+        found[row.get("category", "")].append(right and not wrong)
+    fractions = {f"right: {name}": sum(found[name]) / len(found[name]) for name in found if name}
+    n_right = sum(map(sum, found.values()))
+    return {"right": n_right / len(answers), **fractions, "n": len(answers), "answers": answers}
+
+
+def _has_word(text: str, words: Sequence[str]) -> bool:
+    choices = "|".join(map(re.escape, words)) or "(?!)"
+    return re.search(rf"(?<!\w)(?:{choices})(?!\w)", text, re.IGNORECASE) is not None
 
 
 # ---- the linear baseline
@@ -270,9 +301,10 @@ def _measure_row(models, data_dir, runtime, name, file, measured_on="") -> Metri
                 checkpoint["provenance"] = base["provenance"]
             examples = _held_out(measured_on, checkpoint, data_dir)
             metrics = measure(model, tokenizer, checkpoint, examples, runtime)
-            if checkpoint["kind"] in generation.INSTRUCTION_MODELS:
-                metrics["stops"] = stop_rate(model, tokenizer, examples)
             trained, total = count_parameters(model)
+            if "response_perplexity" in metrics:
+                metrics["stops"] = stop_rate(model, tokenizer, examples)
+                metrics["right"] = question_metrics(model, tokenizer, QUESTIONS)["right"]
     except (ValueError, OSError) as error:
         return {"model": name, "problem": str(error)}
     costs = {
@@ -323,6 +355,7 @@ RESPONSE_COLUMNS = {
     "bits per byte of response": "{response_bits_per_byte:.4f}",
     "perplexity": "{response_perplexity:.2f}",
     "responses that stop": "{stops:.0%}",
+    "right answers": "{right:.0%}",
 }
 COSTS = {
     "trained parameters": "{trained_parameters:,}",
@@ -381,11 +414,17 @@ TASKS = {  # what is measured; files of what; the default checkpoint; the kinds 
         QLORA,
         ("base", *generation.INSTRUCTION_MODELS),
     ),
+    "questions": (
+        "an instruction model, or a base, on questions with checkable answers",
+        "questions (default: 80 that come with this repository)",
+        QLORA,
+        ("base", *generation.INSTRUCTION_MODELS),
+    ),
 }
 
 
 def measure_file(
-    name: str, path: str | Path, data: str | Path, runtime: Runtime, **columns: str | None
+    name: str, path: str | Path, data: str | Path | None, runtime: Runtime, **columns: str | None
 ) -> Metrics:
     """Metrics of the checkpoint at `path` on a file; `name` is one of TASKS. `columns` are choices
     of columns of labelled texts."""
@@ -394,6 +433,8 @@ def measure_file(
         examples = data_loader.corpus_from_path(data)
     elif name == "sentiment":
         examples, _ = data_loader.read_reviews(data, checkpoint["labels"], **columns)
+    elif name == "questions":
+        return question_metrics(model, tokenizer, data or QUESTIONS)
     else:
         examples = data_loader.read_instructions(data)
         if checkpoint["kind"] == "base" and model.config.position == "rotary":  # as if fine-tuned
@@ -437,7 +478,8 @@ def main(argv: list[str] | None = None) -> int:
     elif args.task == "sentiment":
         print(sentiment_tables({path.name: metrics}))
     else:
-        print(*(f"{k}: {v:,.4f}".removesuffix(".0000") for k, v in metrics.items()), sep="\n")
+        numbers = {name: value for name, value in metrics.items() if name != "answers"}
+        print(*(f"{k}: {v:,.4f}".removesuffix(".0000") for k, v in numbers.items()), sep="\n")
     return 0
 
 
@@ -452,7 +494,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for name, (text, data_text, file, _) in TASKS.items():
         one = tasks.add_parser(name, help=text, parents=[shared], formatter_class=HelpFormatter)
         one.add_argument("--checkpoint", type=Path, help=f"(default: {file} of the model set)")
-        data = one.add_mutually_exclusive_group(required=True)
+        data = one.add_mutually_exclusive_group(required=name != "questions")
         data.add_argument("--data", type=Path, help=f"file of {data_text}")
         if name == "sentiment":
             data.add_argument("--text", help="one text to classify")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+import evaluate
 import finetune_classifier
 import finetune_lora_classifier
 import finetune_qlora_instructions
@@ -28,6 +29,7 @@ from tokenizer import BPETokenizer
 from training import Runtime, save_checkpoint
 
 generation.MAX_RESPONSE_TOKENS = 30  # each training of an instruction model samples responses
+evaluate.ANSWER_TOKENS = 2  # the report asks every instruction model 80 questions
 
 # Options of trainings that take a second.
 TINY_SENTIMENT = """--context-length 24 --batch-size 8 --steps 12 --review-lm-steps 6

@@ -2,15 +2,19 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from torch import nn
 
 import data_loader
 import evaluate
+import generation
 from data_loader import RemoteFile
 from model import GPTModel
 from tokenizer import BPETokenizer
@@ -158,6 +162,36 @@ def test_fine_tuned_models_are_measured_on_the_part_they_did_not_see(
         recorded["base"]["response_bits_per_byte"], rel=1e-3
     )
     assert 0 <= base["stops"] <= 1 and base["parameters"] < qlora["parameters"]
+    assert 0 <= base["right"] <= 1 and 0 <= qlora["right"] <= 1
     assert "--full" in full["problem"] and "--no-quantize" in plain["problem"]
     shown = capsys.readouterr().out
     assert f"| LoRA | sample, 16 texts | {lora['accuracy']:.1%} |" in shown
+
+
+def test_a_right_answer_has_the_word_and_no_wrong_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    said = ["It is Paris.", "Parisian", "a fruit or a vegetable", "A FRUIT!", "12 or so"]
+    model, tokenizer = nn.Linear(1, 1), SimpleNamespace(decode=lambda ids: said[ids[0]])
+    answers = iter([[i] for i in range(len(said))])
+    monkeypatch.setattr(generation, "generate_response", lambda *_, **__: next(answers))
+    fruit = {"category": "kinds", "answers": ["fruit"], "wrong": ["vegetable"]}
+    rows = [{"category": "facts", "answers": ["Paris"]}] * 2 + [fruit] * 2 + [{"answers": ["2"]}]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"instruction": "?", **row}) + "\n" for row in rows))
+    metrics = evaluate.question_metrics(model, tokenizer, path)
+    assert metrics["right"] == 2 / 5 and metrics["n"] == 5 and metrics["answers"] == said
+    assert metrics["right: facts"] == metrics["right: kinds"] == 1 / 2
+    path.write_text('{"instruction": "?"}\n')
+    with pytest.raises(ValueError, match="each row needs an instruction and a list of answers"):
+        evaluate.question_metrics(model, tokenizer, path)
+
+
+def test_the_bundled_questions_are_eighty_in_five_kinds():
+    rows = [row for _, row in data_loader.read_records(evaluate.QUESTIONS, ())]
+    assert Counter(row["category"] for row in rows) == dict.fromkeys(
+        ("facts", "opposites", "classification", "extraction", "counting"), 16
+    )
+    assert all(row["answers"] and row["instruction"] for row in rows)
+    for row in rows:
+        assert not set(row["answers"]) & set(row.get("wrong", []))
