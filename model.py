@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Rotary = tuple[Tensor, Tensor] | None  # cosines and sines (T, D)
+Readers = Mapping[str, Callable[[], Tensor]]  # of the tensors in a file
 Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # of `KVCache`, for one layer
 
 
@@ -35,7 +36,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, n_rows, bias=config.bias)
         self.proj = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
         self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
-        if config.qk_norm and config.norm == "rms":
+        if config.qk_norm and config.norm == "rms":  # with learned weights, as in Qwen3
             self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) for _ in range(2))
 
     def forward(
@@ -149,8 +150,7 @@ class GPTConfig:
         rotary_base: The slowest pair of a head turns by about 1 / rotary_base per token.
         norm: "layer" or "rms" (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
         norm_eps: Added to the variance before its root is taken.
-        qk_norm: Whether queries and keys are normalised in each head (Dehghani et al. 2023,
-            https://arxiv.org/abs/2302.05442); with RMSNorm, learned weights follow, as in Qwen3.
+        qk_norm: Whether to normalise q and k (Dehghani et al. 2023, https://arxiv.org/abs/2302.05442).
         tie_weights: Whether the head shares the weights of the token embedding, as in GPT-2.
     """
 
@@ -240,10 +240,8 @@ class GPTModel(nn.Module):
         return self.head(self.hidden(ids, cache))
 
     def hidden(self, ids: Tensor, cache: "KVCache | None" = None) -> Tensor:
-        """Normalised last hidden states (B, T, C) of token ids (B, T).
-
-        With a cache, `ids` are the T tokens that follow those in it.
-        """
+        """Normalised last hidden states (B, T, C) of token ids (B, T), which follow those in the
+        cache, if there is one."""
         start = 0 if cache is None else cache.length
         end = start + ids.shape[1]
         if end > self.config.context_length:
@@ -258,8 +256,7 @@ class GPTModel(nn.Module):
     def _embed(self, ids: Tensor, start: int) -> tuple[Tensor, Tensor, Rotary]:
         """Block inputs (B, T, C), causal mask (T, S) and rotary table of tokens from `start` on."""
         config, T, end = self.config, ids.shape[1], start + ids.shape[1]
-        x = self.token_embedding(ids)
-        rotary = None
+        x, rotary = self.token_embedding(ids), None
         if config.position == "learned":
             x = x + self.position_embedding(torch.arange(start, end, device=ids.device))
         else:
@@ -498,9 +495,7 @@ def weights_to_hf(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Te
     return theirs
 
 
-def weights_from_hf(
-    tensors: Mapping[str, Callable[[], Tensor]], config: GPTConfig
-) -> dict[str, Tensor]:
+def weights_from_hf(tensors: Readers, config: GPTConfig) -> dict[str, Tensor]:
     """The weights of a `GPTModel` from functions that read the tensors of a Hugging Face file, so
     that the model is never held twice. Rows of the embedding beyond the vocabulary are left out;
     a tensor that is missing, unexpected, or of another shape or type is a ValueError."""
