@@ -227,20 +227,18 @@ def _train(model, tokenizer, split, config, metadata, path, args, runtime):
 
 
 def prefix_classification_loss(
-    model: nn.Module, batch: training.Batch, weight: float = 0.5
+    model: GPTClassificationModel, batch: training.Batch, weight: float = 0.5
 ) -> tuple[Tensor, Tensor]:
     """Summed cross entropy in nats, `weight` of it over all prefixes, and the number of texts.
 
     At each token a causal model has read a prefix of the text: all of them are examples. Their mean
     is weighted by position, because a short prefix says less.
 
-    Args:
-        model: Also has `token_logits`, which maps token ids (B, T) to logits (B, T, classes).
-        batch: Token ids (B, T), lengths (B,) and labels (B,).
+    The batch holds token ids (B, T), lengths (B,) and labels (B,).
     """
     ids, lengths, labels = batch
     B, T = ids.shape
-    logits = model.token_logits(ids).float().flatten(0, 1)
+    logits = model.classifier_head(model.backbone.hidden(ids)).float().flatten(0, 1)
     losses = F.cross_entropy(logits, labels.repeat_interleave(T), reduction="none").view(B, T)
     positions = torch.arange(1, T + 1, device=ids.device).expand(B, T)
     weights = positions * (positions <= lengths[:, None])

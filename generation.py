@@ -44,8 +44,7 @@ from model import (
     KVCache,
     config_to_hf,
     find_family,
-    hf_layers,
-    split_rows,
+    hf_tensors,
     weights_to_hf,
 )
 from tokenizer import BPETokenizer
@@ -504,19 +503,18 @@ def export_peft(path: str | Path, folder: str | Path) -> None:
     labels = checkpoint.get("labels")
     config = model.backbone.config if labels else model.config
     kind, _ = find_family(config)
-    tensors, targets = _classifier_tensors(model) if labels else {}, []
+    tensors = _classifier_tensors(model) if labels else {}
     saved = sorted({name.rpartition(".")[0] for name in tensors})
     for name, module in lora_layers(model):
         layer = name.removeprefix("backbone.")
-        theirs = hf_layers(layer, config)
-        targets += theirs
         if isinstance(module, LoRAEmbedding):
-            tensors[f"{theirs[0]}.lora_embedding_A"] = module.lora_embedding_A
-            tensors[f"{theirs[0]}.lora_embedding_B"] = module.lora_embedding_B
+            for matrix in ("lora_embedding_A", "lora_embedding_B"):
+                tensors |= hf_tensors(f"{layer}.{matrix}", getattr(module, matrix), config)
             continue
-        for their_layer, rows in zip(theirs, split_rows(module.lora_B, layer, config)):
-            tensors[f"{their_layer}.lora_A.weight"] = module.lora_A
-            tensors[f"{their_layer}.lora_B.weight"] = rows
+        for theirs, rows in hf_tensors(f"{layer}.lora_B", module.lora_B, config).items():
+            tensors[f"{theirs}.weight"] = rows
+            tensors[f"{theirs.removesuffix('B')}A.weight"] = module.lora_A
+    targets = sorted({name.partition(".lora_")[0] for name in tensors if ".lora_" in name})
     tensors = {f"base_model.model.{n}": t.detach().clone() for n, t in tensors.items()}
     settings = {
         **checkpoint["lora_config"],
@@ -539,11 +537,11 @@ def _classifier_tensors(model: GPTClassificationModel) -> dict[str, Tensor]:
     head, norm = model.classifier_head, model.backbone.final_norm
     tensors = {"score.weight": head.weight.detach()}
     if head.bias is not None:
-        (name,) = hf_layers("final_norm", model.backbone.config)
         shift = torch.linalg.pinv(head.weight.double()) @ head.bias.double()
         before = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
-        tensors[f"{name}.weight"] = norm.weight.detach()
-        tensors[f"{name}.bias"] = (before + shift.float()).detach()
+        moved = {"weight": norm.weight.detach(), "bias": (before + shift.float()).detach()}
+        for name, tensor in moved.items():
+            tensors |= hf_tensors(f"final_norm.{name}", tensor, model.backbone.config)
     return tensors
 
 

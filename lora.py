@@ -77,17 +77,14 @@ class LoRALinear(nn.Module):
 
 
 class LoRAEmbedding(nn.Module):
-    """A frozen embedding and its low-rank update: r numbers per token, mapped to C channels.
-
-    Here A (r, V) starts at zero and B (C, r) at random, as in `peft`, whose names we use.
-    """
+    """A frozen embedding and its low-rank update: r numbers per token, mapped to C channels. Here
+    A (r, V) starts at zero and B (C, r) at random, as in `peft`, whose names we use."""
 
     def __init__(self, base_layer: nn.Embedding, config: LoRAConfig):
         super().__init__()
         self.base_layer = base_layer
         self.scale = config.lora_alpha / config.r
-        V, C = base_layer.weight.shape
-        device = base_layer.weight.device
+        (V, C), device = base_layer.weight.shape, base_layer.weight.device
         self.lora_embedding_A = nn.Parameter(torch.zeros(config.r, V, device=device))
         self.lora_embedding_B = nn.Parameter(torch.randn(C, config.r, device=device))
 
@@ -273,8 +270,7 @@ def quantize_4bit(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """
     reason, states = "", []
     for name, layer in list(model.named_modules()):
-        in_block = "blocks" in name.split(".")
-        if not in_block or not isinstance(layer, nn.Linear) or is_quantized(layer):
+        if "blocks" not in name.split(".") or type(layer) is not nn.Linear:
             continue
         layer.requires_grad_(False)
         try:

@@ -11,16 +11,17 @@ settings it is GPT-2, Llama (also SmolLM2) or Qwen3, whose files the end of this
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Rotary = tuple[Tensor, Tensor] | None  # cosines and sines (T, D)
+Readers = Mapping[str, Callable[[], Tensor]]  # of the tensors in a file
 Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # of `KVCache`, for one layer
 
 
@@ -35,7 +36,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, n_rows, bias=config.bias)
         self.proj = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
         self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
-        if config.qk_norm and config.norm == "rms":
+        if config.qk_norm and config.norm == "rms":  # with learned weights, as in Qwen3
             self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) for _ in range(2))
 
     def forward(
@@ -89,7 +90,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: "GPTConfig"):
         super().__init__()
-        self.activation = {"gelu": gelu, "relu2": relu2, "swiglu": swiglu}[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         n_rows = config.n_ff * (2 if config.activation == "swiglu" else 1)
         self.fc = nn.Linear(config.n_embd, n_rows, bias=config.bias)
         self.proj = nn.Linear(config.n_ff, config.n_embd, bias=config.bias)
@@ -99,20 +100,17 @@ class FeedForward(nn.Module):
         return self.proj(self.activation(self.fc(x)))
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GPT-2's form."""
-    return F.gelu(x, approximate="tanh")
-
-
-def relu2(x: Tensor) -> Tensor:
-    """Squared ReLU (So et al. 2021, https://arxiv.org/abs/2109.08668)."""
-    return F.relu(x).square()
-
-
 def swiglu(x: Tensor) -> Tensor:
     """Half of the channels gate the other half (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+ACTIVATIONS = {
+    "gelu": partial(F.gelu, approximate="tanh"),  # GPT-2's form
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, https://arxiv.org/abs/2109.08668
+    "swiglu": swiglu,
+}
 
 
 class TransformerBlock(nn.Module):
@@ -148,14 +146,11 @@ class GPTConfig:
         dropout: Dropout rate of embeddings and block outputs.
         bias: Whether linear layers and norms have biases, as in GPT-2.
         activation: "gelu" (GPT-2), "relu2" (squared ReLU) or "swiglu" (Llama).
-        position: "learned" (GPT-2's table) or "rotary" (Su et al. 2021,
-            https://arxiv.org/abs/2104.09864).
+        position: "learned" (GPT-2) or "rotary" (Su et al. 2021, https://arxiv.org/abs/2104.09864).
         rotary_base: The slowest pair of a head turns by about 1 / rotary_base per token.
-        norm: "layer" or "rms", which does not subtract the mean (Zhang and Sennrich 2019,
-            https://arxiv.org/abs/1910.07467).
+        norm: "layer" or "rms" (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
         norm_eps: Added to the variance before its root is taken.
-        qk_norm: Whether queries and keys are normalised in each head (Dehghani et al. 2023,
-            https://arxiv.org/abs/2302.05442); with RMSNorm, learned weights follow, as in Qwen3.
+        qk_norm: Whether to normalise q and k (Dehghani et al. 2023, https://arxiv.org/abs/2302.05442).
         tie_weights: Whether the head shares the weights of the token embedding, as in GPT-2.
     """
 
@@ -182,26 +177,26 @@ class GPTConfig:
             value, kind = getattr(self, field.name), field.type
             if type(value) is not kind and (type(value), kind) != (int, float):
                 raise ValueError(f"{field.name} must be {kind.__name__}, not {value!r}")
-        if not self.head_size and self.n_embd % max(1, self.n_head):
+        head_size, rest = divmod(self.n_embd, self.n_head or 1)
+        if rest and not self.head_size:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        head_size = self.n_embd // max(1, self.n_head)
         defaults = {"n_kv_head": self.n_head, "head_size": head_size, "n_ff": 4 * self.n_embd}
         for name, default in defaults.items():
             object.__setattr__(self, name, getattr(self, name) or default)
-        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd", *defaults):
-            most = 1000 if name == "n_layer" else 10_000_000
-            if not 1 <= (value := getattr(self, name)) <= most:
-                raise ValueError(f"{name} must be at least 1 and at most {most:,}, not {value}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
-        if not 0 <= self.dropout < 1 or not 0 < self.norm_eps < 1:
-            raise ValueError("dropout must lie in [0, 1) and norm_eps in (0, 1)")
-        options = {"activation": ("gelu", "relu2", "swiglu"), "norm": ("layer", "rms")}
+        sizes = ("vocab_size", "context_length", "n_head", "n_embd", *defaults)
+        limits = {**dict.fromkeys(sizes, (1, 10**7)), "n_layer": (1, 1001), "dropout": (0, 1)}
+        limits |= {"norm_eps": (1e-20, 1), "rotary_base": (1, 1e12)}
+        for name, (minimum, below) in limits.items():
+            if not minimum <= (value := getattr(self, name)) < below:
+                raise ValueError(f"{name} must lie in [{minimum}, {below}), not {value}")
+        options = {"activation": ACTIVATIONS, "norm": ("layer", "rms")}
         for name, values in {**options, "position": ("learned", "rotary")}.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be {' or '.join(values)}")
-        if self.position == "rotary" and (self.head_size % 2 or not 0 < self.rotary_base < 1e12):
-            raise ValueError("rotary positions need an even head_size and rotary_base in (0, 1e12)")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
+        if self.position == "rotary" and self.head_size % 2:
+            raise ValueError(f"rotary positions need an even head_size, not {self.head_size}")
 
 
 class RMSNorm(nn.RMSNorm):
@@ -245,10 +240,8 @@ class GPTModel(nn.Module):
         return self.head(self.hidden(ids, cache))
 
     def hidden(self, ids: Tensor, cache: "KVCache | None" = None) -> Tensor:
-        """Normalised last hidden states (B, T, C) of token ids (B, T).
-
-        With a cache, `ids` are the T tokens that follow those in it.
-        """
+        """Normalised last hidden states (B, T, C) of token ids (B, T), which follow those in the
+        cache, if there is one."""
         start = 0 if cache is None else cache.length
         end = start + ids.shape[1]
         if end > self.config.context_length:
@@ -263,8 +256,7 @@ class GPTModel(nn.Module):
     def _embed(self, ids: Tensor, start: int) -> tuple[Tensor, Tensor, Rotary]:
         """Block inputs (B, T, C), causal mask (T, S) and rotary table of tokens from `start` on."""
         config, T, end = self.config, ids.shape[1], start + ids.shape[1]
-        x = self.token_embedding(ids)
-        rotary = None
+        x, rotary = self.token_embedding(ids), None
         if config.position == "learned":
             x = x + self.position_embedding(torch.arange(start, end, device=ids.device))
         else:
@@ -288,12 +280,9 @@ class GPTModel(nn.Module):
 
 
 class GPTClassificationModel(nn.Module):
-    """A GPT with a linear head on the hidden state of the last real token.
-
-    The last real token is the only one that has seen the whole text. Padding comes after it and is
-    never read, so a prediction does not depend on the rest of the batch. The backbone's own head is
-    not read either, and frozen.
-    """
+    """A GPT with a linear head on the hidden state of the last real token, which alone has seen the
+    whole text. The padding after it is never read, so a prediction does not depend on the rest of
+    the batch. The backbone's own head is not read either, and frozen."""
 
     def __init__(self, backbone: GPTModel, n_classes: int):
         super().__init__()
@@ -313,10 +302,6 @@ class GPTClassificationModel(nn.Module):
         last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
         return self.classifier_head(last)
 
-    def token_logits(self, ids: Tensor) -> Tensor:
-        """Class logits (B, T, classes) after each token of ids (B, T), for training."""
-        return self.classifier_head(self.backbone.hidden(ids))
-
 
 class KVCache:
     """Keys and values of the `length` tokens seen so far: for each layer a buffer
@@ -326,9 +311,8 @@ class KVCache:
         config, weight = model.config, model.final_norm.weight
         max_length = min(max_length or config.context_length, config.context_length)
         shape = (batch_size, config.n_kv_head, max_length, config.head_size)
-        self.keys, self.values = (
-            [weight.new_zeros(shape) for _ in range(config.n_layer)] for _ in range(2)
-        )
+        self.keys = [weight.new_zeros(shape) for _ in range(config.n_layer)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.length = 0
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -384,18 +368,20 @@ class FastDropout(nn.Module):
 
 # ---- the same models in Hugging Face files
 
-LAYERS = {  # our layers; those of Llama and Qwen3, of GPT-2, and of Persimmon; B is a block
-    "token_embedding": ("embed_tokens", "wte", "embed_tokens"),
-    "position_embedding": ("", "wpe", ""),
+LAYERS = {  # ours; Llama's and Qwen3's; GPT-2's; Persimmon's. B is a block, A its attention
+    "token_embedding": ("model.embed_tokens", "transformer.wte", "model.embed_tokens"),
+    "position_embedding": ("", "transformer.wpe", ""),
+    "blocks": ("model.layers", "transformer.h", "model.layers"),
     "norm1": ("B.input_layernorm", "B.ln_1", "B.input_layernorm"),
-    "attn.qkv": ("B.A.q_proj B.A.k_proj B.A.v_proj", "B.attn.c_attn", "B.A.query_key_value"),
-    "attn.q_norm": ("B.A.q_norm", "", "B.A.q_layernorm"),
-    "attn.k_norm": ("B.A.k_norm", "", "B.A.k_layernorm"),
-    "attn.proj": ("B.A.o_proj", "B.attn.c_proj", "B.A.dense"),
+    "attn.qkv": ("A.q_proj A.k_proj A.v_proj", "B.attn.c_attn", "A.query_key_value"),
+    "attn.q_norm": ("A.q_norm", "", "A.q_layernorm"),
+    "attn.k_norm": ("A.k_norm", "", "A.k_layernorm"),
+    "attn.proj": ("A.o_proj", "B.attn.c_proj", "A.dense"),
     "norm2": ("B.post_attention_layernorm", "B.ln_2", "B.post_attention_layernorm"),
     "mlp.fc": ("B.mlp.gate_proj B.mlp.up_proj", "B.mlp.c_fc", "B.mlp.dense_h_to_4h"),
     "mlp.proj": ("B.mlp.down_proj", "B.mlp.c_proj", "B.mlp.dense_4h_to_h"),
-    "final_norm": ("norm", "ln_f", "final_layernorm"),
+    "final_norm": ("model.norm", "transformer.ln_f", "model.final_layernorm"),
+    "head": ("lm_head", "lm_head", "lm_head"),
 }
 SETTINGS = {  # our fields; theirs in the same order
     "vocab_size": ("vocab_size", "vocab_size", "vocab_size"),
@@ -410,32 +396,18 @@ SETTINGS = {  # our fields; theirs in the same order
     "norm_eps": ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"),
     "tie_weights": ("tie_word_embeddings", "tie_word_embeddings", "tie_word_embeddings"),
 }
-OURS = ("activation", "position", "norm", "qk_norm", "bias")
 _ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
 _SILU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **_ROPE}
 _GELU = {"activation_function": "gelu_new", "scale_attn_weights": True}
 _RELU2 = {"hidden_act": "relu2", "qk_layernorm": True, **_ROPE}
 _OFF = ("use_sliding_window", "add_cross_attention", "scale_attn_by_inverse_layer_idx")
 _LACKING = dict.fromkeys(("rope_scaling", "quantization_config")) | dict.fromkeys(_OFF, False)
-
-
-class Family(NamedTuple):
-    """A kind of model of `transformers`."""
-
-    column: int  # in the tables above
-    architecture: str  # the class without "ForCausalLM"
-    blocks: str  # their name; all names but the head's start as it does
-    ours: tuple[str, str, str, bool, bool]  # the fields `OURS`
-    theirs: dict[str, Any]  # settings, of which only these values are supported
-
-
-FAMILIES = {
-    "llama": Family(0, "Llama", "model.layers", ("swiglu", "rotary", "rms", False, False), _SILU),
-    "qwen3": Family(0, "Qwen3", "model.layers", ("swiglu", "rotary", "rms", True, False), _SILU),
-    "gpt2": Family(1, "GPT2", "transformer.h", ("gelu", "learned", "layer", False, True), _GELU),
-    "persimmon": Family(
-        2, "Persimmon", "model.layers", ("relu2", "rotary", "layer", True, False), _RELU2
-    ),
+OURS = ("activation", "position", "norm", "qk_norm", "bias")
+FAMILIES = {  # model type: column above, values of OURS, and settings that have no other value
+    "llama": (0, ("swiglu", "rotary", "rms", False, False), _SILU),
+    "qwen3": (0, ("swiglu", "rotary", "rms", True, False), _SILU),
+    "gpt2": (1, ("gelu", "learned", "layer", False, True), _GELU),
+    "persimmon": (2, ("relu2", "rotary", "layer", True, False), _RELU2),
 }
 
 
@@ -444,119 +416,106 @@ def config_from_hf(data: dict[str, Any]) -> GPTConfig:
     compute differently is a ValueError that names the setting."""
     if (kind := data.get("model_type")) not in ("gpt2", "llama", "qwen3"):
         raise ValueError(f"model_type {kind!r} is not supported: only gpt2, llama and qwen3")
-    family, rope = FAMILIES[kind], data.get("rope_parameters") or {}
+    column, ours, fixed = FAMILIES[kind]
+    rope, layers = data.get("rope_parameters") or {}, data.get("layer_types") or []
     if not isinstance(rope, dict) or rope.keys() - {"rope_theta", *_ROPE}:
         raise ValueError(f"rope_parameters {rope} are not supported")
-    layers = data.get("layer_types") or []
-    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
+    if not isinstance(layers, list) or layers != ["full_attention"] * len(layers):
         raise ValueError("layer_types other than full_attention are not supported")
     data = {**data, **rope}
-    for name, value in {**_LACKING, **family.theirs}.items():
+    for name, value in {**_LACKING, **fixed}.items():
         found = data.get(name, value)
-        if found != value and not (value == "gelu_new" and found == "gelu_pytorch_tanh"):
+        if found != value and (value, found) != ("gelu_new", "gelu_pytorch_tanh"):
             raise ValueError(f"{name} {found!r} is not supported: only {value!r}")
-    fields = {"tie_weights": kind == "gpt2"}
-    if kind != "qwen3":  # whose defaults differ
-        fields |= {"head_size": 0, "n_kv_head": 0, "n_ff": 0, "rotary_base": 10_000.0}
-    for name, names in SETTINGS.items():
-        if (theirs := names[family.column]) and data.get(theirs) is not None:
-            fields[name] = data[theirs]
-        elif theirs and name not in fields:
+    values = {"tie_weights": kind == "gpt2", "dropout": 0.0, **dict(zip(OURS, ours))}
+    optional = () if kind == "qwen3" else ("n_kv_head", "head_size", "n_ff", "rotary_base")
+    for name, theirs in settings(column).items():
+        if data.get(theirs) is not None:
+            values[name] = data[theirs]
+        elif name not in (*values, *optional):
             raise ValueError(f"{theirs} is missing")
-    return GPTConfig(**dict(zip(OURS, family.ours)), **fields, dropout=0.0)
+    return GPTConfig(**values)
 
 
 def config_to_hf(config: GPTConfig, task: str = "CausalLM") -> dict[str, Any]:
     """The `config.json` with which `transformers` computes the same; a ValueError if it cannot."""
-    kind, family = find_family(config)
-    data = {"model_type": kind, "architectures": [f"{family.architecture}For{task}"]}
-    data |= family.theirs
-    names = {name: names[family.column] for name, names in SETTINGS.items()}
-    data |= {theirs: getattr(config, name) for name, theirs in names.items() if theirs}
+    kind, column = find_family(config)
+    architecture = kind.title().replace("Gpt", "GPT") + "For" + task
+    data = {"model_type": kind, "architectures": [architecture], **FAMILIES[kind][2]}
+    data |= {theirs: getattr(config, name) for name, theirs in settings(column).items()}
     if config.position == "rotary":  # where new versions of transformers look
         data["rope_parameters"] = {**_ROPE, "rope_theta": config.rotary_base}
     return data
 
 
-def find_family(config: GPTConfig) -> tuple[str, Family]:
-    """Model type and family that compute what this config says."""
+def settings(column: int) -> dict[str, str]:
+    """Names of our fields and of a family's."""
+    return {name: theirs[column] for name, theirs in SETTINGS.items() if theirs[column]}
+
+
+def find_family(config: GPTConfig) -> tuple[str, int]:
+    """Model type that computes what this config says, and its column in the tables."""
+    ours = tuple(getattr(config, name) for name in OURS)
     plain = (config.n_kv_head, config.head_size * config.n_head) == (config.n_head, config.n_embd)
-    for kind, family in FAMILIES.items():
-        ours = tuple(getattr(config, name) for name in OURS)
-        if ours == family.ours and (plain or family.column == 0):
-            return kind, family
+    for kind, (column, values, _) in FAMILIES.items():
+        if ours == values and (plain or column == 0):
+            return kind, column
     raise ValueError("transformers has no model of this architecture")
 
 
-def hf_layers(layer: str, config: GPTConfig) -> list[str]:
-    """Names of the layers of `transformers` that one of our layers consists of."""
-    _, family = find_family(config)
-    block, name = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", layer).groups()
-    if name == "head":
-        return ["lm_head"]
-    prefix, blocks = family.blocks.split(".")
-    names = LAYERS[name][family.column].replace("B.", f"{blocks}.{block}.")
-    return [f"{prefix}.{name}" for name in names.replace("A.", "self_attn.").split()]
-
-
-def split_rows(rows: Tensor, layer: str, config: GPTConfig) -> Sequence[Tensor]:
-    """The rows (output channels) of one of our layers, for each of `hf_layers`."""
+def hf_tensors(name: str, tensor: Tensor, config: GPTConfig) -> dict[str, Tensor]:
+    """The tensors of `transformers` that one of ours consists of, named and arranged as there."""
+    kind, column = find_family(config)
     H, K, D = config.n_head, config.n_kv_head, config.head_size
-    kind, _ = find_family(config)
-    if layer.endswith("qkv") and kind == "persimmon":  # heads outside; q, k and v inside
-        return [rows.view(3, H, D, -1).transpose(0, 1).reshape(rows.shape)]
-    if layer.endswith("qkv") and kind != "gpt2":
-        return rows.split([H * D, K * D, K * D])
-    return rows.chunk(2) if layer.endswith("fc") and config.activation == "swiglu" else [rows]
+    block, layer, parameter = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+    theirs = LAYERS[layer][column].replace("A.", "B.self_attn.")
+    theirs = theirs.replace("B.", f"{LAYERS['blocks'][column]}.{block}.").split()
+    if kind == "persimmon" and layer == "attn.qkv":  # there each head has its three
+        tensor = tensor.view(3, H, D, -1).transpose(0, 1).reshape(tensor.shape)
+    elif kind == "gpt2" and block and parameter == "weight":  # (in, out)
+        tensor = tensor.t()
+    sizes = [H * D, K * D, K * D] if len(theirs) == 3 else len(tensor) // len(theirs)
+    return {f"{their}.{parameter}": part for their, part in zip(theirs, tensor.split(sizes))}
 
 
 def weights_to_hf(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """The tensors of a `GPTModel`, as `transformers` names and arranges them."""
-    (kind, _), theirs, D = find_family(config), {}, config.head_size
+    weights, is_persimmon = dict(weights), find_family(config)[0] == "persimmon"
+    if config.tie_weights:
+        weights.pop("head.weight", None)
+    if is_persimmon:  # which normalises queries and keys with weights
+        layers = [f"blocks.{i}.attn.{x}_norm" for i in range(config.n_layer) for x in "qk"]
+        weights |= {f"{layer}.weight": torch.ones(config.head_size) for layer in layers}
+    theirs = {}
     for name, tensor in weights.items():
-        layer, _, parameter = name.rpartition(".")
-        if layer == "head" and config.tie_weights:
-            continue
-        for their_layer, part in zip(hf_layers(layer, config), split_rows(tensor, layer, config)):
-            transposed = kind == "gpt2" and "blocks" in layer
-            theirs[f"{their_layer}.{parameter}"] = (part.t() if transposed else part).contiguous()
-            if kind == "persimmon" and layer not in ("token_embedding", "head"):
-                theirs[f"{their_layer}.bias"] = part.new_zeros(len(part))
-        if kind == "persimmon" and layer.endswith("qkv"):  # its norms of queries and keys: identity
-            for norm in ("q_norm", "k_norm"):
-                (norm,), ones = hf_layers(layer.replace("qkv", norm), config), torch.ones(D)
-                theirs |= {f"{norm}.weight": ones, f"{norm}.bias": torch.zeros(D)}
+        parts = hf_tensors(name, tensor, config)
+        theirs |= {their: part.contiguous() for their, part in parts.items()}
+        if is_persimmon and name not in ("token_embedding.weight", "head.weight"):  # it has biases
+            theirs |= {n.replace("weight", "bias"): p.new_zeros(len(p)) for n, p in parts.items()}
     return theirs
 
 
-def weights_from_hf(
-    tensors: Mapping[str, Callable[[], Tensor]], config: GPTConfig
-) -> dict[str, Tensor]:
+def weights_from_hf(tensors: Readers, config: GPTConfig) -> dict[str, Tensor]:
     """The weights of a `GPTModel` from functions that read the tensors of a Hugging Face file, so
     that the model is never held twice. Rows of the embedding beyond the vocabulary are left out;
     a tensor that is missing, unexpected, or of another shape or type is a ValueError."""
-    kind, family = find_family(config)
-    prefix = family.blocks.split(".")[0] + "."
-    unread = {name.removeprefix(prefix): read for name, read in tensors.items()}
+    prefix = re.compile(r"^(model|transformer)\.")  # which some files omit
+    unread, weights = {prefix.sub("", name): read for name, read in tensors.items()}, {}
     with torch.device("meta"):
         model = GPTModel(config)
-    weights = {}
-    for name, expected in model.named_parameters():
-        layer, _, parameter = name.rpartition(".")
-        parts = []
-        for their_layer, rows in zip(hf_layers(layer, config), split_rows(expected, layer, config)):
-            theirs = f"{their_layer}.{parameter}".removeprefix(prefix)
+    for name, ours in model.named_parameters():
+        parts, is_transposed = [], config.position == "learned" and name.startswith("blocks")
+        for theirs, expected in hf_tensors(name, ours, config).items():
+            theirs = prefix.sub("", theirs)
             if theirs not in unread:
                 raise ValueError(f"the tensor {theirs} is missing")
             part = unread.pop(theirs)()
-            if kind == "gpt2" and "blocks" in layer:  # (in, out)
-                part = part.t()
-            elif layer in ("token_embedding", "head"):
+            if name in ("token_embedding.weight", "head.weight"):
                 part = part[: config.vocab_size]
-            if part.shape != rows.shape or not part.is_floating_point():
-                found = f"{part.dtype} of shape {tuple(part.shape)}, not {tuple(rows.shape)}"
+            if part.shape != expected.shape or not part.is_floating_point():
+                found = f"{part.dtype} of shape {tuple(part.shape)}, not {tuple(expected.shape)}"
                 raise ValueError(f"the tensor {theirs} is {found}")
-            parts.append(part)
+            parts.append(part.t() if is_transposed else part)
         weights[name] = torch.cat(parts)
     if config.tie_weights:
         weights["head.weight"] = weights["token_embedding.weight"]

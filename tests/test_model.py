@@ -212,12 +212,12 @@ def test_impossible_lengths_are_refused(length: int):
     ("changes", "message"),
     [
         ({"n_head": 5}, "not a multiple of n_head 5"),
-        ({"n_layer": 0}, "n_layer must be at least 1"),
+        ({"n_layer": 0}, r"n_layer must lie in \[1, 1001\)"),
         ({"dropout": 1.0}, "dropout must lie in"),
         ({"activation": "tanh"}, "gelu or relu2"),
         ({"position": "none"}, "learned or rotary"),
         ({"n_embd": 6, "n_head": 2}, "even head_size"),
-        ({"vocab_size": 0}, "vocab_size must be at least 1"),
+        ({"vocab_size": 0}, r"vocab_size must lie in \[1, "),
     ],
 )
 def test_impossible_configurations_are_refused(changes: dict, message: str):
