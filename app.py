@@ -202,7 +202,7 @@ def show_attention(model: GPTModel, tokenizer: BPETokenizer, ids: list[int]) -> 
     left, right = st.columns(2)
     layer = left.selectbox("Layer", range(1, model.config.n_layer + 1))
     head = right.selectbox("Head", range(1, model.config.n_head + 1))
-    weights = model.attention_maps(torch.tensor([ids]))[layer - 1, 0, head - 1].tolist()
+    weights = generation.attention_maps(model, torch.tensor([ids]))[layer - 1, 0, head - 1].tolist()
     names = [f"{i:2d} {printable(tokenizer.vocab[t])}" for i, t in enumerate(ids)]
     rows = [(names[i], names[j], weights[i][j]) for i in range(len(ids)) for j in range(i + 1)]
     frame = pd.DataFrame(rows, columns=["from", "to", "weight"])

@@ -41,7 +41,6 @@ from model import (
     GPTClassificationModel,
     GPTConfig,
     GPTModel,
-    KVCache,
     config_to_hf,
     find_family,
     hf_tensors,
@@ -91,6 +90,26 @@ def generate(
             if not len(rows):
                 return
         yield padding.scatter(0, rows, tokens[:, -1])
+
+
+class KVCache:
+    """Keys and values of the `length` tokens seen so far: for each layer a buffer
+    (B, K, max_length, D), allocated once; by default for a full context."""
+
+    def __init__(self, model: GPTModel, batch_size: int = 1, max_length: int | None = None):
+        config, weight = model.config, model.final_norm.weight
+        max_length = min(max_length or config.context_length, config.context_length)
+        shape = (batch_size, config.n_kv_head, max_length, config.head_size)
+        self.keys = [weight.new_zeros(shape) for _ in range(config.n_layer)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.length = 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores T new keys and values (B, K, T, D) of one layer; returns all S of them."""
+        keys, values, T = self.keys[layer], self.values[layer], key.shape[2]
+        keys.narrow(2, self.length, T).copy_(key)
+        values.narrow(2, self.length, T).copy_(value)
+        return keys.narrow(2, 0, self.length + T), values.narrow(2, 0, self.length + T)
 
 
 def window_start(n_tokens: int, context_length: int) -> int:
@@ -220,6 +239,18 @@ def class_probabilities(
             logits = model(ids.to(runtime.device), lengths.to(runtime.device))
         probabilities[indices] = logits.cpu().double().softmax(dim=-1).numpy()
     return probabilities
+
+
+@torch.no_grad()
+def attention_maps(model: GPTModel, ids: Tensor) -> Tensor:
+    """Attention weights (L, B, H, T, T) of every layer and head; each row sums to one."""
+    x, mask, rotary = model.embed(ids, 0)
+    maps = []
+    for block in model.blocks:
+        q, k, _ = block.attn.project(block.norm1(x), rotary)
+        maps.append(block.attn.weights(q, k, mask))
+        x = block(x, mask, rotary)
+    return torch.stack(maps)
 
 
 # ---- from a checkpoint to a model

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Rotary = tuple[Tensor, Tensor] | None  # cosines and sines (T, D)
-Readers = Mapping[str, Callable[[], Tensor]]  # of the tensors in a file
-Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # of `KVCache`, for one layer
+Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # of a cache, for one layer
 
 
 class CausalSelfAttention(nn.Module):
@@ -39,9 +38,7 @@ class CausalSelfAttention(nn.Module):
         if config.qk_norm and config.norm == "rms":  # with learned weights, as in Qwen3
             self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) for _ in range(2))
 
-    def forward(
-        self, x: Tensor, mask: Tensor, rotary: Rotary = None, store: Store = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, rotary: Rotary, store: Store = None) -> Tensor:
         """(B, T, C) to (B, T, C); `mask` (T, S) is 0 where a token may attend and -inf elsewhere.
 
         Each key/value head serves H / K query heads (Ainslie et al. 2023,
@@ -189,8 +186,8 @@ class GPTConfig:
         for name, (minimum, below) in limits.items():
             if not minimum <= (value := getattr(self, name)) < below:
                 raise ValueError(f"{name} must lie in [{minimum}, {below}), not {value}")
-        options = {"activation": ACTIVATIONS, "norm": ("layer", "rms")}
-        for name, values in {**options, "position": ("learned", "rotary")}.items():
+        choices = {"position": ("learned", "rotary"), "norm": ("layer", "rms")}
+        for name, values in {**choices, "activation": ACTIVATIONS}.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be {' or '.join(values)}")
         if self.n_head % self.n_kv_head:
@@ -235,25 +232,25 @@ class GPTModel(nn.Module):
             if name.endswith(("bias", "proj.weight")) or name == "head.weight":
                 nn.init.zeros_(parameter)  # each block starts as the identity, the loss at ln V
 
-    def forward(self, ids: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, ids: Tensor, cache: Any = None) -> Tensor:
         """Logits (B, T, V) for the token after each of `ids` (B, T)."""
         return self.head(self.hidden(ids, cache))
 
-    def hidden(self, ids: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: Any = None) -> Tensor:
         """Normalised last hidden states (B, T, C) of token ids (B, T), which follow those in the
-        cache, if there is one."""
+        cache (`generation.KVCache`), if there is one."""
         start = 0 if cache is None else cache.length
         end = start + ids.shape[1]
         if end > self.config.context_length:
             raise ValueError(f"{end} tokens exceed the context of {self.config.context_length}")
-        x, mask, rotary = self._embed(ids, start)
+        x, mask, rotary = self.embed(ids, start)
         for i, block in enumerate(self.blocks):
             x = block(x, mask, rotary, cache and partial(cache.append, i))
         if cache is not None:
             cache.length = end
         return self.final_norm(x)
 
-    def _embed(self, ids: Tensor, start: int) -> tuple[Tensor, Tensor, Rotary]:
+    def embed(self, ids: Tensor, start: int) -> tuple[Tensor, Tensor, Rotary]:
         """Block inputs (B, T, C), causal mask (T, S) and rotary table of tokens from `start` on."""
         config, T, end = self.config, ids.shape[1], start + ids.shape[1]
         x, rotary = self.token_embedding(ids), None
@@ -266,17 +263,6 @@ class GPTModel(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # bfloat16 between the blocks, too
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return self.dropout(x), mask, rotary
-
-    @torch.no_grad()
-    def attention_maps(self, ids: Tensor) -> Tensor:
-        """Attention weights (L, B, H, T, T) of every layer and head; each row sums to one."""
-        x, mask, rotary = self._embed(ids, 0)
-        maps = []
-        for block in self.blocks:
-            q, k, _ = block.attn.project(block.norm1(x), rotary)
-            maps.append(block.attn.weights(q, k, mask))
-            x = block(x, mask, rotary)
-        return torch.stack(maps)
 
 
 class GPTClassificationModel(nn.Module):
@@ -303,39 +289,16 @@ class GPTClassificationModel(nn.Module):
         return self.classifier_head(last)
 
 
-class KVCache:
-    """Keys and values of the `length` tokens seen so far: for each layer a buffer
-    (B, K, max_length, D), allocated once; by default for a full context."""
-
-    def __init__(self, model: GPTModel, batch_size: int = 1, max_length: int | None = None):
-        config, weight = model.config, model.final_norm.weight
-        max_length = min(max_length or config.context_length, config.context_length)
-        shape = (batch_size, config.n_kv_head, max_length, config.head_size)
-        self.keys = [weight.new_zeros(shape) for _ in range(config.n_layer)]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.length = 0
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores T new keys and values (B, K, T, D) of one layer; returns all S of them."""
-        keys, values, T = self.keys[layer], self.values[layer], key.shape[2]
-        keys.narrow(2, self.length, T).copy_(key)
-        values.narrow(2, self.length, T).copy_(value)
-        return keys.narrow(2, 0, self.length + T), values.narrow(2, 0, self.length + T)
-
-
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # a table made while generating also serves training
-def rotary_table(
-    context_length: int, head_size: int, base: float = 1e4, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
+def rotary_table(context_length: int, head_size: int, base: float, device: Any = "cpu") -> Rotary:
     """Cosines and signed sines (context_length, D) of the angles that `rotate` turns by: pair i at
     position t by t * base^(-2 i / D) (Su et al. 2021, https://arxiv.org/abs/2104.09864)."""
     half = head_size // 2
     frequencies = base ** (-torch.arange(half) / half)
     angles = torch.outer(torch.arange(context_length), frequencies)
-    cos, sin = angles.cos(), angles.sin()
-    tables = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-    return tuple(table.to(device) for table in tables)
+    cos, sin = angles.cos().to(device), angles.sin().to(device)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -344,12 +307,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class FastDropout(nn.Module):
-    """`nn.Dropout`, several times faster on a CPU.
-
-    The plain equivalent is `F.dropout(x, self.p, self.training)`. Here 16 random bits decide about
-    an element and one 64-bit random number serves four of them, so `p` is rounded to a multiple of
-    2^-16.
-    """
+    """`F.dropout(x, self.p, self.training)`, several times faster on a CPU: 16 random bits decide
+    about an element, so `p` is rounded to a multiple of 2^-16."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -357,10 +316,8 @@ class FastDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x."""
-        if not self.training or not self.p:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
+        if not self.training or not self.p or x.device.type != "cpu":
+            return F.dropout(x, self.p, self.training)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         keep = bits.view(torch.int16)[: x.numel()] >= round(self.p * 2**16) - 2**15
         return x * keep.view(x.shape).to(x.dtype).mul_(1 / (1 - self.p))
@@ -400,8 +357,8 @@ _ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
 _SILU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **_ROPE}
 _GELU = {"activation_function": "gelu_new", "scale_attn_weights": True}
 _RELU2 = {"hidden_act": "relu2", "qk_layernorm": True, **_ROPE}
-_OFF = ("use_sliding_window", "add_cross_attention", "scale_attn_by_inverse_layer_idx")
-_LACKING = dict.fromkeys(("rope_scaling", "quantization_config")) | dict.fromkeys(_OFF, False)
+_LACKING = {"rope_scaling": None, "quantization_config": None, "use_sliding_window": False}
+_LACKING |= {"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False}
 OURS = ("activation", "position", "norm", "qk_norm", "bias")
 FAMILIES = {  # model type: column above, values of OURS, and settings that have no other value
     "llama": (0, ("swiglu", "rotary", "rms", False, False), _SILU),
@@ -495,7 +452,7 @@ def weights_to_hf(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Te
     return theirs
 
 
-def weights_from_hf(tensors: Readers, config: GPTConfig) -> dict[str, Tensor]:
+def weights_from_hf(tensors: Mapping[str, Callable], config: GPTConfig) -> dict[str, Tensor]:
     """The weights of a `GPTModel` from functions that read the tensors of a Hugging Face file, so
     that the model is never held twice. Rows of the embedding beyond the vocabulary are left out;
     a tensor that is missing, unexpected, or of another shape or type is a ValueError."""

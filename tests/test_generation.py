@@ -11,6 +11,7 @@ from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, Top
 import generation
 from data_loader import Instruction
 from generation import (
+    KVCache,
     class_probabilities,
     continue_prompt,
     generate,
@@ -18,7 +19,7 @@ from generation import (
     sample_next_token,
     token_probabilities,
 )
-from model import GPTClassificationModel, GPTModel, KVCache
+from model import GPTClassificationModel, GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
 
 LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3

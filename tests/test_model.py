@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from generation import KVCache, attention_maps
 from model import (
     CausalSelfAttention,
     FastDropout,
     GPTClassificationModel,
     GPTConfig,
     GPTModel,
-    KVCache,
     rotary_table,
     rotate,
 )
@@ -104,12 +104,12 @@ def test_attention_equals_pytorchs_module():
         oracle.out_proj.bias.copy_(attention.proj.bias)
     x, mask = torch.randn(2, 9, 16), torch.full((9, 9), -math.inf).triu(1)
     expected, _ = oracle(x, x, x, attn_mask=mask)
-    torch.testing.assert_close(attention(x, mask), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(attention(x, mask, None), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_attention_maps_are_the_weights_the_model_uses():
     model, ids = build(), some_ids(2, 9)
-    maps = model.attention_maps(ids)
+    maps = attention_maps(model, ids)
     assert maps.shape == (2, 2, 2, 9, 9)
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 2, 9))
     assert (maps.triu(1) == 0).all()
@@ -126,7 +126,7 @@ def test_attention_maps_are_the_weights_the_model_uses():
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
-    cos, sin = rotary_table(16, 16)
+    cos, sin = rotary_table(16, 16, 1e4)
     q, k = torch.randn(2, 1, 1, 16)
     rotated_q, rotated_k = rotate(q, cos, sin), rotate(k, cos, sin)  # (16, 1, 16), one a position
     scores = rotated_q[:, 0] @ rotated_k[:, 0].T
@@ -141,7 +141,7 @@ def test_rotary_angles_are_those_of_transformers():
     expected = LlamaRotaryEmbedding(config)(torch.ones(1, 16, 32), positions)
     x = torch.randn(1, 2, 16, 16)
     theirs, _ = apply_rotary_pos_emb(x, x, *expected)
-    torch.testing.assert_close(rotate(x, *rotary_table(16, 16)), theirs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(rotate(x, *rotary_table(16, 16, 1e4)), theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_a_fresh_model_guesses_evenly():
