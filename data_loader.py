@@ -408,7 +408,7 @@ def _read_rows(path, names, parse, hint="", skip_invalid=True):
     shown = "; ".join(problems[:MAX_REPORTED_ROWS]) + "; ..." * (len(problems) > MAX_REPORTED_ROWS)
     columns = f"ignored columns: {_shorten([*ignored])}" if ignored else ""
     if not rows or (problems and not skip_invalid):
-        reasons = "; ".join(filter(None, (shown, columns, hint)))
+        reasons = "; ".join(filter(None, (shown, *([] if rows else [columns, hint]))))
         raise ValueError(f"{path} has {'invalid rows' if rows else 'no valid row'}: {reasons}")
     if columns:
         log0(f"{path}: {columns}")
