@@ -7,6 +7,8 @@ names, and in its subfolders such as `models/shipped/`: checkpoints, logs and `r
 """
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import os
 import tempfile
@@ -25,19 +27,19 @@ import generation
 from data_loader import Instruction, read_unlabelled
 from data_utils import IGNORE, encode_instruction
 from evaluate import LINEAR, LINEAR_BASELINE, REPORT, REPORT_COLUMNS, table_cells
-from generation import BASE, QLORA, TEMPERATURE, TOP_P, continue_prompt, generate_response
+from generation import BASE, LORA_CLASSIFIER, QLORA, TEMPERATURE, TOP_P, command_for
 from model import GPTModel
 from tokenizer import BPETokenizer
 
 MODELS = Path(os.environ.get("GPT_MODELS_DIR") or Path(__file__).parent / "models")
-MAX_TEXT = 2_000  # characters
-MAX_ROWS, MAX_UPLOAD_MB = 10_000, 10
-SHOWN_TOKENS, ATTENTION_TOKENS = 15, 32
+MAX_TEXT, MAX_ROWS, MAX_UPLOAD_MB = 2_000, 10_000, 10  # characters of a text, rows, MB of a file
+SHOWN_TOKENS, ATTENTION_TOKENS, MAX_ANSWER = 15, 32, 500
 REFRESH_SECONDS = 3.0
 CHART_COLOR = "#3a7ca5"
 MARKDOWN = str.maketrans({c: f"\\{c}" for c in r"\`*_{}()#+-.!|<>~$:&="})  # shown literally
-FINE_TUNINGS = ("full fine-tuning", "LoRA", "QLoRA, 4-bit base")  # rows of the report
 CLASSIFIERS = dict(REPORT["sentiment"][:3])  # files by name; the last row only guesses
+ASSISTANTS = dict(REPORT["instructions"][:0:-1])  # without the first row, the untouched base
+PARTS = {"base": BASE, "LoRA classifier": LORA_CLASSIFIER, "QLoRA instruction model": QLORA}
 COLORS, SHOWN_BADGES = ("blue", "green", "orange", "violet", "red"), 300
 LOADERS = {"tokenizer.json": BPETokenizer.load, LINEAR_BASELINE: evaluate.load_linear_baseline}
 
@@ -47,21 +49,27 @@ def main() -> None:
     st.set_page_config(page_title="GPT from zero", layout="wide")
     pages = [
         st.Page(generate_page, title="Generate", url_path="generate"),
+        st.Page(chat_page, title="Chat", url_path="chat"),
         st.Page(sentiment_page, title="Sentiment", url_path="sentiment"),
-        st.Page(instructions_page, title="Instructions", url_path="instructions"),
         st.Page(tokenizer_page, title="Tokenizer", url_path="tokenizer"),
         st.Page(training_page, title="Training and evaluation", url_path="training"),
     ]
     page = st.navigation(pages)
-    sets = [f for f in (MODELS, *sorted(MODELS.glob("*/"))) if any(f.glob("*.pth"))]
-    if sets:
-        default = generation.default_model_set(MODELS)
-        index = sets.index(default) if default in sets else 0
-        st.sidebar.selectbox("Models", sets, index, lambda f: f"{f.name}/", key="model_set")
+    choose_model_set()
     page.run()
 
 
 # ---- what the pages share
+
+
+def choose_model_set() -> None:
+    """The selector in the sidebar, and what the chosen set lacks."""
+    found = sorted(path.parent for path in MODELS.glob("*/*.pth"))
+    sets = list(dict.fromkeys([generation.default_model_set(MODELS), MODELS, *found]))
+    st.sidebar.selectbox("Models", sets, 0, lambda f: f"{f.name}/", key="model_set")
+    for part, name in PARTS.items():
+        if not (path := model_set() / name).is_file():
+            st.sidebar.caption(f"No {part}: `{command_for(path)}`")
 
 
 def model_set() -> Path:
@@ -69,29 +77,38 @@ def model_set() -> Path:
     return st.session_state.get("model_set") or generation.default_model_set(MODELS)
 
 
-def checkpoint_path(name: str) -> Path:
+def is_large(folder: str | Path) -> bool:
+    """Whether a set has models so large that they are loaded only when a person asks for them."""
+    return any(path.stat().st_size > 50e6 for path in Path(folder).glob("*.pth"))
+
+
+def checkpoint_path(name: str, folder: str | Path | None = None) -> Path:
     """A file of the chosen set, or of the shipped one if the user has not trained it yet."""
-    path, shipped = model_set() / name, MODELS / "shipped" / name
-    if path.is_file() or path.parent != MODELS or not shipped.is_file():
-        return path
-    command = generation.command_for(path)
-    st.caption(f"Not in {MODELS.name}/ yet (`{command}`): showing {shipped.parent.name}/.")
-    return shipped
+    path, shipped = Path(folder or model_set(), name), MODELS / "shipped" / name
+    return path if path.is_file() or path.parent != MODELS or not shipped.is_file() else shipped
 
 
 @st.cache_resource(max_entries=8, show_spinner="Loading the model")
-def _cached(path: Path, changed: tuple[int, ...], _load: Callable) -> Any:
+def _small(path: Path, changed: tuple[int, ...], _load: Callable) -> Any:
     """`changed` is part of the cache's key; `_load`, with its underscore, is not."""
     return _load(path)
 
 
-def loaded(name: str) -> Any:
+@st.cache_resource(max_entries=3, show_spinner="Loading the model; this takes a few seconds")
+def _large(path: Path, changed: tuple[int, ...], _load: Callable) -> Any:
+    return _load(path)  # at most three in memory, for all sets and sessions
+
+
+def loaded(name: str, folder: str | Path | None = None) -> Any:
     """Loads a file of the chosen model set once for all sessions, and again when it or a file it
     depends on changes. Callers must not modify the result."""
-    path = checkpoint_path(name)
+    path = checkpoint_path(name, folder)
+    if path.parent != Path(folder or model_set()):
+        st.caption(f"Not trained (`{command_for(MODELS / name)}`): showing {path.parent.name}/.")
     paths = [path.with_name(file) for file in (name, "tokenizer.json", BASE, generation.REVIEW_LM)]
     changed = tuple(p.stat().st_mtime_ns if p.is_file() else 0 for p in paths)
-    return _cached(path, changed, LOADERS.get(name, generation.load_model))
+    cached = _large if is_large(path.parent) and name not in LOADERS else _small
+    return cached(path, changed, LOADERS.get(name, generation.load_for_inference))
 
 
 @contextlib.contextmanager
@@ -103,41 +120,28 @@ def errors_as_messages() -> Iterator[None]:
         st.error(str(error))
 
 
-def start_button(label: str, *keys: str) -> bool:
-    """A button that starts to generate and clears the texts of `keys`, beside one that stops."""
-    start, stop = st.columns([1, 5])
-    stop.button("Stop")  # any button ends the run that streams
-    if go := start.button(label, type="primary"):
-        for key in keys:
-            st.session_state.pop(key, None)
-    return go
+def stream_text(shown: Any, key: str, ids: Iterator, tokenizer: BPETokenizer, text: str) -> None:
+    """Shows text as it is generated, never as Markdown or HTML, and keeps it with a note in
+    `shown`, so that nothing is lost when the person interrupts it."""
+    body, caption, tokens, started = st.empty(), st.empty(), [], time.perf_counter()
+    counted = (tokens.append(token_id) or token_id for token_id in ids)
+    for new_text in itertools.chain(tokenizer.decode_stream(counted), [""]):
+        text += new_text
+        speed = len(tokens) / (time.perf_counter() - started)
+        note = f"{len(tokens)} tokens, {speed:.0f} tokens per second"
+        shown[key] = text, note if tokens else "The model produced no text."
+        body.text(text)
+        caption.caption(shown[key][1])
 
 
-def stream_text(key: str, ids: Iterator | None, tokenizer: BPETokenizer, text: str = "") -> None:
-    """Shows text as it is generated; what was shown stays when a button interrupts it."""
-    body, caption = st.empty(), st.empty()
-
-    def show(text: str, note: str) -> None:
-        st.session_state[key] = text, note
-        body.code(text, language=None, wrap_lines=True)
-        caption.caption(note)
-
-    if ids is not None:
-        tokens, started = [], time.perf_counter()
-
-        def counted() -> Iterator[int]:
-            for token_id in ids:
-                tokens.append(token_id)
-                yield token_id
-
-        for new_text in tokenizer.decode_stream(counted()):
-            text += new_text
-            speed = len(tokens) / (time.perf_counter() - started)
-            show(text, f"{len(tokens)} tokens, {speed:.0f} tokens per second")
-        if not tokens:
-            show(text, "The model produced no text.")
-    elif key in st.session_state:
-        show(*st.session_state[key])
+def sampling_options(left: Any, right: Any, temperature: float) -> dict[str, Any]:
+    """The widgets of sampling, in two columns."""
+    return {
+        "temperature": left.slider("Temperature", 0.0, 2.0, temperature, 0.05, help="0 is greedy"),
+        "top_p": left.slider("Top-p", 0.05, 1.0, TOP_P, 0.05, help="Total probability to sample"),
+        "repetition_penalty": right.slider("Repetition penalty", 1.0, 2.0, 1.0, 0.05),
+        "seed": right.number_input("Seed", 0, 2**31, 0, help="The same seed gives the same text"),
+    }
 
 
 def bars(
@@ -163,19 +167,27 @@ def generate_page() -> None:
     st.title("Generate")
     st.write("The base model continues your text, one token at a time, in the style it learned.")
     with errors_as_messages():
-        model, tokenizer, checkpoint = loaded(BASE)
-        example = checkpoint.get("sample_prompt", "ROMEO:")
+        folder, example = model_set(), "The capital of France is"
+        if not is_large(folder):
+            example = loaded(BASE)[2].get("sample_prompt", "ROMEO:")
         prompt = st.text_area("Prompt", example, max_chars=MAX_TEXT)
         left, middle, right = st.columns(3)
-        temperature = left.slider("Temperature", 0.0, 2.0, TEMPERATURE, 0.05, help="0 is greedy")
         length = left.slider("Tokens", 10, 500, 200, 10)
-        top_p = middle.slider("Top-p", 0.05, 1.0, TOP_P, 0.05, help="Total probability to sample")
-        top_k = middle.slider("Top-k", 0, 200, 0, help="Number of tokens to sample from; 0 is all")
-        seed = right.number_input("Seed", 0, 2**31, 0, help="The same seed gives the same text")
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        go = start_button("Generate", "generated")
-        ids = continue_prompt(model, tokenizer, prompt, length, **sampling) if go else None
-        stream_text("generated", ids, tokenizer, prompt)
+        top_k = left.slider("Top-k", 0, 200, 0, help="Number of tokens to sample from; 0 is all")
+        sampling = sampling_options(middle, right, TEMPERATURE) | {"top_k": top_k}
+        start, stop = st.columns([1, 5])
+        stop.button("Stop")  # any button ends the run that streams
+        go, kept = start.button("Generate", type="primary"), st.session_state.get(f"text {folder}")
+        if is_large(folder) and prompt == example and not (go or kept):
+            st.info("Press Generate, or write a prompt: then the model is loaded.")
+            return
+        model, tokenizer, _ = loaded(BASE)
+        if go:
+            ids = generation.continue_prompt(model, tokenizer, prompt, length, **sampling)
+            stream_text(st.session_state, f"text {folder}", ids, tokenizer, prompt)
+        elif kept:
+            st.text(kept[0])
+            st.caption(kept[1])
         if prompt_ids := tokenizer.encode(prompt):
             show_next_tokens(model, tokenizer, prompt_ids)
             show_attention(model, tokenizer, prompt_ids)
@@ -185,7 +197,7 @@ def show_next_tokens(model: GPTModel, tokenizer: BPETokenizer, ids: list[int]) -
     """Chart of the most probable tokens after a prompt."""
     window = torch.tensor([ids[-model.config.context_length :]])
     with torch.inference_mode():
-        probabilities = generation.token_probabilities(model(window)[:, -1])[0]
+        probabilities = generation.token_probabilities(model.head(model.hidden(window)[:, -1]))[0]
     top = probabilities.topk(SHOWN_TOKENS)
     names = [f"{printable(tokenizer.vocab[i])}  ({i})" for i in top.indices.tolist()]
     st.subheader("Next token")
@@ -216,28 +228,118 @@ def show_attention(model: GPTModel, tokenizer: BPETokenizer, ids: list[int]) -> 
     st.altair_chart(chart)
 
 
+def chat_page() -> None:
+    """A conversation with a fine-tuned model and, on request, with its untouched base beside it."""
+    st.title("Chat")
+    st.write("The model reads the whole conversation, in its chat template, and answers.")
+    with errors_as_messages():
+        files, system, sampling = chat_settings()
+        turns = st.session_state.setdefault(f"chat {model_set()}", [])
+        asked = st.chat_input(key="question", max_chars=MAX_TEXT, submit_mode="stop")
+        if asked:
+            turns.append((asked, {}))
+
+        def edit() -> None:
+            st.session_state["question"] = turns.pop()[0]
+
+        history = st.container()
+        with st.container(horizontal=True):
+            st.button("Edit the last question", on_click=edit, disabled=not turns)
+            st.button("Clear", on_click=turns.clear)
+            is_shown = st.toggle("Template and token mask")
+        for i, (question, answers) in enumerate(turns, 1):
+            history.chat_message("user").text(question)
+            is_new = bool(asked) and i == len(turns)
+            titles = list(files if is_new else answers)
+            for column, title in zip(history.columns(len(titles) or 1), titles):
+                with column, st.chat_message("assistant"), errors_as_messages():
+                    st.caption(title)
+                    if is_new:
+                        answer(turns, files, title, system, sampling)
+                    else:
+                        st.text(answers[title][0])
+                        st.caption(answers[title][1])
+        if is_shown and turns:
+            title, file = next(iter(files.items()))
+            show_template(conversation(turns, title, system), file)
+
+
+def chat_settings() -> tuple[dict[str, str], str, dict[str, Any]]:
+    """The files of the models that answer, by title, the system line, and options of sampling."""
+    base = checkpoint_path(BASE)
+    titles = [title for title, file in ASSISTANTS.items() if checkpoint_path(file).is_file()]
+    if not base.is_file():
+        raise FileNotFoundError(f"no base at {base}: create it with `{command_for(base)}`")
+    with st.sidebar:
+        title = st.selectbox("Model that answers", titles) if titles else "Base"
+        with_base = titles and st.toggle("The untouched base beside it")
+        with st.expander("Sampling and system line"):
+            system = st.text_area("System line", max_chars=500)
+            sampling = sampling_options(st, st, 0.7)
+    if not titles:
+        st.info(f"The base answers. Fine-tune it with `{command_for(checkpoint_path(QLORA))}`.")
+    files = {title: ASSISTANTS.get(title, BASE)} | ({"Base": BASE} if with_base else {})
+    return files, system, sampling
+
+
+def conversation(turns: list[tuple[str, dict]], title: str, system: str) -> Instruction:
+    """A chat as one model sees it: with its own answers or, where it gave none, with another's."""
+    first = [next(iter(answers.values()), ("",)) for _, answers in turns]
+    texts = [(q, "", answers.get(title, other)[0]) for (q, answers), other in zip(turns, first)]
+    earlier = tuple(turn for turn in texts[:-1] if turn[2].strip())
+    return Instruction(*texts[-1], system=system, earlier=earlier)
+
+
+def answer(turns: list, files: dict, title: str, system: str, sampling: dict) -> None:
+    """Streams a model's answer to the last question of a chat."""
+    model, tokenizer, _ = loaded(files[title])
+    if not tokenizer.chat_template and [*files.values()] == [BASE]:
+        raise ValueError("this base has no chat template: it cannot answer before it is fine-tuned")
+    task = dataclasses.replace(conversation(turns, title, system), response="")
+    half = model.config.context_length // 2  # for the conversation, and as much for the answer
+    if len(encode_instruction(task, tokenizer, 1 << 30)) > half:
+        st.caption("The conversation is too long for the context: its oldest turns were left out.")
+    sampling = {**sampling, "max_new_tokens": min(MAX_ANSWER, half)}
+    ids = generation.generate_response(model, tokenizer, task, **sampling)
+    stream_text(turns[-1][1], title, ids, tokenizer, "")
+
+
+def show_template(task: Instruction, name: str) -> None:
+    """A conversation in the template of a model, and which of its tokens a training learns from."""
+    model, tokenizer, _ = loaded(name)
+    encoded = encode_instruction(task, tokenizer, model.config.context_length)
+    st.code(tokenizer.decode(encoded.ids), language=None, wrap_lines=True)
+    names = [printable(tokenizer.vocab[i]) for i in encoded.ids]
+    rows = zip(names, names[1:], (target != IGNORE for target in encoded.targets[1:]))
+    st.dataframe(pd.DataFrame(rows, columns=["input", "target", "carries loss"]), height=300)
+
+
 def sentiment_page() -> None:
     """A text classified by three models, or a file of texts by one."""
     st.title("Sentiment")
     st.write("Which label fits a text? Two fine-tuned models beside a linear one.")
     example = "Stopped working after two days, and nobody answered my letters."
-    text = st.text_area("Review", example, max_chars=MAX_TEXT)
-    if text.strip():
+    text = st.text_area("Review", "" if is_large(model_set()) else example, max_chars=MAX_TEXT)
+    folders, shipped = [model_set()], MODELS / "shipped"
+    if shipped.is_dir() and shipped not in folders and st.toggle("Compare with shipped/"):
+        folders.append(shipped)
+    if not text.strip():
+        st.info("Write a review to classify it.")
+    for folder in folders if text.strip() else []:
+        st.caption(f"{folder.name}/".translate(MARKDOWN))
         for column, name in zip(st.columns(len(CLASSIFIERS)), CLASSIFIERS):
             with column, errors_as_messages():
-                row = classify(name, [text]).iloc[0]
+                row = classify(name, [text], folder).iloc[0]
                 verdict, sure = row.idxmax().translate(MARKDOWN), f"{row.max():.0%} sure"
                 st.metric(name, verdict, sure, delta_color="off", delta_arrow="off")
                 frame = row.rename_axis("class").reset_index(name="probability")
                 st.altair_chart(bars(frame, "probability", "class", x_max=1))
-    else:
-        st.info("Write a review to classify it.")
     classify_file()
 
 
-def classify(name: str, texts: list[str]) -> pd.DataFrame:
+def classify(name: str, texts: list[str], folder: str | Path | None = None) -> pd.DataFrame:
     """Probabilities by one of `CLASSIFIERS`: a row for each text, a column for each label."""
-    model, tokenizer, checkpoint = loaded(CLASSIFIERS[name])
+    model, tokenizer, checkpoint = loaded(CLASSIFIERS[name], folder)
     if name == LINEAR:
         probabilities = model.predict_proba(texts)
     else:
@@ -288,33 +390,6 @@ def read_upload(content: bytes, name: str, column: str | None = None) -> tuple[l
     return rows, [text[: 10 * MAX_TEXT] for text in texts]
 
 
-def instructions_page() -> None:
-    """The untouched base and the fine-tuned model answer side by side."""
-    st.title("Instructions")
-    st.write("The same prompt, answered by the untouched base and by the model after QLoRA.")
-    question = st.text_area("Instruction", "Name three things to take to the beach.", max_chars=500)
-    task = Instruction(question, st.text_area("Context (optional)", "", max_chars=MAX_TEXT))
-    left, right = st.columns(2)
-    temperature = left.slider("Temperature", 0.0, 2.0, 0.7, 0.05)
-    sampling = {"temperature": temperature, "seed": right.number_input("Seed", 0, 2**31, 0)}
-    go = start_button("Answer", BASE, QLORA)
-    for column, title, name in zip(st.columns(2), ("Base", "QLoRA"), (BASE, QLORA)):
-        with column, errors_as_messages():
-            st.subheader(title)
-            model, tokenizer, _ = loaded(name)
-            ids = generate_response(model, tokenizer, task, **sampling) if go else None
-            stream_text(name, ids, tokenizer)
-    with errors_as_messages(), st.expander("Template and token mask"):
-        model, tokenizer, _ = loaded(QLORA)
-        response = st.text_input("A response to learn from", "Towel, book and hat.", max_chars=200)
-        task = Instruction(task.instruction, task.context, response)
-        encoded = encode_instruction(task, tokenizer, model.config.context_length)
-        st.code(tokenizer.decode(encoded.ids), language=None)
-        names = [printable(tokenizer.vocab[i]) for i in encoded.ids]
-        rows = zip(names, names[1:], (target != IGNORE for target in encoded.targets[1:]))
-        st.dataframe(pd.DataFrame(rows, columns=["input", "target", "carries loss"]), height=300)
-
-
 def tokenizer_page() -> None:
     """Text split into tokens, and the merges that build a word."""
     st.title("Tokenizer")
@@ -326,15 +401,13 @@ def tokenizer_page() -> None:
         if not ids:
             st.info("Write some text to see its tokens.")
             return
-        n_bytes = len(text.encode())
-        left, middle, right = st.columns(3)
-        left.metric("Tokens", f"{len(ids):,}")
-        middle.metric("Bytes", f"{n_bytes:,}")
-        right.metric("Bytes per token", f"{n_bytes / len(ids):.2f}")
+        n_bytes, columns = len(text.encode()), st.columns(3)
+        columns[0].metric("Tokens", f"{len(ids):,}")
+        columns[1].metric("Bytes", f"{n_bytes:,}")
+        columns[2].metric("Bytes per token", f"{n_bytes / len(ids):.2f}")
         with st.container(horizontal=True, gap="small"):
             for i, token_id in enumerate(ids[:SHOWN_BADGES]):
-                color = COLORS[i % len(COLORS)]
-                st.badge(badge(tokenizer.vocab[token_id], token_id), color=color)
+                st.badge(badge(tokenizer.vocab[token_id], token_id), color=COLORS[i % len(COLORS)])
         if len(ids) > SHOWN_BADGES:
             st.caption(f"The first {SHOWN_BADGES} of {len(ids):,} tokens.")
         st.subheader("Merges, step by step")
@@ -374,10 +447,9 @@ def training_page() -> None:
             st.dataframe(pd.DataFrame(lines, columns=header), hide_index=True)
         formats = {"trained parameters": "~s", "peak memory (GiB)": ".2f", "training (s)": ",.0f"}
         for task in ("sentiment", "instructions"):
-            tuned = [r for r in rows[task] if r["model"] in FINE_TUNINGS and "seconds" in r]
-            if not tuned:
+            tuned = [r for r in rows[task] if r["model"] in ASSISTANTS and "seconds" in r]
+            if (frame := pd.DataFrame(tuned)).empty:
                 continue
-            frame = pd.DataFrame(tuned)
             costs = frame[["trained_parameters", "peak_memory_bytes", "seconds"]]
             frame[list(formats)] = costs / [1, 2**30, 1]
             st.markdown(f"**{task.capitalize()}: full fine-tuning against adapters**")
@@ -395,12 +467,11 @@ def curves() -> None:
     paths.sort(key=lambda p: (".resume." not in p.name, not p.name.startswith("model_weights.")))
     names = (path.name.removesuffix(".log.jsonl") for path in paths)
     logs = {name.replace(".resume", " (in progress)"): path for name, path in zip(names, paths)}
-    if not logs:
-        st.info("There are no logs yet: train with `python main.py`.")
-        return
-    frame = pd.DataFrame(read_log(logs[st.selectbox("Training", list(logs), key="training")]))
+    chosen = st.selectbox("Training", list(logs), key="training") if logs else None
+    frame = pd.DataFrame(read_log(logs[chosen]) if logs else [])
     if frame.empty:
-        st.info("No step is logged yet: wait a moment, or train with `python main.py`.")
+        command = command_for(model_set() / (LORA_CLASSIFIER if is_large(model_set()) else BASE))
+        st.info(f"No step is logged yet: wait a moment, or train with `{command}`.")
         return
     st.caption(f"{frame.step.iloc[-1]:,.0f} steps, {frame.seconds.iloc[-1]:,.0f} seconds")
     titles = "Loss (nats; val_loss of language models per byte)", "Learning rate"

@@ -1,7 +1,9 @@
 """The dashboard's pages, without a browser: right answers, messages for what is missing."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,25 @@ from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 import app
-from data_loader import LABELS
-from generation import BASE, LORA_CLASSIFIER, class_probabilities, continue_prompt, load_model
+import generation
+from data_loader import LABELS, Instruction
+from data_utils import CHAT_TEMPLATE, IGNORE, encode_instruction
+from generation import (
+    BASE,
+    FULL,
+    LORA_CLASSIFIER,
+    QLORA,
+    class_probabilities,
+    continue_prompt,
+    generate_response,
+    load_for_inference,
+    load_model,
+)
 from tokenizer import BPETokenizer
 from training import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["generate", "sentiment", "instructions", "tokenizer", "training"]
+PAGES = ["generate", "chat", "sentiment", "tokenizer", "training"]
 
 
 @pytest.fixture
@@ -32,6 +46,15 @@ def models(all_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def page(name: str) -> AppTest:
     """A page, run once."""
     return AppTest.from_string(f"import app\napp.{name}_page()", default_timeout=60).run()
+
+
+def set_slider(at: AppTest, label: str, value: float) -> None:
+    (slider,) = [slider for slider in at.slider if slider.label == label]
+    slider.set_value(value)
+
+
+def ask(at: AppTest, question: str) -> None:
+    at.chat_input[0].set_value(question).run()
 
 
 def assert_quiet(at: AppTest) -> None:
@@ -59,17 +82,17 @@ def test_an_empty_folder_gives_commands_and_no_traceback(
 def test_generated_text_is_that_of_the_command_line(models: Path):
     at = page("generate")
     at.text_area[0].set_value("ROMEO:\nO").run()
-    at.slider[0].set_value(1.0)
-    at.slider[1].set_value(30)
+    set_slider(at, "Temperature", 1.0)
+    set_slider(at, "Tokens", 30)
     at.button[0].click().run()
     assert_quiet(at)
     model, tokenizer, _ = load_model(models / "model_weights.pth")
     ids = continue_prompt(model, tokenizer, "ROMEO:\nO", 30, temperature=1.0)
     expected = "ROMEO:\nO" + "".join(tokenizer.decode_stream(ids))
-    assert at.code[0].value == expected
+    assert at.text[0].value == expected
     assert "tokens per second" in at.caption[0].value
     at.button[1].click().run()  # Stop: what was shown stays
-    assert at.code[0].value == expected
+    assert at.text[0].value == expected
 
 
 def test_an_empty_prompt_is_no_error(models: Path):
@@ -124,21 +147,24 @@ def test_damaged_files_are_messages(name: str, shown: str, models: Path):
     path = models / name
     path.write_bytes(path.read_bytes()[:200])
     at = page(shown)
+    if shown == "chat":
+        ask(at, "Who?")
+    reads_base = shown in ("generate", "chat")
+    uses_it = reads_base or (name == "tokenizer.json" and shown != "training")
     assert not at.exception
     assert all("python " in error.value for error in at.error)
-    reads_base = shown in ("generate", "instructions")
-    uses_it = reads_base or (name == "tokenizer.json" and shown != "training")
     assert bool(at.error) == uses_it
 
 
 def test_an_adapter_is_refused_as_soon_as_its_base_changes(models: Path):
-    at = page("instructions")
+    at = page("chat")
+    ask(at, "Who?")
     assert_quiet(at)
     path = models / "model_weights.pth"
     checkpoint = load_checkpoint(path, "base")
     weights = {n: w * 1.5 for n, w in checkpoint["weights"].items()}
     save_checkpoint(path, {**checkpoint, "weights": weights})
-    at.run()
+    ask(at, "Who?")
     assert not at.exception and "was trained on another base" in at.error[0].value
 
 
@@ -177,32 +203,220 @@ def test_the_shipped_models_stand_in_until_the_user_has_trained(
     monkeypatch.setattr(app, "MODELS", tmp_path)
     for name in PAGES:
         at = page(name)
+        if name == "chat":
+            ask(at, "Who?")
         assert_quiet(at)
         captions = [caption.value for caption in at.caption]
         stands_in = any("showing shipped/" in caption for caption in captions)
-        assert stands_in == (name in ("sentiment", "instructions")), captions
+        assert stands_in == (name in ("sentiment", "chat")), captions
 
 
-def test_the_sidebar_chooses_the_model_set(
+def test_the_sidebar_chooses_the_model_set_and_names_what_it_lacks(
+    all_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A set without its base, as a clone has one, is listed with the command that fetches it."""
+    folder = tmp_path / "models"
+    names = "shipped", "other", "smollm2-135m-instruct"
+    for name in names:
+        shutil.copytree(all_models, folder / name)
+    (folder / "cache").mkdir()  # holds no model
+    (folder / "other" / LORA_CLASSIFIER).unlink()
+    (folder / names[2] / BASE).unlink()
+    monkeypatch.setenv("GPT_MODELS_DIR", str(folder))
+    at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+    assert_quiet(at)
+    chooser = at.sidebar.selectbox[0]
+    assert chooser.options == ["shipped/", "models/", "other/", "smollm2-135m-instruct/"]
+    assert chooser.value.name == "shipped" and not at.sidebar.caption
+    chooser.set_value(folder / "other").run()
+    assert_quiet(at)
+    command = "`python finetune_lora_classifier.py --base other`"
+    assert [c.value for c in at.sidebar.caption] == [f"No LoRA classifier: {command}"]
+    at.sidebar.selectbox[0].set_value(folder / names[2]).run()
+    command = "`python main.py --pretrained smollm2-135m-instruct`"
+    assert [c.value for c in at.sidebar.caption] == [f"No base: {command}"]
+    assert not at.exception and command in at.error[0].value
+    at.sidebar.selectbox[0].set_value(folder).run()
+    assert at.sidebar.caption[0].value == "No base: `python main.py`"
+
+
+# ---- chat
+
+
+def click(at: AppTest, label: str) -> None:
+    next(button for button in at.button if button.label == label).click().run()
+
+
+def expected_answer(models: Path, file: str, task: Instruction, **sampling: object) -> str:
+    model, tokenizer, _ = load_for_inference(models / file)
+    n = model.config.context_length // 2
+    ids = generate_response(model, tokenizer, task, max_new_tokens=n, **sampling)
+    return "".join(tokenizer.decode_stream(ids))
+
+
+def shown_texts(at: AppTest) -> list[str]:
+    """Questions and answers; Streamlit strips them."""
+    return [text.value for text in at.text]
+
+
+def test_an_answer_is_that_of_the_model_to_the_whole_conversation(models: Path):
+    at = page("chat")
+    ask(at, "Who?")
+    next(box for box in at.text_area if box.label == "System line").set_value("Be brief.")
+    set_slider(at, "Temperature", 1.0)
+    set_slider(at, "Repetition penalty", 1.3)
+    at.number_input[0].set_value(7)
+    ask(at, "Why?")
+    assert_quiet(at)
+    first = expected_answer(models, QLORA, Instruction("Who?"), temperature=0.7)
+    task = Instruction("Why?", system="Be brief.", earlier=(("Who?", "", first),))
+    sampling = {"temperature": 1.0, "repetition_penalty": 1.3, "seed": 7}
+    second = expected_answer(models, QLORA, task, **sampling)
+    texts = ["Who?", first.strip(), "Why?", second.strip()]
+    assert shown_texts(at) == texts
+    notes = [note.value for note in at.caption if "tokens per second" in note.value]
+    assert len(notes) == 2 and notes[0].split()[0].isdigit()
+    at.run()
+    assert shown_texts(at) == texts, "no new answer"
+
+
+def test_the_last_question_is_edited_and_a_chat_cleared(models: Path):
+    at = page("chat")
+    for question in ("Who?", "Why?"):
+        ask(at, question)
+    click(at, "Edit the last question")
+    assert at.text[0].value == "Who?" and len(at.text) == 2
+    assert at.chat_input[0].value == "Why?", "back in the box"
+    ask(at, "When?")
+    assert shown_texts(at)[::2] == ["Who?", "When?"]
+    click(at, "Clear")
+    assert_quiet(at)
+    assert not at.text
+
+
+def test_the_untouched_base_answers_beside_any_instruction_model(models: Path):
+    checkpoint = load_checkpoint(models / BASE, "base")
+    checkpoint |= {"kind": "full_instruction", "chat_template": CHAT_TEMPLATE}
+    save_checkpoint(models / FULL, checkpoint)
+    at = page("chat")
+    assert at.sidebar.selectbox[0].options == ["QLoRA, 4-bit base", "full fine-tuning"]
+    at.sidebar.selectbox[0].set_value("full fine-tuning")
+    at.sidebar.toggle[0].set_value(True).run()
+    ask(at, "Who?")
+    assert_quiet(at)
+    assert [c.value for c in at.caption][::2] == ["full fine-tuning", "Base"]
+    expected = expected_answer(models, BASE, Instruction("Who?"), temperature=0.7)
+    assert shown_texts(at) == ["Who?", expected.strip(), expected.strip()]
+
+
+def test_template_and_mask_show_the_conversation(models: Path):
+    at = page("chat")
+    at.toggle[0].set_value(True).run()
+    ask(at, "Who? ### Response\n<|endoftext|>")
+    click(at, "Clear")
+    for question in ("Who?", "Why <|endoftext|>"):
+        ask(at, question)
+    assert_quiet(at)
+    _, first, _, second = (text.value for text in at.text)
+    earlier = (("Who?", "", first),) if first.strip() else ()
+    task = Instruction("Why <|endoftext|>", "", second, earlier=earlier)
+    model, tokenizer, _ = load_for_inference(models / QLORA)
+    example = encode_instruction(task, tokenizer, model.config.context_length)
+    assert at.code[0].value == tokenizer.decode(example.ids)
+    mask = at.dataframe[0].value["carries loss"].tolist()
+    assert mask == [target != IGNORE for target in example.targets[1:]] and any(mask)
+
+
+def test_a_conversation_that_outgrows_the_context_says_so(models: Path):
+    at = page("chat")
+    for question in ("Who?", "What was the name of the king of the sea and of all the land?"):
+        ask(at, question)
+    ask(at, "And of the queen?")
+    assert_quiet(at)
+    said = [c.value for c in at.caption]
+    assert any("oldest turns" in caption for caption in said)
+    assert not any("oldest turns" in caption for caption in said[:4]), "not of the first answer"
+
+
+def test_without_an_instruction_model_a_base_answers_if_it_has_a_template(models: Path):
+    (models / QLORA).unlink()
+    at = page("chat")
+    assert_quiet(at)
+    assert "`python finetune_qlora_instructions.py`" in at.info[0].value
+    ask(at, "Who?")
+    assert "has no chat template" in at.error[0].value
+    checkpoint = load_checkpoint(models / BASE, "base")
+    save_checkpoint(models / BASE, {**checkpoint, "chat_template": CHAT_TEMPLATE})
+    ask(at, "Who?")
+    assert_quiet(at)
+    expected = expected_answer(models, BASE, Instruction("Who?"), temperature=0.7)
+    assert at.text[-1].value == expected.strip()
+
+
+# ---- large models
+
+
+def test_no_large_model_is_loaded_before_it_is_asked_for(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+):
+    opened: list[str] = []
+    load = generation.load_for_inference
+    monkeypatch.setattr(
+        generation, "load_for_inference", lambda path: (opened.append(path.name), load(path))[1]
+    )
+    monkeypatch.setattr(app, "is_large", lambda _: True)
+    pages = {name: page(name) for name in PAGES}
+    assert not opened
+    for at in pages.values():
+        assert_quiet(at)
+    click(pages["generate"], "Generate")
+    assert opened == [BASE] and pages["generate"].text
+    ask(pages["chat"], "Who?")
+    pages["sentiment"].text_area[0].set_value("good").run()
+    assert opened == [BASE, QLORA, generation.FULL_CLASSIFIER, LORA_CLASSIFIER]
+    assert len(pages["sentiment"].metric) == 3
+
+
+def test_at_most_three_large_models_are_kept_and_sessions_share_them(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(app, "is_large", lambda _: True)
+    folders = [shutil.copytree(models, tmp_path / f"set{i}") for i in range(5)]
+    kept = []
+    for folder in folders:
+        model, _, _ = app.loaded(BASE, folder)
+        assert app.loaded(BASE, folder)[0] is model
+        kept.append(weakref.ref(model))
+        del model
+    gc.collect()
+    assert [ref() is not None for ref in kept] == [False, False, True, True, True]
+
+
+# ---- sentiment
+
+
+def test_models_from_scratch_judge_the_same_text(
     all_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for name in ("shipped", "other"):
         shutil.copytree(all_models, tmp_path / name)
-    (tmp_path / "cache").mkdir()  # holds no model
-    (tmp_path / "other" / LORA_CLASSIFIER).unlink()
-    monkeypatch.setenv("GPT_MODELS_DIR", str(tmp_path))
-    at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+    monkeypatch.setattr(app, "MODELS", tmp_path)
+    at = AppTest.from_string("import app\napp.sentiment_page()", default_timeout=60)
+    at.session_state["model_set"] = tmp_path / "other"
+    at.run()
+    assert len(at.metric) == 3
+    at.toggle[0].set_value(True).run()
     assert_quiet(at)
-    chooser = at.sidebar.selectbox[0]
-    assert chooser.options == ["other/", "shipped/"] and chooser.value.name == "shipped"
-    assert_quiet(at.sidebar.selectbox[0].select_index(0).run())
-    assert at.session_state["model_set"] == tmp_path / "other"
+    assert [m.value for m in at.metric[:3]] == [m.value for m in at.metric[3:]]
+    assert [c.value for c in at.caption[:2]] == ["other/", "shipped/"] and len(at.metric) == 6
 
 
 def test_a_file_is_judged_once(models: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
     judge = app.classify
-    monkeypatch.setattr(app, "classify", lambda n, t: (calls.append(len(t)), judge(n, t))[1])
+    monkeypatch.setattr(
+        app, "classify", lambda n, t, *f: (calls.append(len(t)), judge(n, t, *f))[1]
+    )
     at = page("sentiment")
     at.file_uploader[0].set_value(("a.csv", b"text,n\ngood,1\nbad,2\n", "text/csv")).run()
     at.run()
@@ -214,15 +428,6 @@ def test_a_file_is_judged_once(models: Path, monkeypatch: pytest.MonkeyPatch):
     assert frame["probability_positive"].tolist() == found["positive"].round(4).tolist()
     at.selectbox[0].set_value("LoRA").run()
     assert calls.count(2) == 2
-
-
-def test_both_models_answer(models: Path):
-    at = page("instructions")
-    at.button[0].click().run()
-    assert_quiet(at)
-    answers = [code.value for code in at.code]
-    assert answers[-1].startswith("### Instruction\n")
-    assert len(at.caption) == 2
 
 
 def test_a_word_is_built_by_its_merges(models: Path):
@@ -257,7 +462,11 @@ ODD = [
 
 @pytest.mark.parametrize("odd", ODD)
 def test_any_text_gets_an_answer_on_every_page(odd: str, models: Path):
-    for name in ("generate", "sentiment", "instructions", "tokenizer"):
+    at = page("chat")
+    ask(at, odd)
+    assert_quiet(at)
+    assert at.text[0].value == odd
+    for name in ("generate", "sentiment", "tokenizer"):
         at = page(name)
         at.text_area[0].set_value(odd).run()
         for box in at.text_input:
@@ -352,11 +561,14 @@ def test_no_page_changes_what_another_shows(models: Path):
     before = class_probabilities(model, tokenizer, ["a", "good one"])
     for name in (*PAGES, *reversed(PAGES)):
         at = page(name)
-        if at.button:
+        if name == "chat":
+            ask(at, "Who?")
+        elif at.button:
             at.button[0].click().run()
         assert_quiet(at)
     cached, _, _ = app.loaded(LORA_CLASSIFIER)
-    assert (class_probabilities(cached, tokenizer, ["a", "good one"]) == before).all()
+    found = class_probabilities(cached, tokenizer, ["a", "good one"])
+    assert found == pytest.approx(before, abs=1e-5)  # an adapter is merged
     base, _, _ = app.loaded(BASE)
     fresh, _, _ = load_model(models / "model_weights.pth")
     ids = torch.arange(20)[None]

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "models" / "shipped"  # also where a person has trained models
 PAGES = {
     "generate": "Generate",
+    "chat": "Chat",
     "sentiment": "Sentiment",
-    "instructions": "Instructions",
     "tokenizer": "Tokenizer",
     "training": "Training and evaluation",
 }
@@ -119,23 +119,52 @@ def test_text_is_generated(address: str, page: Page, pictures: Path):
     go_to(page, address, "generate")
     click(page, "Generate")
     expect(page.get_by_text("200 tokens,")).to_be_visible()
-    expect(page.get_by_test_id("stCode").first).to_contain_text(re.compile(r"ROMEO:[\s\S]{200}"))
+    expect(page.get_by_test_id("stText")).to_contain_text(re.compile(r"ROMEO:[\s\S]{200}"))
     shoot(page, pictures / "llm_new_1.png")
 
 
-def test_stop_stops_and_keeps_the_text(address: str, page: Page):
-    go_to(page, address, "instructions")
-    page.get_by_role("textbox", name="Instruction", exact=True).fill("Write a long story.")
-    page.get_by_role("textbox", name="Instruction", exact=True).press("Control+Enter")
-    settle(page)
-    click(page, "Answer")
+def ask(page: Page, question: str) -> None:
+    box = page.get_by_test_id("stChatInputTextArea")
+    box.fill(question)
+    box.press("Enter")
+
+
+def test_a_chat_stops_keeps_what_was_streamed_and_goes_on(address: str, page: Page, pictures: Path):
+    go_to(page, address, "chat")
+    question = "Write a long story. <b>x</b> *y* :red[z] $w$"
+    ask(page, question)
     expect(page.get_by_text(SPEED).first).to_be_visible()
+    page.get_by_test_id("stChatInputStopButton").click()
+    settle(page)
+    texts = page.get_by_test_id("stText").all_inner_texts()
+    assert len(texts) == 2 and texts[0] == question and texts[1]
+    page.wait_for_timeout(1000)
+    assert page.get_by_test_id("stText").all_inner_texts() == texts
+    page.get_by_text("The untouched base beside it").click()
+    settle(page)
+    assert page.get_by_test_id("stText").all_inner_texts() == texts, "still there"
+    ask(page, "Name three things to take to the beach.")
+    settle(page)
+    expect(page.get_by_text(SPEED)).to_have_count(3)
+    shoot(page, pictures / "llm_new_3.png")
+    page.get_by_role("button", name="Edit the last question").click()
+    settle(page)
+    expect(page.get_by_test_id("stChatInputTextArea")).to_have_value(re.compile("^Name three"))
+    assert page.get_by_test_id("stText").all_inner_texts() == texts
+    page.get_by_role("button", name="Clear").click()
+    settle(page)
+    assert page.get_by_test_id("stText").count() == 0
+
+
+def test_generate_stops_and_keeps_the_text(address: str, page: Page):
+    go_to(page, address, "generate")
+    click(page, "Generate")
+    expect(page.get_by_text(SPEED)).to_be_visible()
     click(page, "Stop")
     settle(page)
-    shown = page.get_by_text(SPEED).all_inner_texts()
-    assert len(shown) == 1 and int(shown[0].split()[0]) < 200, "the second answer never begins"
+    shown = page.get_by_text(SPEED).inner_text()
     page.wait_for_timeout(1000)
-    assert page.get_by_text(SPEED).all_inner_texts() == shown
+    assert page.get_by_text(SPEED).inner_text() == shown
 
 
 def test_the_first_page_is_ready_soon_and_asks_nobody_else(address: str, page: Page):
@@ -175,15 +204,6 @@ def test_a_file_is_judged(address: str, page: Page, tmp_path: Path):
     )
 
 
-def test_an_instruction_is_answered(address: str, page: Page, pictures: Path):
-    go_to(page, address, "instructions")
-    click(page, "Answer")
-    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "running")
-    settle(page)
-    expect(page.get_by_text(SPEED)).to_have_count(2)
-    shoot(page, pictures / "llm_new_3.png")
-
-
 def test_two_sessions_at_once_get_their_own_text(address: str, page: Page):
     model, tokenizer, _ = load_model(MODELS / "model_weights.pth")
     other = page.context.browser.new_page()
@@ -200,7 +220,7 @@ def test_two_sessions_at_once_get_their_own_text(address: str, page: Page):
         settle(tab)
         ids = continue_prompt(model, tokenizer, prompt, 200)
         expected = prompt + "".join(tokenizer.decode_stream(ids))
-        shown = tab.get_by_test_id("stCode").first.inner_text()
+        shown = tab.get_by_test_id("stText").inner_text()
         assert shown.split() == expected.split()
 
 
@@ -225,6 +245,6 @@ def test_a_narrow_dark_window_does_not_scroll_sideways(
     page.set_viewport_size({"width": 420, "height": 900})
     page.emulate_media(color_scheme="dark")
     go_to(page, address, name)
-    main = page.get_by_test_id("stMain")
+    main = page.get_by_test_id("stMainBlockContainer").locator("..")
     assert main.evaluate("e => e.scrollWidth - e.clientWidth") <= 0
     shoot(page, pictures / f"narrow_{name}.png")

@@ -9,8 +9,11 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 import generation
+import training
 from data_loader import Instruction
 from generation import (
+    LORA_CLASSIFIER,
+    QLORA,
     KVCache,
     class_probabilities,
     continue_prompt,
@@ -19,6 +22,7 @@ from generation import (
     sample_next_token,
     token_probabilities,
 )
+from lora import is_quantized, lora_layers
 from model import GPTClassificationModel, GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
 
@@ -285,6 +289,30 @@ def test_a_missing_checkpoint_names_the_command(tmp_path: Path, capsys: pytest.C
 )
 def test_the_command_that_creates_a_file_of_a_model_set(file: str, command: str, tmp_path: Path):
     assert generation.command_for(tmp_path / file) == command
+
+
+@pytest.mark.parametrize("name", [QLORA, LORA_CLASSIFIER])
+def test_for_inference_a_model_has_no_adapters_and_no_4_bit_weights(
+    name: str, all_models: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is dequantised or added for each token; a large model is in bf16 where that pays."""
+    trained, _, _ = generation.load_model(all_models / name)
+    merged, _, checkpoint = generation.load_for_inference(all_models / name)
+    assert lora_layers(trained) and not lora_layers(merged) and "weights" not in checkpoint
+    assert not any(map(is_quantized, merged.modules()))
+    assert not any(p.requires_grad for p in merged.parameters())
+    ids = torch.arange(20)[None]
+    inputs = (ids, torch.tensor([20])) if name == LORA_CLASSIFIER else (ids,)
+    with torch.no_grad():
+        expected = trained(*inputs)
+    atol = 0.1 if name == QLORA else 1e-5  # 4-bit layers may compute in bf16
+    torch.testing.assert_close(merged(*inputs), expected, rtol=1e-4, atol=atol)
+    monkeypatch.setattr(generation, "LARGE_MODEL", 1)
+    for is_faster, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(training, "bfloat16_is_faster", lambda _, faster=is_faster: faster)
+        model, _, _ = generation.load_for_inference(all_models / name)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        torch.testing.assert_close(model(*inputs).float(), expected, rtol=0.1, atol=0.3)
 
 
 def test_another_tokenizer_is_refused(base_checkpoint: Path, capsys: pytest.CaptureFixture[str]):

@@ -23,6 +23,7 @@ from bitsandbytes.nn import Linear4bit
 from conftest import TINY_INSTRUCTIONS, randomised, run_under_torchrun, tiny_config, unsaved
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 import data_loader
 import evaluate
@@ -58,7 +59,7 @@ from lora import (
     stored_bytes,
 )
 from model import GPTConfig, GPTModel
-from tokenizer import END_OF_TEXT, BPETokenizer
+from tokenizer import END_OF_TEXT, PAD, BPETokenizer
 from training import (
     Runtime,
     load_checkpoint,
@@ -386,6 +387,55 @@ def test_the_oldest_turns_leave_first_and_the_system_text_stays(
     assert "1 conversations lost their oldest turns" in capsys.readouterr().err
     encode_instructions([row, ROW], tokenizer, len(whole) - 1)
     assert not capsys.readouterr().err
+
+
+SMOLLM2_TEMPLATE = (  # as published
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "special"), [(CHAT_TEMPLATE, (END_OF_TEXT, PAD)), (SMOLLM2_TEMPLATE, CHATML)]
+)
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_the_kept_turns_have_the_ids_of_transformers(
+    template: str, special: tuple, system: str, tmp_path: Path, play: str
+):
+    """At every length of the context, with a prompt to answer and with a response to learn; what
+    is learned is each kept response and the token that ends it, and nothing else."""
+    tokenizer = BPETokenizer.train([play[:20_000]], 300, special)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    tokenizer.chat_template = template
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"),
+        eos_token=special[0],
+        chat_template=template,
+    )
+    turns = [(f"{w} question?", "", f"{w} answer") for w in ("First", "Second", "Third")]
+    end = tokenizer.end_id if tokenizer.end_of_turn_id is None else tokenizer.end_of_turn_id
+    for response in ("Fourth answer", ""):
+        row = Instruction("Fourth question?", "", response, "", system, tuple(turns))
+        whole, kept = encode_instruction(row, tokenizer, 10_000), set()
+        for length in range(len(whole) // 3, len(whole)):
+            example = encode_instruction(row, tokenizer, length)
+            n_kept = tokenizer.decode(example.ids).count(" question?")
+            messages = [{"role": "system", "content": system}] if system else []
+            said = []
+            for question, _, answer in row.turns[-n_kept:]:
+                messages.append({"role": "user", "content": question})
+                if answer:
+                    messages.append({"role": "assistant", "content": answer})
+                    said += [*tokenizer.encode(answer), end]
+            options = {"add_generation_prompt": not response, "return_dict": False}
+            if n_kept > 1:  # a single turn may be cut
+                kept.add(n_kept)
+                assert example.ids == theirs.apply_chat_template(messages, **options)
+                assert [i for i in example.targets if i != IGNORE] == said
+        assert kept >= {2, 3, 4}, "one turn after the other"
 
 
 @given(st.text(max_size=60), st.text(max_size=200), st.text(max_size=200))
