@@ -28,10 +28,13 @@ from data_loader import PRETRAINED, Instruction, log0
 from data_utils import CHAT_TEMPLATE, encode_instruction, text_batches
 from lora import (
     HEAD,
+    WEIGHTS,
     LoRAConfig,
     LoRAEmbedding,
     apply_lora,
+    convert_weights,
     count_parameters,
+    fastest_weights,
     load_lora_state_dict,
     lora_layers,
     merge_lora,
@@ -273,7 +276,7 @@ COMMANDS = {  # the files of a model set, and what creates them
 }
 CLASSIFIERS = ("classifier", "lora_classifier")  # kinds of checkpoints
 INSTRUCTION_MODELS = ("qlora_instruction", "lora_instruction", "full_instruction")
-LARGE_MODEL = 20_000_000  # parameters; smaller ones gain nothing from bf16
+LARGE_MODEL = 20_000_000  # parameters; smaller ones gain nothing from fewer bits
 ANY_KIND = ("base", *CLASSIFIERS, *INSTRUCTION_MODELS)
 
 
@@ -330,17 +333,27 @@ def load_model(
     return model.eval(), tokenizer, checkpoint
 
 
-def load_for_inference(path: str | Path, runtime: Runtime = CPU) -> tuple[Any, BPETokenizer, dict]:
-    """As `load_model`, for a model that is not trained further: 4-bit weights are dequantised and
-    adapters merged, once; a large model is held in bf16 where the hardware multiplies it faster.
-    The checkpoint comes without weights."""
+def load_for_inference(
+    path: str | Path, runtime: Runtime = CPU, weights: str | None = None
+) -> tuple[Any, BPETokenizer, dict[str, Any]]:
+    """As `load_model`, for a model that is not trained further: adapters are merged, 4-bit weights
+    dequantised, and the result stored as one of `WEIGHTS`; by default the fastest of a large model,
+    and float32 of a small one. The checkpoint comes without weights."""
     model, tokenizer, checkpoint = load_model(path, runtime=runtime)
     merge_lora(model)
-    is_large = count_parameters(model)[1] > LARGE_MODEL
-    in_bf16 = is_large and training.bfloat16_is_faster(runtime.device)
-    model.to(torch.bfloat16 if in_bf16 else torch.float32)
+    if weights is None:
+        is_large = count_parameters(model)[1] > LARGE_MODEL
+        layer = getattr(model, "backbone", model).blocks[0].mlp.fc
+        weights = fastest_weights(layer) if is_large else "fp32"
+        if is_large:
+            log0(f"weights: {weights}, the fastest here")
+    try:
+        convert_weights(model, weights)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"no {weights} on this machine ({reason}): use --weights bf16") from None
     checkpoint = {name: value for name, value in checkpoint.items() if name != "weights"}
-    return model.requires_grad_(False), tokenizer, checkpoint
+    return model, tokenizer, checkpoint
 
 
 def command_for(path: str | Path) -> str:
@@ -634,7 +647,7 @@ def main(argv: list[str] | None = None) -> int:
                 export(path, folder)
         return 0
     runtime = Runtime(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    model, tokenizer, checkpoint = load_for_inference(path, runtime)
+    model, tokenizer, checkpoint = load_for_inference(path, runtime, args.weights)
     if checkpoint["kind"] in CLASSIFIERS:
         command = f"python evaluate.py sentiment --checkpoint {path} --data FILE"
         raise ValueError(f"{path} is a classifier and writes no text: use `{command}`")
@@ -673,6 +686,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=TOP_P, help="sample from tokens of this total probability")
     add("--repetition-penalty", type=float, default=1.0, help="above 1 discourages repetition")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
+    text = "how weights are stored (default: fp32; the fastest of the first three of a large model)"
+    add("--weights", choices=WEIGHTS, help=text)
     add("--json", action="store_true", help="print one JSON object at the end")
     add("--export-hf", type=Path, metavar="DIR", help="instead, write a copy for transformers")
     add("--export-peft", type=Path, metavar="DIR", help="instead, write the adapter for peft")

@@ -8,10 +8,13 @@ added to W. Only A, B and a classification head are trained and saved: the adapt
 Shapes: r rank, A (r, in), B (out, r); B batch, T time (tokens), C channels, V vocabulary.
 """
 
+import contextlib
+import copy
 import functools
 import logging
 import math
 import re
+import timeit
 import warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -325,6 +328,86 @@ def dequantize(layer: nn.Module) -> nn.Module:
     plain.weight = nn.Parameter(dequantize_nf4(q), requires_grad=False)
     plain.bias = layer.bias
     return plain
+
+
+# ---- 8-bit and 4-bit weights for inference on a CPU
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights and a scale for each row, for bf16 inputs. One token at a
+    time is as fast as memory delivers the weights, and these are half as many bytes."""
+
+    MAX_ROWS = 16  # above, it is faster to convert the weights once
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        weight = layer.weight.detach().float()
+        scales = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+        self.register_buffer("weight", (weight / scales).round().to(torch.int8))
+        self.register_buffer("scales", scales[:, 0].bfloat16())
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        rows = x.flatten(0, -2)
+        if len(rows) > self.MAX_ROWS:
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scales
+        else:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scales)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class Int4Linear(nn.Module):
+    """A linear layer with 4-bit weights, and a scale and a minimum for each 32 of a row."""
+
+    GROUP = 32
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        groups = layer.weight.detach().float().unflatten(1, (-1, self.GROUP))
+        low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+        scales = ((high - low) / 15).clamp(min=1e-9)
+        codes = ((groups - low) / scales).round().clamp(0, 15).int().flatten(1)
+        self.register_buffer("weight", torch._convert_weight_to_int4pack_for_cpu(codes, 1))
+        scales = torch.cat([scales, low + 8 * scales], dim=2)  # the kernel's codes are -8 to 7
+        self.register_buffer("scales", scales.transpose(0, 1).contiguous().bfloat16())
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        rows = x.flatten(0, -2)
+        y = torch._weight_int4pack_mm_for_cpu(rows, self.weight, self.GROUP, self.scales)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+WEIGHTS = ("fp32", "bf16", "int8", "int4")
+
+
+def convert_weights(model: nn.Module, weights: str) -> None:
+    """Stores the weights of a merged model as one of WEIGHTS, for inference. With "int8" and "int4"
+    embeddings and norms are bf16, and with the latter the head has 8 bits."""
+    model.to(torch.float32 if weights == "fp32" else torch.bfloat16).requires_grad_(False)
+    for name, layer in list(model.named_modules()) if weights.startswith("int") else ():
+        if isinstance(layer, nn.Linear) and name != HEAD:
+            in_block = "blocks" in name.split(".") and not layer.in_features % Int4Linear.GROUP
+            kind = Int4Linear if weights == "int4" and in_block else Int8Linear
+            model.set_submodule(name, kind(layer))
+
+
+def fastest_weights(layer: nn.Linear) -> str:
+    """Which of WEIGHTS but "int4", which changes results, multiplies a layer of this shape by one
+    vector fastest; timed, without the kinds whose kernel this machine lacks."""
+    seconds = {}
+    for weights in WEIGHTS[:3]:
+        copied = nn.Sequential(copy.deepcopy(layer))
+        x = torch.ones(1, layer.in_features, device=layer.weight.device)
+        with contextlib.suppress(RuntimeError, NotImplementedError), torch.inference_mode():
+            convert_weights(copied, weights)
+            x = x.to(torch.float32 if weights == "fp32" else torch.bfloat16)
+            seconds[weights] = min(timeit.repeat(functools.partial(copied, x), number=4, repeat=15))
+    return min(seconds, key=seconds.get)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

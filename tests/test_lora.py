@@ -10,17 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_INSTRUCTIONS, TINY_SENTIMENT, randomised, tiny_config
-from torch import nn
+from torch import Tensor, nn
 
 import finetune_lora_classifier
 import finetune_qlora_instructions
 import generation
+import lora
 from lora import (
+    Int4Linear,
+    Int8Linear,
     LoRAConfig,
     LoRAEmbedding,
     LoRALinear,
     apply_lora,
+    convert_weights,
     count_parameters,
+    fastest_weights,
     load_lora_state_dict,
     lora_layers,
     lora_state_dict,
@@ -364,3 +369,73 @@ def test_twenty_steps_give_the_losses_of_peft(classifier, batch):
             losses[-1].append(loss.item())
     assert losses[0][-1] < 0.5 * losses[0][0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# ---- 8-bit and 4-bit weights for inference
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_eight_bit_weights_are_rounded_to_127ths_of_the_largest_of_a_row(rows: int):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 48), torch.randn(rows, 2, 64).bfloat16()
+    scales = layer.weight.abs().amax(1, keepdim=True) / 127
+    rounded = (layer.weight / scales).round() * scales
+    assert (rounded - layer.weight).abs().max() <= scales.max() / 2 * 1.001
+    expected = F.linear(x.double(), rounded.double(), layer.bias.double())
+    layer.bias.data = layer.bias.data.bfloat16()
+    torch.testing.assert_close(Int8Linear(layer)(x).double(), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_four_bit_weights_are_sixteen_steps_from_the_minimum_to_the_maximum_of_32(rows: int):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(96, 64, bias=False), torch.randn(rows, 96).bfloat16()
+    groups = layer.weight.detach().view(64, 3, 32)
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    steps = ((groups - low) / (high - low) * 15).round()
+    rounded = (low + steps * (high - low) / 15).view(64, 96)
+    expected = F.linear(x.double(), rounded.double())
+    torch.testing.assert_close(Int4Linear(layer)(x).double(), expected, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error"), [("fp32", 0), ("bf16", 0.02), ("int8", 0.03), ("int4", 0.35)]
+)
+def test_each_kind_of_weights_gives_nearly_the_same_logits(weights: str, error: float):
+    torch.manual_seed(0)
+    options = {"norm": "rms", "activation": "swiglu", "tie_weights": True}
+    model = GPTModel(GPTConfig(vocab_size=64, n_embd=64, n_head=2, n_layer=2, **options)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.1)
+    ids = torch.randint(64, (2, 24))
+    expected = model(ids).detach()
+    embedding = model.token_embedding.weight.detach().clone()
+    convert_weights(model, weights)
+    found = model(ids).float()
+    assert (found - expected).norm() <= error * expected.norm()
+    kind = {"int8": Int8Linear, "int4": Int4Linear}.get(weights, nn.Linear)
+    assert type(model.blocks[1].mlp.fc) is kind
+    assert type(model.head) is (Int8Linear if weights.startswith("int") else nn.Linear)
+    torch.testing.assert_close(
+        model.token_embedding.weight.float(), embedding, atol=2e-3, rtol=0.01
+    )
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_weights_without_a_kernel_are_not_chosen(monkeypatch: pytest.MonkeyPatch):
+    def missing(*_: Tensor) -> Tensor:
+        raise NotImplementedError("no kernel")
+
+    seconds = {torch.float32: 3.0, torch.bfloat16: 2.0, torch.int8: 1.0}
+
+    def timed(function, **_):
+        function()
+        return [seconds[function.func[0].weight.dtype]]
+
+    monkeypatch.setattr(lora.timeit, "repeat", timed)
+    assert fastest_weights(nn.Linear(32, 16)) == "int8"
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", missing)
+    assert fastest_weights(nn.Linear(32, 16)) == "bf16"
+    seconds[torch.bfloat16] = 4.0
+    assert fastest_weights(nn.Linear(32, 16)) == "fp32"
