@@ -1,5 +1,6 @@
 """The served app in a real browser, as a person uses it, with the models that the clone carries."""
 
+import contextlib
 import os
 import re
 import socket
@@ -14,7 +15,7 @@ import requests
 from playwright.sync_api import Page, expect, sync_playwright
 
 from app import printable
-from generation import continue_prompt, load_model
+from generation import BASE, continue_prompt, load_model
 from tokenizer import BPETokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -31,9 +32,9 @@ WAIT_MS = 20_000
 pytestmark = pytest.mark.browser
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Where the app is served."""
+@contextlib.contextmanager
+def serve(models: Path) -> Iterator[str]:
+    """The app with the model sets of a folder; the address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -41,7 +42,7 @@ def address() -> Iterator[str]:
     server = subprocess.Popen(
         [*command, "--server.port", str(port), "--browser.gatherUsageStats", "false"],
         cwd=ROOT,
-        env={**os.environ, "GPT_MODELS_DIR": str(MODELS)},
+        env={**os.environ, "GPT_MODELS_DIR": str(models)},
         stdout=subprocess.DEVNULL,
     )
     url = f"http://127.0.0.1:{port}"
@@ -54,6 +55,13 @@ def address() -> Iterator[str]:
     yield url
     server.terminate()
     server.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Where the app is served with the models that come with the clone."""
+    with serve(MODELS) as url:
+        yield url
 
 
 @pytest.fixture
@@ -248,3 +256,19 @@ def test_a_narrow_dark_window_does_not_scroll_sideways(
     main = page.get_by_test_id("stMainBlockContainer").locator("..")
     assert main.evaluate("e => e.scrollWidth - e.clientWidth") <= 0
     shoot(page, pictures / f"narrow_{name}.png")
+
+
+def test_a_person_talks_to_a_public_model(page: Page, pictures: Path):
+    models = ROOT / "models" / "smollm2-135m-instruct"
+    if not (models / BASE).is_file():
+        pytest.skip("needs `python main.py --pretrained smollm2-135m-instruct`")
+    expect.set_options(timeout=120_000)  # two models of 135M parameters are loaded
+    with serve(models) as url:
+        go_to(page, url, "chat")
+        for i, question in enumerate(("What is the capital of France?", "Name a dish from there.")):
+            ask(page, question)
+            expect(page.get_by_text(SPEED)).to_have_count(i + 1)
+            settle(page)
+        texts = page.get_by_test_id("stText").all_inner_texts()
+        assert len(texts) == 4 and "Paris" in texts[1] and texts[3]
+        shoot(page, pictures / "llm_chat.png")
