@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -483,10 +484,10 @@ def read_records(path: str | Path, columns: Iterable[str]) -> Records:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    text = "" if suffix == ".parquet" else "".join(read_chunks(path))
     try:
         if suffix == ".parquet":
             return _parquet_records(path)
-        text = "".join(read_chunks(path))
         is_object = suffix not in (".csv", ".tsv") and text.lstrip().startswith("{")
         if is_object or suffix in (".json", ".jsonl", ".ndjson"):
             return _json_records(text, is_array=suffix == ".json")
@@ -758,9 +759,7 @@ def _download(file: RemoteFile) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "file")
         if file.url.startswith("hf:"):
-            from huggingface_hub import HfFileSystem  # slow to import
-
-            HfFileSystem().get_file(file.url, str(path))
+            _copy_from_hub(file.url, path)
         elif file.url:
             with requests.Session() as session:
                 session.mount(file.url, HTTPAdapter(max_retries=RETRY))
@@ -778,6 +777,19 @@ def _download(file: RemoteFile) -> bytes:
             (member,) = (m for m in tar if m.name.endswith("/" + file.name))
             return tar.extractfile(member).read()
     return content
+
+
+def _copy_from_hub(url: str, path: Path) -> None:
+    from huggingface_hub import HfFileSystem  # slow to import
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for tries_left in (2, 1, 0):  # the library retries the transfer, not the question before it
+        try:
+            return HfFileSystem().get_file(url, str(path))
+        except HfHubHTTPError as error:
+            if not tries_left or error.response.status_code < 500:
+                raise
+            time.sleep(1)
 
 
 def _download_package(requirement: str, folder: Path) -> Path:

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 import generation
-import training
 from data_loader import Instruction
 from generation import (
     LORA_CLASSIFIER,
@@ -308,8 +307,8 @@ def test_for_inference_a_model_has_no_adapters_and_no_4_bit_weights(
     atol = 0.1 if name == QLORA else 1e-5  # 4-bit layers may compute in bf16
     torch.testing.assert_close(merged(*inputs), expected, rtol=1e-4, atol=atol)
     monkeypatch.setattr(generation, "LARGE_MODEL", 1)
-    for is_faster, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(training, "bfloat16_is_faster", lambda _, faster=is_faster: faster)
+    for fastest, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        monkeypatch.setattr(generation, "fastest_weights", lambda _, fastest=fastest: fastest)
         model, _, _ = generation.load_for_inference(all_models / name)
         assert {p.dtype for p in model.parameters()} == {dtype}
         torch.testing.assert_close(model(*inputs).float(), expected, rtol=0.1, atol=0.3)

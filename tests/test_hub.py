@@ -179,7 +179,7 @@ training.exit_process(script.main({more!r}))"""
     for data, process in processes.items():
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-        assert f"data set: {data}, from " in err
+        assert f"data set: {data}, from " in err, err[:1500]
 
 
 # ---- faults
