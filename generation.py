@@ -297,14 +297,9 @@ def load_model(
     hint = command_for(path)
     with checkpoint_errors(path, hint):
         checkpoint = load_checkpoint(path, kinds, hint)
-        if lora_config := checkpoint.get("lora_config"):
-            base_path = path.parent / checkpoint["base"]
-            base = load_checkpoint(base_path, "base", command_for(base_path))
-            if base["weights_sha256"] != checkpoint["base_sha256"]:
-                raise ValueError(
-                    f"{path} was trained on another base than {base_path}: put the right one back, "
-                    f"or train again with `{hint}`"
-                )
+        lora_config, weights = checkpoint.get("lora_config"), checkpoint["weights"]
+        if lora_config:
+            weights = _base_weights(path, checkpoint, hint)
         tokenizer_path = path.with_name("tokenizer.json")
         tokenizer = BPETokenizer.load(tokenizer_path)
         if tokenizer.sha256 != checkpoint.get("tokenizer_sha256"):
@@ -312,7 +307,6 @@ def load_model(
                 f"{path} was trained with another tokenizer than {tokenizer_path}: put the right "
                 "one back, or train again with `python main.py`"
             )
-        weights = base["weights"] if lora_config else checkpoint["weights"]
         weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
         head = {name: weights.pop(name) for name in list(weights) if name.startswith(HEAD)}
         is_quantized = checkpoint["kind"] == "qlora_instruction"
@@ -331,6 +325,16 @@ def load_model(
             apply_lora(model, LoRAConfig(**lora_config))
             load_lora_state_dict(model, checkpoint["weights"])
     return model.eval(), tokenizer, checkpoint
+
+
+def _base_weights(path: Path, checkpoint: dict[str, Any], hint: str) -> dict[str, Tensor]:
+    """The weights that an adapter was trained on."""
+    base_path = path.parent / checkpoint["base"]
+    base = load_checkpoint(base_path, "base", command_for(base_path))
+    if base["weights_sha256"] != checkpoint["base_sha256"]:
+        text = f"{path} was trained on another base than {base_path}"
+        raise ValueError(f"{text}: put the right one back, or train again with `{hint}`")
+    return base["weights"]
 
 
 def load_for_inference(

@@ -294,8 +294,7 @@ class GPTClassificationModel(nn.Module):
 def rotary_table(context_length: int, head_size: int, base: float, device: Any = "cpu") -> Rotary:
     """Cosines and signed sines (context_length, D) of the angles that `rotate` turns by: pair i at
     position t by t * base^(-2 i / D) (Su et al. 2021, https://arxiv.org/abs/2104.09864)."""
-    half = head_size // 2
-    frequencies = base ** (-torch.arange(half) / half)
+    frequencies = base ** (-torch.arange(0, head_size, 2) / head_size)
     angles = torch.outer(torch.arange(context_length), frequencies)
     cos, sin = angles.cos().to(device), angles.sin().to(device)
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -306,13 +305,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-class FastDropout(nn.Module):
+class FastDropout(nn.Dropout):
     """`F.dropout(x, self.p, self.training)`, several times faster on a CPU: 16 random bits decide
     about an element, so `p` is rounded to a multiple of 2^-16."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x."""
