@@ -690,7 +690,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=TOP_P, help="sample from tokens of this total probability")
     add("--repetition-penalty", type=float, default=1.0, help="above 1 discourages repetition")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
-    text = "how weights are stored (default: fp32; the fastest of the first three of a large model)"
+    text = "how weights are stored (default: fp32; if large, the fastest of the first three)"
     add("--weights", choices=WEIGHTS, help=text)
     add("--json", action="store_true", help="print one JSON object at the end")
     add("--export-hf", type=Path, metavar="DIR", help="instead, write a copy for transformers")
