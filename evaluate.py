@@ -48,8 +48,7 @@ from training import HelpFormatter, Runtime
 
 INSTRUCTION_CONTEXT = 256  # tokens of prompt and response
 LINEAR, MAJORITY = "TF-IDF + logistic regression", "majority class"
-JUDGED_RESPONSES, JUDGED_OF_LARGE = 100, 20  # the latter of models above `LARGE` parameters
-LARGE = 50_000_000
+JUDGED_RESPONSES, JUDGED_OF_LARGE = 100, 20  # the latter of models above `LARGE_MODEL`
 QUESTIONS = data_loader.SAMPLES / "questions.jsonl"
 ANSWER_TOKENS = 40
 MAX_WINDOW, BATCH_TOKENS = 512, 4096  # bound the memory of models with a long context
@@ -163,7 +162,8 @@ def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction])
     copy samples them: equivalent and several times faster than 4 bits."""
     merged = copy.deepcopy(model)
     merge_lora(merged)
-    judged = rows[: JUDGED_OF_LARGE if count_parameters(model)[1] > LARGE else JUDGED_RESPONSES]
+    is_large = count_parameters(model)[1] > generation.LARGE_MODEL
+    judged = rows[: JUDGED_OF_LARGE if is_large else JUDGED_RESPONSES]
     n_stopped = 0
     for seed, row in enumerate(tqdm(judged, desc="responses", unit="response")):
         length = len(list(generation.generate_response(merged, tokenizer, row, seed=seed)))

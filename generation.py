@@ -353,7 +353,7 @@ def load_for_inference(
             log0(f"weights: {weights}, the fastest here")
     try:
         convert_weights(model, weights)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"no {weights} on this machine ({reason}): use --weights bf16") from None
     checkpoint = {name: value for name, value in checkpoint.items() if name != "weights"}
