@@ -293,10 +293,10 @@ class ExampleBatches:
         self._groups = functools.lru_cache(maxsize=1)(self._groups)  # once per epoch
 
     def __call__(self, step: int, n_micro: int = 1) -> list[tuple[Tensor, ...]]:
-        """Tensors of a step, split into micro-batches along B."""
+        """Tensors of a step in up to n micro-batches, each padded for itself."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        tensors = self.collate(self._groups(epoch)[index])
-        return list(zip(*(tensor.tensor_split(n_micro) for tensor in tensors)))
+        parts = np.array_split(self._groups(epoch)[index], n_micro)
+        return [self.collate(part) for part in parts if len(part)]
 
     def _groups(self, epoch: int) -> list[np.ndarray]:
         """Indices of the examples of each batch of an epoch."""
@@ -311,12 +311,12 @@ class ExampleBatches:
 def pad_batch(rows: Sequence[np.ndarray], pad_id: int, max_length: int) -> tuple[Tensor, Tensor]:
     """Token ids (B, T), padded on the right, and lengths (B,).
 
-    T is the longest row, rounded up to a multiple of 32, but not above `max_length`: with few
+    T is the longest row, rounded up to a multiple of 16, but not above `max_length`: with few
     different shapes kernels and memory are reused, which saves gigabytes on a CPU.
     """
     lengths = torch.tensor([len(row) for row in rows])
     longest = int(lengths.max())
-    T = max(longest, min(max_length, -(-longest // 32) * 32))
+    T = max(longest, min(max_length, -(-longest // 16) * 16))
     ids = torch.full((len(rows), T), pad_id)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.from_numpy(row)

@@ -51,7 +51,7 @@ PUBLIC_RECIPE = {
     "steps": 100_000,
     "epochs": 1,
     "batch_size": 16,
-    "grad_accumulation": 3,
+    "grad_accumulation": 4,
     "dropout": 0.0,
     "optimizer": "adamw",
     "learning_rate": 2e-5,

@@ -44,7 +44,7 @@ RECIPE = {
 PUBLIC_RECIPE = {  # for a public base, which answers already
     "steps": 120,
     "batch_size": 8,
-    "grad_accumulation": 2,
+    "grad_accumulation": 4,
     "dropout": 0.0,
     "optimizer": "adamw",
     "learning_rate": 2e-4,
