@@ -144,6 +144,7 @@ def _encode(rows: Split, tokenizer: BPETokenizer, context_length: int) -> Split:
 
 def _prepare_model(model, args, adapter, runtime) -> None:
     """Quantises the base and adds adapters, as the method requires."""
+    weights = model.state_dict()
     if args.method == "qlora":
         before = lora.stored_bytes(model)
         lora.quantize_4bit(model, runtime.dtype)
@@ -151,6 +152,7 @@ def _prepare_model(model, args, adapter, runtime) -> None:
     if adapter:
         torch.manual_seed(args.seed)
         lora.apply_lora(model, adapter)
+        lora.absorb_quantization_error(model, weights)
     log0(f"{args.method}: {lora.describe_training(model)}")
 
 

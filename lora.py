@@ -177,6 +177,21 @@ def load_lora_state_dict(model: nn.Module, adapter: dict[str, Tensor]) -> None:
     model.load_state_dict(adapter, strict=False)
 
 
+@torch.no_grad()
+def absorb_quantization_error(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Starts each adapter of a quantised model as the best update of its rank from the 4-bit weight
+    back to the original one in `weights` (LoftQ, Li et al. 2023, https://arxiv.org/abs/2310.08659).
+    """
+    for name, adapter in lora_layers(model):
+        if (q := quantized_weight(adapter.base_layer)) is not None:
+            error = weights[f"{name}.weight"].float() - dequantize_nf4(q).float()
+            r = min(len(adapter.lora_A), *error.shape)
+            U, S, V = torch.svd_lowrank(error, min(2 * r, *error.shape), niter=4)
+            scale = (S[:r] / adapter.scale).sqrt()
+            adapter.lora_A[:r] = (V[:, :r] * scale).T
+            adapter.lora_B[:, :r] = U[:, :r] * scale
+
+
 # ---- NF4: 4-bit weights
 
 

@@ -685,6 +685,22 @@ def test_gradients_are_those_of_the_dequantised_model():
             torch.testing.assert_close(parameter.grad, places[name].grad, rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_of_a_4bit_base_start_as_the_best_update_back_to_its_weights():
+    model = wide_model()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantize_4bit(model)
+    apply_lora(model, ALL)
+    lora.absorb_quantization_error(model, weights)
+    for name, layer in lora.lora_layers(model):
+        if not is_quantized(layer.base_layer):
+            assert not layer.delta_weight().any()
+            continue
+        error = weights[f"{name}.weight"] - dequantize(layer.base_layer).weight
+        left = torch.linalg.svdvals(error)[ALL.r :].square().sum()  # Eckart and Young 1936
+        found = (error - layer.delta_weight()).square().sum()
+        torch.testing.assert_close(found, left, rtol=0.01, atol=0.0)
+
+
 def test_merging_dequantises_and_keeps_the_logits():
     model, ids = wide_model(), torch.arange(20)[None]
     quantize_4bit(model)
