@@ -30,7 +30,7 @@ RECIPE = {
     # The embedding, to learn modern words, and one layer to combine them: all that 1 % allows.
     "target_modules": ("token_embedding", "blocks.-1.attn.qkv"),
 }
-PUBLIC = {**PUBLIC_RECIPE, "learning_rate": 1e-3, "target_modules": ("qkv", "attn.proj")}
+PUBLIC = {**PUBLIC_RECIPE, "learning_rate": 5e-4, "target_modules": ("qkv", "attn.proj")}
 
 
 @report_errors
