@@ -59,8 +59,8 @@ PARTS: dict[str, dict[str, object]] = {  # as the climb adds them: options of `m
     "rotary positions": {"position": "learned"},
     "q/k norm": {"qk_norm": False},
     "squared ReLU": {"activation": "gelu"},
-    "BPE": {"vocab_size": 258},  # bytes and two special tokens
-    "Muon": {"optimizer": "adamw", "learning_rate": 0.002},
+    "BPE": {"vocab_size": 258},  # bytes, which resegmentation leaves alone, and special tokens
+    "Muon": {"optimizer": "adamw", "learning_rate": 0.002},  # now of all matrices, so lower
     "resegmentation": {"resegment_probability": 0},
     "dropout": {"dropout": 0},
     "weight decay": {"weight_decay": 0},
