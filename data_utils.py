@@ -16,20 +16,14 @@ from typing import Generic
 import jinja2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data_loader
-from data_loader import (
-    DOCUMENT_END,
-    Corpus,
-    Example,
-    Examples,
-    Instruction,
-    Review,
-    log0,
-)
+from data_loader import DOCUMENT_END, Corpus, Example, Examples, Instruction, Review, log0
 from tokenizer import BPETokenizer
 
 IGNORE = -100  # target that carries no loss: `ignore_index` of PyTorch's cross entropy
@@ -42,21 +36,19 @@ SAMPLE_WEIGHT = 3  # copies of the bundled samples that the tokenizer learns fro
 def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: str | Path) -> BPETokenizer:
     """Trains the tokenizer of all models, or loads it from `cache_dir`. It learns from the training
     split and from the bundled samples, so that reviews and instructions compress well, too."""
-    samples = data_loader.sample_texts()
-    key = "\0".join([corpus.sha256, str(vocab_size), str(SAMPLE_WEIGHT), *samples])
+    samples = SAMPLE_WEIGHT * data_loader.sample_texts()
+
+    def train(path: Path) -> None:
+        fraction = min(0.9, TOKENIZER_BYTES / corpus.size)
+        if fraction < 0.9:
+            log0(f"tokenizer: learning from the first {TOKENIZER_BYTES >> 20} MiB of the text")
+        chunks = corpus.split(fraction)[0].read()
+        documents = (text for chunk in chunks for text in chunk.split(DOCUMENT_END))
+        BPETokenizer.train(itertools.chain(samples, documents), vocab_size).save(path)
+
+    key = "\0".join([corpus.sha256, str(vocab_size), *samples])
     stem = f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if path := _cached_file(cache_dir, stem, ".json"):
-        log0(f"tokenizer: from {path}")
-        return BPETokenizer.load(path)
-    fraction = min(0.9, TOKENIZER_BYTES / corpus.size)
-    if fraction < 0.9:
-        log0(f"tokenizer: learning from the first {TOKENIZER_BYTES >> 20} MiB of the text")
-    train, _ = corpus.split(fraction)
-    documents = (text for chunk in train.read() for text in chunk.split(DOCUMENT_END))
-    texts = itertools.chain(SAMPLE_WEIGHT * samples, documents)
-    tokenizer = BPETokenizer.train(texts, vocab_size)
-    tokenizer.save(Path(cache_dir, f"{stem}-{tokenizer.sha256[:16]}.json"))
-    return tokenizer
+    return BPETokenizer.load(_cached_file(cache_dir, stem, ".json", train))
 
 
 def prepare_token_ids(
@@ -64,19 +56,17 @@ def prepare_token_ids(
 ) -> np.ndarray:
     """Token ids (N,) of a split of the corpus, as a memory-mapped file that is written once, chunk
     by chunk; see `encode_documents`."""
-    stem = f"{split}-{corpus.sha256[:16]}-{tokenizer.sha256[:16]}"
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    if path := _cached_file(cache_dir, stem, ".bin"):
-        log0(f"{split} tokens: from {path}")
-    else:
-        new_path = Path(cache_dir, f"{stem}.bin")
-        with data_loader.atomic_write(new_path) as file:
-            n_chunks = -(-(part.stop - part.start) // data_loader.CHUNK_BYTES)
-            text = tqdm(part.read(), f"{split} tokens", n_chunks, unit="MiB")
+
+    def encode(path: Path) -> None:
+        n_chunks = -(-(part.stop - part.start) // data_loader.CHUNK_BYTES)
+        text = tqdm(part.read(), f"{split} tokens", n_chunks, unit="MiB")
+        with data_loader.atomic_write(path) as file:
             for ids in encode_documents(text, tokenizer):
                 file.write(np.array(ids, dtype).data)
-        sha256 = data_loader.file_sha256(new_path)
-        path = new_path.replace(new_path.with_name(f"{stem}-{sha256[:16]}.bin"))
+
+    stem = f"{split}-{corpus.sha256[:16]}-{tokenizer.sha256[:16]}"
+    path = _cached_file(cache_dir, stem, ".bin", encode)
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
 
@@ -87,14 +77,18 @@ def encode_documents(chunks: Iterable[str], tokenizer: BPETokenizer) -> Iterator
         yield from [[tokenizer.end_id]] if is_end else tokenizer.encode_stream(document)
 
 
-def _cached_file(cache_dir: str | Path, stem: str, suffix: str) -> Path | None:
-    """The cached file whose name starts with `stem` and ends with the hash of its content."""
-    for path in Path(cache_dir).glob(f"{stem}-*{suffix}"):
+def _cached_file(
+    folder: str | Path, stem: str, suffix: str, create: Callable[[Path], None]
+) -> Path:
+    """The file whose name is `stem` with the hash of its content; `create` writes a missing one."""
+    for path in Path(folder).glob(f"{stem}-*{suffix}"):
         if path.stem == f"{stem}-{data_loader.file_sha256(path)[:16]}":
+            log0(f"using {path}")
             return path
         log0(f"{path} is damaged: recreating it")
         path.unlink()
-    return None
+    create(path := Path(folder, stem + suffix))
+    return path.replace(path.with_stem(f"{stem}-{data_loader.file_sha256(path)[:16]}"))
 
 
 # ---- token ids become windows
@@ -123,11 +117,9 @@ class TokenBatches:
         max_epochs: int | None = None,
     ):
         if len(ids) <= context_length:
-            raise ValueError(
-                f"the training text has {len(ids)} tokens, too few for a context of "
-                f"{context_length}: use a longer text, or train the base with a smaller "
-                "--context-length"
-            )
+            sizes = f"{len(ids)} tokens, too few for a context of {context_length}"
+            advice = "use a longer text, or train the base with a smaller --context-length"
+            raise ValueError(f"the training text has {sizes}: {advice}")
         self.ids, self.context_length, self.seed = ids, context_length, seed
         self.resegment_probability, self.children = resegment_probability, merge_children(tokenizer)
         self.n_windows = max(1, (len(ids) - 1) // context_length - 1)
@@ -255,10 +247,8 @@ def split_reviews(reviews: Examples[Review]) -> Split[Review]:
         raise ValueError(f"{reviews.name} has the label {names} only: a classifier needs two")
     for name, rows in vars(split).items():
         for label in {*range(len(reviews.labels))} - {row.label for row in rows}:
-            raise ValueError(
-                f"{reviews.name} has too few rows with the label {reviews.labels[label]!r}: "
-                f"{counts[label]:,}, none of them in the {name} split"
-            )
+            few = f"{reviews.labels[label]!r}: {counts[label]:,}, none of them in the {name} split"
+            raise ValueError(f"{reviews.name} has too few rows with the label {few}")
     return split
 
 
@@ -271,6 +261,192 @@ def _sample(rows: list[Example], fraction: float, rng: np.random.Generator):
     counts = np.floor(np.arange(len(keys) + 1) * fraction + rng.random())
     sampled = {key for key, count in zip(keys, np.diff(counts)) if count}
     return [r for r in rows if r.key not in sampled], [r for r in rows if r.key in sampled]
+
+
+# ---- reviews
+
+
+def reviews_as_text(reviews: list[Review], tokenizer: BPETokenizer) -> np.ndarray:
+    """Token ids of all reviews, each followed by `<|endoftext|>`, for a language model."""
+    return np.concatenate([[*tokenizer.encode(r.text), tokenizer.end_id] for r in reviews])
+
+
+def review_batches(
+    reviews: list[Review], tokenizer: BPETokenizer, context_length: int, batch_size: int, seed: int
+) -> "ExampleBatches":
+    """Training batches of token ids (B, T), lengths (B,) and labels (B,)."""
+    rows = [encode_text(review.text, tokenizer, context_length) for review in reviews]
+    labels = torch.tensor([review.label for review in reviews])
+
+    def collate(indices: np.ndarray) -> tuple[Tensor, ...]:
+        texts = [rows[i] for i in indices]
+        return *pad_batch(texts, tokenizer.pad_id, context_length), labels[indices]
+
+    return ExampleBatches(map(len, rows), collate, batch_size, seed)
+
+
+def text_batches(
+    texts: list[str], tokenizer: BPETokenizer, context_length: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Indices of up to 64 texts, their token ids (B, T) and lengths (B,), shortest texts first."""
+    rows = [encode_text(text, tokenizer, context_length) for text in texts]
+    for indices in _by_length(rows, 64):
+        yield indices, *pad_batch([rows[i] for i in indices], tokenizer.pad_id, context_length)
+
+
+def encode_text(text: str, tokenizer: BPETokenizer, max_length: int) -> np.ndarray:
+    """Token ids (T,) of a text to classify, inside the text template of the tokenizer."""
+    ids = tokenizer.encode(tokenizer.text_template.replace("{}", text))
+    return truncate_middle(np.array(ids), max_length)
+
+
+def truncate_middle(ids: np.ndarray, max_length: int) -> np.ndarray:
+    """Drops the middle of a longer text: opinions cluster at the start and the end."""
+    head, n_dropped = (max_length + 1) // 2, max(0, len(ids) - max_length)
+    return np.delete(ids, slice(head, head + n_dropped))
+
+
+# ---- instructions
+
+# How a conversation becomes text, in Jinja, as chat models publish theirs. This one is for models
+# that were trained from scratch.
+CHAT_TEMPLATE = """\
+{% for message in messages %}
+{% if message['role'] == 'system' %}
+### System
+{{ message['content'] | trim }}
+
+{% elif message['role'] == 'user' %}
+### Instruction
+{{ message['content'] | trim }}
+{% if message['context'] %}
+
+### Context
+{{ message['context'] | trim }}
+{% endif %}
+
+### Response
+{% else %}
+{{ message['content'] | trim + eos_token }}
+{%- endif %}
+{% endfor %}"""
+TEMPLATES = ImmutableSandboxedEnvironment(  # each is its own name, so that it is compiled once
+    loader=jinja2.FunctionLoader(str), trim_blocks=True, lstrip_blocks=True
+)
+MIN_PROMPT = 32  # tokens of a long instruction and context that are always kept
+
+
+@dataclass(frozen=True)
+class EncodedInstruction:
+    """Token ids of an example, and its targets: these ids, or IGNORE where they carry no loss."""
+
+    ids: list[int]
+    targets: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def encode_instructions(
+    rows: list[Instruction], tokenizer: BPETokenizer, context_length: int
+) -> list[EncodedInstruction]:
+    """Token ids of examples. Those without room for a response are skipped; these, and
+    conversations that lost turns, are counted."""
+    encoded = [encode_instruction(row, tokenizer, context_length) for row in rows]
+    usable = [example for example in encoded if set(example.targets) != {IGNORE}]
+    if len(usable) < len(encoded):
+        log0(f"skipped {len(encoded) - len(usable):,} examples: no room for a response")
+    if not usable:
+        raise ValueError(f"a context of {context_length} tokens has no room for a response")
+    starts = (sum(a == IGNORE != b for a, b in itertools.pairwise(x.targets)) for x in encoded)
+    if n := sum(len(row.turns) > n_responses > 0 for row, n_responses in zip(rows, starts)):
+        log0(f"{n:,} conversations lost their oldest turns: too long for the context")
+    return usable
+
+
+def encode_instruction(
+    row: Instruction, tokenizer: BPETokenizer, context_length: int
+) -> EncodedInstruction:
+    """Token ids of an example, at most `context_length` of inputs, by the tokenizer's chat template
+    or ours. Every response carries loss, with the token that ends it.
+
+    A long example loses its oldest turns, then the end of its context, then of its instruction down
+    to `MIN_PROMPT` tokens, and only then the end of its response. A system text loses what exceeds
+    half the context. With an empty last response, the ids are the prompt that a model answers.
+    """
+    turns, n = row.turns, context_length + 1
+    while len(example := _encode_turns(row.system, turns, tokenizer, n)) > n and len(turns) > 1:
+        turns = turns[1:]
+    return EncodedInstruction(example.ids[:n], example.targets[:n])
+
+
+def _encode_turns(system, turns, tokenizer, n):
+    """Fills in the template with marks and replaces these by token ids, so that no text can spell a
+    heading or a control token; a single turn that exceeds `n` tokens is cut."""
+    template = tokenizer.chat_template or CHAT_TEMPLATE
+    is_ours = "### Instruction" in template
+    texts, messages = [], []
+
+    def mark(text: str, is_response: bool = False) -> str:
+        text = escape_headings(text.strip()) if is_ours else text.strip()
+        texts.append((tokenizer.encode(text), is_response))
+        return f"\ue000{len(texts) - 1}\ue001" if text else ""
+
+    if system.strip():
+        messages.append({"role": "system", "content": mark(system)})
+        del texts[0][0][n // 2 :]
+    for task, context, response in turns:
+        if not is_ours:  # published templates know no context
+            task, context = f"{task.strip()}\n\n{context}", ""
+        messages.append({"role": "user", "content": mark(task), "context": mark(context)})
+        (task_ids, _), (context_ids, _) = texts[-2:]
+        if response.strip():
+            messages.append({"role": "assistant", "content": mark(response, is_response=True)})
+    options = {"add_generation_prompt": not response.strip(), "enable_thinking": False}
+    options["eos_token"] = tokenizer.vocab[tokenizer.end_id].decode()
+    filled = TEMPLATES.get_template(template).render(messages=messages, **options)
+    parts = [  # of the template, and at odd positions the numbers of texts
+        texts[int(part)] if i % 2 else (tokenizer.encode(part, "all"), False)
+        for i, part in enumerate(re.split("\ue000(\\d+)\ue001", filled))
+    ]
+    if len(turns) == 1 and (excess := sum(len(ids) for ids, _ in parts) - n) > 0:
+        heading = tokenizer.encode("\n\n### Context\n") if context_ids else []
+        left = len(task_ids) + len(context_ids) - excess
+        left = max(left, MIN_PROMPT - len(heading), 0)
+        del task_ids[left:]
+        if context_ids and left <= len(task_ids):
+            return _encode_turns(system, [(turns[0][0], "", response)], tokenizer, n)
+        del context_ids[left - len(task_ids) :]
+    ids, targets, is_end = [], [], False
+    for part, is_response in parts:
+        n_learned = len(part) if is_response else int(is_end)
+        ids += part
+        targets += part[:n_learned] + [IGNORE] * len(part[n_learned:])
+        is_end = is_response
+    return EncodedInstruction(ids, targets)
+
+
+def escape_headings(text: str) -> str:
+    """Text that cannot imitate a heading of our template."""
+    heading = r"(?i)(?<!#)#{3,}(?=\s*(?:system|instruction|context|response)\b)"
+    return re.sub(heading, lambda match: " ".join(match[0]), text)
+
+
+def collate_instructions(
+    examples: Sequence[EncodedInstruction], tokenizer: BPETokenizer, context_length: int
+) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T); prompts and padding carry no loss (IGNORE)."""
+    ids, _ = pad_batch([x.ids for x in examples], tokenizer.pad_id, context_length + 1)
+    targets, _ = pad_batch([x.targets for x in examples], IGNORE, context_length + 1)
+    return ids[:, :-1], targets[:, 1:]
+
+
+def instruction_batches(
+    examples: list[EncodedInstruction], tokenizer: BPETokenizer, context_length: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Fixed batches of up to 32 for measuring, shortest examples first."""
+    batches = [[examples[i] for i in indices] for indices in _by_length(examples, 32)]
+    return [collate_instructions(batch, tokenizer, context_length) for batch in batches]
 
 
 # ---- examples become batches
@@ -302,218 +478,23 @@ class ExampleBatches:
         """Indices of the examples of each batch of an epoch."""
         rng = np.random.default_rng([self.seed, 0, epoch])
         order = rng.permutation(len(self.lengths))[: self.steps_per_epoch * self.batch_size]
-        pool = self.POOL * self.batch_size
-        pools = [order[i : i + pool] for i in range(0, len(order), pool)]
-        by_length = [p[np.argsort(self.lengths[p], kind="stable")] for p in pools]
-        return list(rng.permutation(np.concatenate(by_length).reshape(-1, self.batch_size)))
+        pools = np.arange(len(order)) // (self.POOL * self.batch_size)
+        order = order[np.lexsort((self.lengths[order], pools))]  # by length within each pool
+        return list(rng.permutation(order.reshape(-1, self.batch_size)))
 
 
-def pad_batch(rows: Sequence[np.ndarray], pad_id: int, max_length: int) -> tuple[Tensor, Tensor]:
+def _by_length(rows: Sequence, batch_size: int) -> Sequence[Tensor]:
+    """Indices of rows in batches, shortest rows first."""
+    return torch.tensor([*map(len, rows)]).argsort(stable=True).split(batch_size)
+
+
+def pad_batch(rows: Sequence[Sequence], pad_id: int, max_length: int) -> tuple[Tensor, Tensor]:
     """Token ids (B, T), padded on the right, and lengths (B,).
 
     T is the longest row, rounded up to a multiple of 16, but not above `max_length`: with few
     different shapes kernels and memory are reused, which saves gigabytes on a CPU.
     """
-    lengths = torch.tensor([len(row) for row in rows])
-    longest = int(lengths.max())
+    ids = pad_sequence([torch.as_tensor(row) for row in rows], True, pad_id)
+    longest = ids.shape[1]
     T = max(longest, min(max_length, -(-longest // 16) * 16))
-    ids = torch.full((len(rows), T), pad_id)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.from_numpy(row)
-    return ids, lengths
-
-
-# ---- reviews
-
-
-def reviews_as_text(reviews: list[Review], tokenizer: BPETokenizer) -> np.ndarray:
-    """Token ids of all reviews, each followed by `<|endoftext|>`, for a language model."""
-    return np.concatenate([[*tokenizer.encode(r.text), tokenizer.end_id] for r in reviews])
-
-
-def encode_text(text: str, tokenizer: BPETokenizer, max_length: int) -> np.ndarray:
-    """Token ids (T,) of a text to classify, inside the text template of the tokenizer."""
-    ids = tokenizer.encode(tokenizer.text_template.replace("{}", text))
-    return truncate_middle(np.array(ids), max_length)
-
-
-def truncate_middle(ids: np.ndarray, max_length: int) -> np.ndarray:
-    """Drops the middle of a longer text: opinions cluster at the start and the end."""
-    head, n_dropped = (max_length + 1) // 2, max(0, len(ids) - max_length)
-    return np.delete(ids, slice(head, head + n_dropped))
-
-
-def text_batches(
-    texts: list[str], tokenizer: BPETokenizer, context_length: int, batch_size: int = 64
-) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-    """Indices of texts, their token ids (B, T) and lengths (B,), shortest texts first."""
-    rows = [encode_text(text, tokenizer, context_length) for text in texts]
-    order, pad_id = np.argsort([*map(len, rows)], kind="stable"), tokenizer.pad_id
-    for start in range(0, len(texts), batch_size):
-        indices = order[start : start + batch_size]
-        yield indices, *pad_batch([rows[i] for i in indices], pad_id, context_length)
-
-
-def review_batches(
-    reviews: list[Review],
-    tokenizer: BPETokenizer,
-    context_length: int,
-    batch_size: int,
-    seed: int,
-) -> ExampleBatches:
-    """Training batches of token ids (B, T), lengths (B,) and labels (B,)."""
-    rows = [encode_text(review.text, tokenizer, context_length) for review in reviews]
-    labels = torch.tensor([review.label for review in reviews])
-    pad_id = tokenizer.pad_id
-
-    def collate(indices: np.ndarray) -> tuple[Tensor, ...]:
-        return *pad_batch([rows[i] for i in indices], pad_id, context_length), labels[indices]
-
-    return ExampleBatches(map(len, rows), collate, batch_size, seed)
-
-
-# ---- instructions
-
-# How a conversation becomes text, in Jinja, as chat models publish theirs. This one is for models
-# that were trained from scratch.
-CHAT_TEMPLATE = """\
-{% for message in messages %}
-{% if message['role'] == 'system' %}
-### System
-{{ message['content'] | trim }}
-
-{% elif message['role'] == 'user' %}
-### Instruction
-{{ message['content'] | trim }}
-{% if message['context'] %}
-
-### Context
-{{ message['context'] | trim }}
-{% endif %}
-
-### Response
-{% else %}
-{{ message['content'] | trim + eos_token }}
-{%- endif %}
-{% endfor %}"""
-MIN_PROMPT = 32  # tokens of a long instruction and context that are always kept
-
-
-@dataclass(frozen=True)
-class EncodedInstruction:
-    """Token ids of an example, and its targets: these ids, or IGNORE where they carry no loss."""
-
-    ids: list[int]
-    targets: list[int]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def encode_instruction(
-    row: Instruction, tokenizer: BPETokenizer, context_length: int
-) -> EncodedInstruction:
-    """Token ids of an example, at most `context_length` of inputs, by the tokenizer's chat template
-    or ours. Every response carries loss, with the token that ends it.
-
-    A long example loses its oldest turns, then the end of its context, then of its instruction down
-    to `MIN_PROMPT` tokens, and only then the end of its response. A system text loses what exceeds
-    half the context. With an empty last response, the ids are the prompt that a model answers.
-    """
-    turns, n = row.turns, context_length + 1
-    while len(example := _encode_turns(row.system, turns, tokenizer, n)) > n and len(turns) > 1:
-        turns = turns[1:]
-    return EncodedInstruction(example.ids[:n], example.targets[:n])
-
-
-def _encode_turns(system, turns, tokenizer, n):
-    """Fills in the template with marks and replaces these by token ids, so that no text can spell a
-    heading or a control token; a single turn that exceeds `n` tokens is cut."""
-    template = tokenizer.chat_template or CHAT_TEMPLATE
-    is_ours = "### Instruction" in template
-    texts, responses, messages = [], set(), []
-
-    def mark(text: str) -> str:
-        text = escape_headings(text.strip()) if is_ours else text.strip()
-        texts.append(tokenizer.encode(text))
-        return f"\ue000{len(texts) - 1}\ue001" if text else ""
-
-    if system.strip():
-        messages.append({"role": "system", "content": mark(system)})
-        texts[0] = texts[0][: n // 2]
-    for task, context, response in turns:
-        if not is_ours:  # published templates know no context
-            task, context = f"{task.strip()}\n\n{context}", ""
-        messages.append({"role": "user", "content": mark(task), "context": mark(context)})
-        if response.strip():
-            responses.add(len(texts))
-            messages.append({"role": "assistant", "content": mark(response)})
-    options = {"add_generation_prompt": not response.strip(), "enable_thinking": False}
-    options["eos_token"] = tokenizer.vocab[tokenizer.end_id].decode()
-    filled = _compile_template(template).render(messages=messages, **options)
-    parts = re.split("\ue000(\\d+)\ue001", filled)  # of the template; odd ones number the texts
-    parts = [texts[int(x)] if i % 2 else tokenizer.encode(x, "all") for i, x in enumerate(parts)]
-    if len(turns) == 1 and (excess := sum(map(len, parts)) - n) > 0:
-        task, context = texts[-2 - len(responses) :][:2]
-        min_prompt = MIN_PROMPT - len(tokenizer.encode("\n\n### Context\n") if context else [])
-        left = max(len(task) + len(context) - excess, min_prompt)
-        del task[max(left, 0) :]
-        if context and left <= len(task):
-            return _encode_turns(system, [(turns[0][0], "", response)], tokenizer, n)
-        del context[left - len(task) :]
-    ids, targets, is_end = [], [], False
-    for part in parts:
-        is_response = any(part is texts[i] for i in responses)
-        n_learned = len(part) if is_response else int(is_end)
-        ids += part
-        targets += part[:n_learned] + [IGNORE] * len(part[n_learned:])
-        is_end = is_response
-    return EncodedInstruction(ids, targets)
-
-
-@functools.lru_cache(maxsize=8)
-def _compile_template(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template)
-
-
-def escape_headings(text: str) -> str:
-    """Text that cannot imitate a heading of our template."""
-    heading = r"(?i)(?<!#)#{3,}(?=\s*(?:system|instruction|context|response)\b)"
-    return re.sub(heading, lambda match: " ".join(match[0]), text)
-
-
-def encode_instructions(
-    rows: list[Instruction], tokenizer: BPETokenizer, context_length: int
-) -> list[EncodedInstruction]:
-    """Token ids of examples. Those without room for a response are skipped; these, and
-    conversations that lost turns, are counted."""
-    encoded = [encode_instruction(row, tokenizer, context_length) for row in rows]
-    usable = [example for example in encoded if set(example.targets) != {IGNORE}]
-    if len(usable) < len(encoded):
-        log0(f"skipped {len(encoded) - len(usable):,} examples: no room for a response")
-    if not usable:
-        raise ValueError(f"a context of {context_length} tokens has no room for a response")
-    starts = (sum(a == IGNORE != b for a, b in itertools.pairwise(x.targets)) for x in encoded)
-    if n := sum(len(row.turns) > n_responses > 0 for row, n_responses in zip(rows, starts)):
-        log0(f"{n:,} conversations lost their oldest turns: too long for the context")
-    return usable
-
-
-def collate_instructions(
-    examples: Sequence[EncodedInstruction], tokenizer: BPETokenizer, context_length: int
-) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T); prompts and padding carry no loss (IGNORE)."""
-    pad_id, max_length = tokenizer.pad_id, context_length + 1
-    ids, _ = pad_batch([np.array(example.ids) for example in examples], pad_id, max_length)
-    targets, _ = pad_batch([np.array(example.targets) for example in examples], IGNORE, max_length)
-    return ids[:, :-1], targets[:, 1:]
-
-
-def instruction_batches(
-    examples: list[EncodedInstruction], tokenizer: BPETokenizer, context_length: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Fixed batches of up to 32 for measuring, shortest examples first."""
-    ordered = sorted(examples, key=len)
-    batches = [ordered[start : start + 32] for start in range(0, len(ordered), 32)]
-    return [collate_instructions(batch, tokenizer, context_length) for batch in batches]
+    return F.pad(ids, (0, T - longest), value=pad_id), torch.tensor([*map(len, rows)])

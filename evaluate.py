@@ -30,17 +30,9 @@ import data_loader
 import data_utils
 import generation
 import training
-from data_loader import INSTRUCTION_SOURCES, REVIEW_SOURCES, Corpus, Instruction, Review, log0
+from data_loader import Corpus, Instruction, Review, log0
 from data_utils import EncodedInstruction, Split
-from generation import (
-    BASE,
-    CLASSIFIERS,
-    FULL_CLASSIFIER,
-    LINEAR_BASELINE,
-    LORA_CLASSIFIER,
-    QLORA,
-    REVIEW_LM,
-)
+from generation import BASE, CLASSIFIERS, FULL_CLASSIFIER, LINEAR_BASELINE, QLORA
 from lora import count_parameters, merge_lora
 from model import GPTClassificationModel, GPTModel
 from tokenizer import BPETokenizer
@@ -52,6 +44,7 @@ JUDGED_RESPONSES, JUDGED_OF_LARGE = 100, 20  # the latter of models above `LARGE
 QUESTIONS = data_loader.SAMPLES / "questions.jsonl"
 ANSWER_TOKENS = 40
 MAX_WINDOW, BATCH_TOKENS = 512, 4096  # bound the memory of models with a long context
+MAX_NATS = 700  # above, e to them is more than a float holds
 Metrics = dict[str, Any]
 
 # ---- metrics of a model on data
@@ -65,31 +58,20 @@ def measure(
     runtime: Runtime,
 ) -> Metrics:
     """Metrics of what `load_model` returns: of a classifier on labelled reviews, or of a language
-    model on a part of a corpus, on reviews as text, or on responses to instructions."""
+    model on a corpus, on reviews as text, or on responses to instructions."""
     if isinstance(model, GPTClassificationModel):
-        return classifier_metrics(model, tokenizer, examples, checkpoint["labels"], runtime)
+        texts, labels = [row.text for row in examples], [row.label for row in examples]
+        predicted = generation.class_probabilities(model, tokenizer, texts, runtime).argmax(1)
+        return classification_metrics(predicted, np.array(labels), checkpoint["labels"])
     if isinstance(examples, Corpus):
         chunks = data_utils.encode_documents(examples.read(), tokenizer)
         ids = np.concatenate([np.array(ids) for ids in chunks])
-        return language_model_metrics(model, tokenizer, ids, runtime)
-    if isinstance(examples[0], Review):
+    elif isinstance(examples[0], Review):
         ids = data_utils.reviews_as_text(examples, tokenizer)
-        return language_model_metrics(model, tokenizer, ids, runtime)
-    encoded = data_utils.encode_instructions(examples, tokenizer, model.config.context_length)
-    return response_metrics(model, tokenizer, encoded, runtime)
-
-
-def classifier_metrics(
-    model: GPTClassificationModel,
-    tokenizer: BPETokenizer,
-    rows: list[Review],
-    names: Sequence[str],
-    runtime: Runtime,
-) -> Metrics:
-    """`classification_metrics` of a classifier on labelled texts."""
-    texts, labels = [row.text for row in rows], np.array([row.label for row in rows])
-    predicted = generation.class_probabilities(model, tokenizer, texts, runtime).argmax(1)
-    return classification_metrics(predicted, labels, names)
+    else:
+        encoded = data_utils.encode_instructions(examples, tokenizer, model.config.context_length)
+        return response_metrics(model, tokenizer, encoded, runtime)
+    return language_model_metrics(model, tokenizer, ids, runtime)
 
 
 def language_model_metrics(
@@ -106,7 +88,7 @@ def language_model_metrics(
     return {
         "bits_per_byte": nats_per_byte / math.log(2),
         "nats_per_byte": nats_per_byte,
-        "perplexity": math.exp(nats_per_token) if nats_per_token < 700 else math.inf,
+        "perplexity": math.exp(min(nats_per_token, MAX_NATS)),
         "tokens": len(ids),
         "bytes": n_bytes,
     }
@@ -120,6 +102,22 @@ def validation_metrics(
     return {"val_loss": metrics["nats_per_byte"], **{f"val_{k}": v for k, v in metrics.items()}}
 
 
+def response_metrics(
+    model: GPTModel, tokenizer: BPETokenizer, examples: list[EncodedInstruction], runtime: Runtime
+) -> Metrics:
+    """Loss on the responses alone, including their final `<|endoftext|>`."""
+    batches = data_utils.instruction_batches(examples, tokenizer, model.config.context_length)
+    nats = training.mean_loss(model, batches, training.next_token_loss, runtime)
+    targets = np.concatenate([np.array(example.targets) for example in examples])
+    responses = targets[targets != data_utils.IGNORE]
+    n_bytes = data_utils.count_bytes(responses, tokenizer)
+    return {
+        "response_bits_per_byte": nats * len(responses) / n_bytes / math.log(2),
+        "response_perplexity": math.exp(min(nats, MAX_NATS)),
+        "n": len(examples),
+    }
+
+
 def classification_metrics(
     predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]
 ) -> Metrics:
@@ -128,32 +126,16 @@ def classification_metrics(
     from scipy.stats import binomtest
     from sklearn.metrics import confusion_matrix, f1_score
 
-    n, classes = len(labels), list(range(len(names)))
-    interval = binomtest(int((predicted == labels).sum()), n).proportion_ci(method="wilson")
+    n, n_right, classes = len(labels), int((predicted == labels).sum()), range(len(names))
+    interval = binomtest(n_right, n).proportion_ci(method="wilson")
     macro_f1 = f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)
     return {
-        "accuracy": float((predicted == labels).mean()),
+        "accuracy": n_right / n,
         "ci95": [float(interval.low), float(interval.high)],
         "macro_f1": float(macro_f1),
         "labels": list(names),
         "confusion": confusion_matrix(labels, predicted, labels=classes).tolist(),
         "n": n,
-    }
-
-
-def response_metrics(
-    model: GPTModel, tokenizer: BPETokenizer, examples: list[EncodedInstruction], runtime: Runtime
-) -> Metrics:
-    """Loss on the responses alone, including their final `<|endoftext|>`."""
-    batches = data_utils.instruction_batches(examples, tokenizer, model.config.context_length)
-    nats = training.mean_loss(model, batches, training.next_token_loss, runtime)
-    responses = np.concatenate([np.array(example.targets) for example in examples])
-    responses = responses[responses != data_utils.IGNORE]
-    n_bytes = data_utils.count_bytes(responses, tokenizer)
-    return {
-        "response_bits_per_byte": nats * len(responses) / n_bytes / math.log(2),
-        "response_perplexity": math.exp(nats) if nats < 700 else math.inf,
-        "n": len(examples),
     }
 
 
@@ -163,38 +145,39 @@ def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction])
     merged = copy.deepcopy(model)
     merge_lora(merged)
     is_large = count_parameters(model)[1] > generation.LARGE_MODEL
-    judged = rows[: JUDGED_OF_LARGE if is_large else JUDGED_RESPONSES]
-    n_stopped = 0
-    for seed, row in enumerate(tqdm(judged, desc="responses", unit="response")):
-        length = len(list(generation.generate_response(merged, tokenizer, row, seed=seed)))
-        n_stopped += length < generation.MAX_RESPONSE_TOKENS
-    return n_stopped / len(judged)
+    judged = tqdm(rows[: JUDGED_OF_LARGE if is_large else JUDGED_RESPONSES], "responses")
+    stops = []
+    for seed, row in enumerate(judged):
+        response = [*generation.generate_response(merged, tokenizer, row, seed=seed)]
+        stops.append(len(response) < generation.MAX_RESPONSE_TOKENS)
+    return sum(stops) / len(stops)
 
 
 def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path) -> Metrics:
     """Fraction of greedy answers to the questions of a file that are right: they contain one of the
     "answers" as a word of its own and none of the "wrong" ones; also for each "category". Leaves
     the model merged."""
-    questions = [row for _, row in data_loader.read_records(path, ("instruction", "answers"))]
-    if not all(isinstance(q, dict) and {"instruction", "answers"} <= q.keys() for q in questions):
+    rows = [row for _, row in data_loader.read_records(path, ("instruction", "answers"))]
+    lists = [row.get("answers") for row in rows if isinstance(row, dict) and "instruction" in row]
+    if [type(answers) for answers in lists] != [list] * len(rows):
         raise ValueError(f"{path}: each row needs an instruction and a list of answers")
-    found, answers = defaultdict(list), []
     merge_lora(model)  # 4-bit weights would be dequantised for each token
-    for row in tqdm(questions, desc="questions", unit="question"):
+    answers, right = [], defaultdict(list)  # the latter by category
+    options = {"temperature": 0.0, "max_new_tokens": ANSWER_TOKENS}
+    for row in tqdm(rows, "questions"):
         task = Instruction(row["instruction"], row.get("context", ""))
-        options = {"temperature": 0.0, "max_new_tokens": ANSWER_TOKENS}
-        ids = list(generation.generate_response(model, tokenizer, task, **options))
+        ids = generation.generate_response(model, tokenizer, task, **options)
         answers.append(tokenizer.decode(ids))
-        right, wrong = (_has_word(answers[-1], row.get(key, [])) for key in ("answers", "wrong"))
-        found[row.get("category", "")].append(right and not wrong)
-    fractions = {f"right: {name}": sum(found[name]) / len(found[name]) for name in found if name}
-    n_right = sum(map(sum, found.values()))
+        is_right, is_wrong = (_has_word(answers[-1], row.get(k, [])) for k in ("answers", "wrong"))
+        right[row.get("category", "")].append(is_right and not is_wrong)
+    fractions = {f"right: {name}": sum(found) / len(found) for name, found in right.items() if name}
+    n_right = sum(map(sum, right.values()))
     return {"right": n_right / len(answers), **fractions, "n": len(answers), "answers": answers}
 
 
 def _has_word(text: str, words: Sequence[str]) -> bool:
-    choices = "|".join(map(re.escape, words)) or "(?!)"
-    return re.search(rf"(?<!\w)(?:{choices})(?!\w)", text, re.IGNORECASE) is not None
+    patterns = (rf"(?<!\w){re.escape(word)}(?!\w)" for word in words)
+    return any(re.search(pattern, text, re.IGNORECASE) for pattern in patterns)
 
 
 # ---- the linear baseline
@@ -204,11 +187,11 @@ def fit_linear_baseline(split: Split[Review], names: Sequence[str]) -> tuple[dic
     """Fits the classifier to beat, logistic regression on TF-IDF weights of words and word pairs;
     returns `baseline_metrics`, and a checkpoint of plain tensors and words, which run no code."""
     linear, train = _new_linear_model(), [*split.train, *split.validation]
-    features, model = linear[0], linear[1]
     started = time.perf_counter()
     linear.fit([row.text for row in train], [row.label for row in train])
     provenance = training.provenance(training.CPU, time.perf_counter() - started)
     metrics = baseline_metrics(linear, split, names)
+    features, model = linear[0], linear[1]
     arrays = {"idf": features.idf_, "coef": model.coef_, "intercept": model.intercept_}
     return metrics, {
         "kind": "linear",
@@ -222,10 +205,9 @@ def fit_linear_baseline(split: Split[Review], names: Sequence[str]) -> tuple[dic
 
 def baseline_metrics(linear: Any, split: Split[Review], names: Sequence[str]) -> dict[str, Metrics]:
     """Metrics on the test split of the linear baseline and of guessing the largest class."""
-    labels = np.array([row.label for row in split.test])
-    seen = [row.label for row in (*split.train, *split.validation)]
-    largest = np.full(len(labels), np.bincount(seen).argmax())
-    guesses = {LINEAR: linear.predict([row.text for row in split.test]), MAJORITY: largest}
+    texts, labels = [row.text for row in split.test], np.array([row.label for row in split.test])
+    largest = np.bincount([row.label for row in (*split.train, *split.validation)]).argmax()
+    guesses = {LINEAR: linear.predict(texts), MAJORITY: np.full(len(labels), largest)}
     return {name: classification_metrics(guess, labels, names) for name, guess in guesses.items()}
 
 
@@ -234,11 +216,11 @@ def load_linear_baseline(path: str | Path) -> tuple[Any, None, dict[str, Any]]:
     hint = generation.command_for(path)
     checkpoint = training.load_checkpoint(path, "linear", hint)
     with generation.checkpoint_errors(path, hint):
-        arrays = [checkpoint["weights"][n].double().numpy() for n in ("idf", "coef", "intercept")]
+        arrays = {name: t.double().numpy() for name, t in checkpoint["weights"].items()}
         linear = _new_linear_model(checkpoint["words"].split("\n"))
-        features, model = linear[0], linear[1]
-        features.idf_, model.coef_, model.intercept_ = arrays
-        model.classes_ = np.arange(len(checkpoint["labels"]))
+        linear[0].idf_ = arrays["idf"]
+        linear[1].coef_, linear[1].intercept_ = arrays["coef"], arrays["intercept"]
+        linear[1].classes_ = np.arange(len(checkpoint["labels"]))
     return linear, None, checkpoint
 
 
@@ -258,11 +240,11 @@ REPORT = {  # rows of each task: model, file, and what it is measured on, if not
     "language": [
         ("base", BASE, PLAY),
         ("base", BASE, BOOK),
-        ("base, pretrained further", REVIEW_LM, "test reviews"),
+        ("base, pretrained further", generation.REVIEW_LM, "test reviews"),
     ],
     "sentiment": [
         ("full fine-tuning", FULL_CLASSIFIER),
-        ("LoRA", LORA_CLASSIFIER),
+        ("LoRA", generation.LORA_CLASSIFIER),
         (LINEAR, LINEAR_BASELINE),
         (MAJORITY, LINEAR_BASELINE),
     ],
@@ -294,12 +276,12 @@ def _measure_row(models, data_dir, runtime, name, file, measured_on="") -> Metri
             trained = total = sum(tensor.numel() for tensor in checkpoint["weights"].values())
         else:
             model, tokenizer, checkpoint = generation.load_model(path, runtime=runtime)
+            examples = _held_out(measured_on, checkpoint, data_dir)
             if name == UNTOUCHED:
                 path, context_length = models / checkpoint["base"], model.config.context_length
                 model, tokenizer, base = generation.load_model(path, "base", runtime)
                 generation.reconfigure(model, context_length)
                 checkpoint["provenance"] = base["provenance"]
-            examples = _held_out(measured_on, checkpoint, data_dir)
             metrics = measure(model, tokenizer, checkpoint, examples, runtime)
             trained, total = count_parameters(model)
             if "response_perplexity" in metrics:
@@ -307,13 +289,9 @@ def _measure_row(models, data_dir, runtime, name, file, measured_on="") -> Metri
                 metrics["right"] = question_metrics(model, tokenizer, QUESTIONS)["right"]
     except (ValueError, OSError) as error:
         return {"model": name, "problem": str(error)}
-    costs = {
-        "trained_parameters": trained,
-        "parameters": total,
-        "file_bytes": path.stat().st_size,
-        "seconds": checkpoint["provenance"]["seconds"],
-        "peak_memory_bytes": checkpoint["provenance"]["peak_memory_bytes"],
-    }
+    made = checkpoint["provenance"]
+    costs = {"trained_parameters": trained, "parameters": total, "file_bytes": path.stat().st_size}
+    costs |= {name: made[name] for name in ("seconds", "peak_memory_bytes")}
     if name == MAJORITY:
         costs = dict.fromkeys(costs, 0)  # a guess costs nothing
     return {"model": name, "measured_on": measured_on or checkpoint["dataset"], **metrics, **costs}
@@ -323,29 +301,23 @@ def _held_out(measured_on, checkpoint, data_dir):
     if measured_on == PLAY:
         return data_loader.load_corpus("tinyshakespeare", None, data_dir).split()[1]
     if measured_on == BOOK:
-        book = data_loader.fetch(data_loader.WIZARD_OF_OZ, data_dir)
-        return data_loader.corpus_from_path(book)
+        return data_loader.corpus_from_path(data_loader.fetch(data_loader.WIZARD_OF_OZ, data_dir))
     return rebuild_split(checkpoint, data_dir).test
 
 
 def rebuild_split(checkpoint: dict[str, Any], data_dir: str | Path) -> Split:
     """The splits of the data set that a checkpoint was trained on."""
-    kind, name, n_rows = (checkpoint[key] for key in ("kind", "dataset", "rows"))
-    sources = INSTRUCTION_SOURCES if kind in generation.INSTRUCTION_MODELS else REVIEW_SOURCES
-    if name in sources:
-        examples = data_loader.load_examples(sources, name, None, Path(data_dir), n_rows)
-        if examples.metadata["data_sha256"] == checkpoint["data_sha256"]:
-            return data_utils.split_examples(examples)
+    is_instructions = checkpoint["kind"] in generation.INSTRUCTION_MODELS
+    sources = data_loader.INSTRUCTION_SOURCES if is_instructions else data_loader.REVIEW_SOURCES
+    if (name := checkpoint["dataset"]) in sources:
+        rows = data_loader.load_examples(sources, name, None, data_dir, checkpoint["rows"])
+        if rows.metadata["data_sha256"] == checkpoint["data_sha256"]:
+            return data_utils.split_examples(rows)
     raise ValueError(f"its data set, {name}, is not available with the recorded content")
 
 
 # ---- tables
 
-TEXT_COLUMNS = {
-    "bits per byte": "{bits_per_byte:.4f}",
-    "nats per byte": "{nats_per_byte:.4f}",
-    "perplexity": "{perplexity:.2f}",
-}
 ACCURACY_COLUMNS = {
     "accuracy": "{accuracy:.1%}",
     "95 % interval": "{ci95[0]:.1%} to {ci95[1]:.1%}",
@@ -365,7 +337,13 @@ COSTS = {
     "peak memory": "{gib:.2f} GiB",
 }
 REPORT_COLUMNS = {
-    "language": {"measured on": "{measured_on}"} | TEXT_COLUMNS | COSTS,
+    "language": {
+        "measured on": "{measured_on}",
+        "bits per byte": "{bits_per_byte:.4f}",
+        "nats per byte": "{nats_per_byte:.4f}",
+        "perplexity": "{perplexity:.2f}",
+        **COSTS,
+    },
     "sentiment": {"measured on": "{measured_on}, {n:,} texts"} | ACCURACY_COLUMNS | COSTS,
     "instructions": {"measured on": "{measured_on}, {n:,} responses"} | RESPONSE_COLUMNS | COSTS,
 }
@@ -405,36 +383,33 @@ def sentiment_tables(rows: dict[str, Metrics]) -> str:
 
 # ---- command line
 
+_RESPONDING = ("base", *generation.INSTRUCTION_MODELS)
 TASKS = {  # what is measured; files of what; the default checkpoint; the kinds of checkpoints
     "perplexity": ("a base model on a text", "text, or a folder of .txt files", BASE, ("base",)),
     "sentiment": ("a classifier on reviews", "labelled texts", FULL_CLASSIFIER, CLASSIFIERS),
     "instructions": (
         "an instruction model, or a base, on tasks with responses",
-        "instructions or conversations",
-        QLORA,
-        ("base", *generation.INSTRUCTION_MODELS),
+        *("instructions or conversations", QLORA, _RESPONDING),
     ),
     "questions": (
         "an instruction model, or a base, on questions with checkable answers",
-        "questions (default: 80 that come with this repository)",
-        QLORA,
-        ("base", *generation.INSTRUCTION_MODELS),
+        *("questions (default: 80 that come with this repository)", QLORA, _RESPONDING),
     ),
 }
 
 
 def measure_file(
-    name: str, path: str | Path, data: str | Path | None, runtime: Runtime, **columns: str | None
+    task: str, path: str | Path, data: str | Path | None, runtime: Runtime, **columns: str | None
 ) -> Metrics:
-    """Metrics of the checkpoint at `path` on a file; `name` is one of TASKS. `columns` are choices
+    """Metrics of the checkpoint at `path` on a file; `task` is one of TASKS. `columns` are choices
     of columns of labelled texts."""
-    model, tokenizer, checkpoint = generation.load_model(path, TASKS[name][-1], runtime)
-    if name == "perplexity":
-        examples = data_loader.corpus_from_path(data)
-    elif name == "sentiment":
-        examples, _ = data_loader.read_reviews(data, checkpoint["labels"], **columns)
-    elif name == "questions":
+    model, tokenizer, checkpoint = generation.load_model(path, TASKS[task][-1], runtime)
+    if task == "questions":
         return question_metrics(model, tokenizer, data or QUESTIONS)
+    if task == "perplexity":
+        examples = data_loader.corpus_from_path(data)
+    elif task == "sentiment":
+        examples, _ = data_loader.read_reviews(data, checkpoint["labels"], **columns)
     else:
         examples = data_loader.read_instructions(data)
         if checkpoint["kind"] == "base" and model.config.position == "rotary":  # as if fine-tuned
@@ -442,45 +417,53 @@ def measure_file(
     return measure(model, tokenizer, checkpoint, examples, runtime)
 
 
+def classify_text(path: str | Path, text: str, runtime: Runtime) -> Metrics:
+    """The most probable label of a text, and the probabilities of all."""
+    if not text.strip():
+        raise ValueError("--text is empty")
+    model, tokenizer, checkpoint = generation.load_model(path, CLASSIFIERS, runtime)
+    (row,) = generation.class_probabilities(model, tokenizer, [text], runtime)
+    scores = dict(zip(checkpoint["labels"], row.tolist()))
+    return {"label": max(scores, key=scores.get), "probabilities": scores}
+
+
 @training.report_errors
 def main(argv: list[str] | None = None) -> int:
-    """Command line: the comparison table, or one checkpoint on one file."""
+    """Command line: the comparison table, or one checkpoint on one file or text."""
     args = _parse(argv)
     with training.start_runtime() as runtime:
         if args.task is None:
-            models = args.models or generation.default_model_set()
-            log0(f"measuring {models}")
-            rows = report(models, data_loader.find_data_dir(args.data_dir), runtime)
-            if args.models or models.name != "shipped":  # which no default command changes
-                with data_loader.atomic_write(models / "report.json") as file:
-                    file.write(json.dumps(rows, indent=1).encode() + b"\n")
-            tables = (table_cells(REPORT_COLUMNS[task], rows[task]) for task in rows)
-            print(*map(markdown_table, tables), sep="\n\n")
+            _write_report(args, runtime)
             return 0
-        _, _, file, _ = TASKS[args.task]
-        path = args.checkpoint or (args.models and args.models / file)
-        path = path or generation.default_path(file)
+        path = args.checkpoint or (args.models and args.models / TASKS[args.task][2])
+        path = path or generation.default_path(TASKS[args.task][2])
         if args.text is not None:
-            if not args.text.strip():
-                raise ValueError("--text is empty")
-            model, tokenizer, checkpoint = generation.load_model(path, CLASSIFIERS, runtime)
-            (row,) = generation.class_probabilities(model, tokenizer, [args.text], runtime)
-            scores = dict(zip(checkpoint["labels"], row.tolist()))
-            metrics = {"label": max(scores, key=scores.get), "probabilities": scores}
+            metrics = classify_text(path, args.text, runtime)
         else:
             columns = {k: v for k, v in vars(args).items() if k.endswith("_column")}
             metrics = measure_file(args.task, path, args.data, runtime, **columns)
     if args.json:
         print(json.dumps(metrics))
     elif args.text is not None:
-        lines = (f"{probability:.1%} {label}" for label, probability in scores.items())
-        print(metrics["label"], *lines, sep="\n")
+        scores = metrics["probabilities"].items()
+        print(metrics["label"], *(f"{score:.1%} {label}" for label, score in scores), sep="\n")
     elif args.task == "sentiment":
         print(sentiment_tables({path.name: metrics}))
     else:
         numbers = {name: value for name, value in metrics.items() if name != "answers"}
         print(*(f"{k}: {v:,.4f}".removesuffix(".0000") for k, v in numbers.items()), sep="\n")
     return 0
+
+
+def _write_report(args: argparse.Namespace, runtime: Runtime) -> None:
+    models = args.models or generation.default_model_set()
+    log0(f"measuring {models}")
+    rows = report(models, data_loader.find_data_dir(args.data_dir), runtime)
+    if args.models or models.name != "shipped":  # which no default command changes
+        with data_loader.atomic_write(models / "report.json") as file:
+            file.write(json.dumps(rows, indent=1).encode() + b"\n")
+    tables = (table_cells(REPORT_COLUMNS[task], rows[task]) for task in rows)
+    print(*map(markdown_table, tables), sep="\n\n")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

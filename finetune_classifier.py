@@ -143,7 +143,7 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
             calibrate(model, tokenizer, split.validation, runtime)
             weights = lora_state_dict(model) if lora else model.state_dict()
             model.load_state_dict(training.half_precision(weights), strict=False)  # as saved
-            metrics = evaluate.classifier_metrics(model, tokenizer, split.test, labels, runtime)
+            metrics = evaluate.measure(model, tokenizer, metadata, split.test, runtime)
             print(evaluate.sentiment_tables({path.name: metrics, **guesses}))
             training.save_checkpoint(path.with_name(LINEAR_BASELINE), baseline | reviews.metadata)
             kind = "lora_classifier" if lora else "classifier"

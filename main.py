@@ -22,16 +22,9 @@ from typing import Any
 
 import torch
 
+import data_loader
 import training
-from data_loader import (
-    PRETRAINED,
-    Corpus,
-    find_data_dir,
-    load_corpus,
-    log0,
-    open_pretrained,
-    pretrained_id,
-)
+from data_loader import Corpus, find_data_dir, load_corpus, log0
 from data_utils import TokenBatches, prepare_token_ids, prepare_tokenizer
 from evaluate import validation_metrics
 from generation import BASE, continue_prompt, load_model, place_tokenizer, reconfigure
@@ -102,10 +95,10 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
         corpus = load_corpus(args.dataset, args.data, find_data_dir(args.data_dir))
         cache, splits = args.out_dir / "cache", zip(("train", "validation"), corpus.split())
         model, tokenizer, origin = _open_model(args, corpus, cache)
-        windows = {**asdict(data_config), "context_length": args.context_length}
         train_ids, validation_ids = (
-            prepare_token_ids(name, ranges, corpus, tokenizer, cache) for name, ranges in splits
+            prepare_token_ids(name, part, corpus, tokenizer, cache) for name, part in splits
         )
+    windows = {**asdict(data_config), "context_length": args.context_length}
     model.to(runtime.device)
     log0(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     batches = TokenBatches(train_ids, tokenizer, seed=config.seed, steps=config.steps, **windows)
@@ -113,16 +106,16 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
     if (n := len(validation_ids)) > MAX_VALIDATION_TOKENS:
         log0(f"validation: the first {MAX_VALIDATION_TOKENS:,} of {n:,} tokens")
         validation_ids = validation_ids[:MAX_VALIDATION_TOKENS]
-    is_play = args.data is None
     metadata = {
         "model_config": asdict(model.config),
         "tokenizer_sha256": tokenizer.sha256,
         "dataset": corpus.name,
         "data_sha256": corpus.sha256,
         "data_config": windows,
-        "sample_prompt": "ROMEO:" if is_play else tokenizer.decode(validation_ids[:8].tolist()),
+        "sample_prompt": tokenizer.decode(validation_ids[:8].tolist()) if args.data else "ROMEO:",
         **origin,
     }
+    path = args.out_dir / BASE
     best, provenance = training.train(
         model,
         batches,
@@ -130,15 +123,14 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
         config,
         runtime=runtime,
         validate=partial(validation_metrics, model, tokenizer, validation_ids, runtime),
-        path=args.out_dir / BASE,
+        path=path,
         metadata=metadata,
         resume=args.resume,
     )
     if runtime.rank == 0:
-        contents = {**metadata, "metrics": best, "provenance": provenance}
-        weights = model.state_dict()
-        print(training.save_result(args.out_dir / BASE, "base", weights, tokenizer, **contents))
-    return args.out_dir / BASE
+        metadata |= {"metrics": best, "provenance": provenance}
+        print(training.save_result(path, "base", model.state_dict(), tokenizer, **metadata))
+    return path
 
 
 def _open_model(
@@ -164,7 +156,7 @@ def _open_model(
 
 def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Path:
     """The checkpoint of a public model, fetched and converted unless it exists."""
-    started, source = time.perf_counter(), pretrained_id(args.pretrained)
+    started, source = time.perf_counter(), data_loader.pretrained_id(args.pretrained)
     is_result = args.steps is None and args.out_dir != MODELS
     path = (args.out_dir if is_result else MODELS / Path(source).name.lower()) / BASE
     with training.lock_output_dir(path.parent, runtime), training.rank_zero_first(runtime):
@@ -174,20 +166,24 @@ def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Pa
                 raise ValueError(f"{path} holds {found}: use --out-dir")
             log0(f"using {path}: delete it to convert {source} again")
             return path
-        published = open_pretrained(source, find_data_dir(args.data_dir))
+        published = data_loader.open_pretrained(source, find_data_dir(args.data_dir))
         try:
-            config = config_from_hf(published.config)
-            tokenizer = _open_tokenizer(published.tokenizer)
-            n_spare = config.vocab_size - tokenizer.vocab_size
-            if not (n_spare == 0 or (0 < n_spare < SPARE_TOKENS and config.vocab_size % 64 == 0)):
-                sizes = f"{tokenizer.vocab_size:,} tokens, the model {config.vocab_size:,}"
-                raise ValueError(f"the tokenizer has {sizes}")
-            config = replace(config, vocab_size=tokenizer.vocab_size)
+            config, origin = config_from_hf(published.config), published.tokenizer
+            if isinstance(origin, dict):
+                tokenizer = BPETokenizer.from_gguf(**origin)
+            else:
+                tokenizer = BPETokenizer.load(origin / "tokenizer.json")
+            n_tokens, n_rows = tokenizer.vocab_size, config.vocab_size
+            if n_rows != n_tokens and (n_rows % 64 or not 0 < n_rows - n_tokens < SPARE_TOKENS):
+                raise ValueError(f"the tokenizer has {n_tokens:,} tokens, the model {n_rows:,}")
+            if tokenizer.end_id is None:
+                raise ValueError("the tokenizer has no token <|endoftext|> or <|end_of_text|>")
+            config = replace(config, vocab_size=n_tokens)
             weights = weights_from_hf(published.tensors, config)
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             raise ValueError(f"{source} cannot be opened: {error}") from None
-        if n_spare:
-            log0(f"leaving out {n_spare} rows of the embedding, which stand for no token")
+        if n_rows > n_tokens:
+            log0(f"leaving out {n_rows - n_tokens} rows of the embedding, which stand for no token")
         place_tokenizer(tokenizer, path.parent)
         contents = {
             "kind": "base",
@@ -203,14 +199,6 @@ def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Pa
         training.save_checkpoint(path, contents)
         log0(f"wrote {path}: {path.stat().st_size:,} bytes")
     return path
-
-
-def _open_tokenizer(source: Path | dict[str, Any]) -> BPETokenizer:
-    if isinstance(source, dict):
-        return BPETokenizer.from_gguf(**source)
-    if (source / "vocab.json").is_file() and not (source / "tokenizer.json").is_file():
-        return BPETokenizer.load_gpt2(source / "vocab.json", source / "merges.txt")
-    return BPETokenizer.load(source / "tokenizer.json")
 
 
 def _show_sample(path: Path) -> None:
@@ -230,7 +218,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     first = argparse.ArgumentParser(add_help=False)
     start = first.add_mutually_exclusive_group()
     start.add_argument("--preset", choices=PRESETS, default="cpu", help="recipe to start from")
-    text = f"public model: {', '.join(PRETRAINED)}, an id on the hub, or a local folder"
+    text = f"public model: {', '.join(data_loader.PRETRAINED)}, an id on the hub, or a local folder"
     start.add_argument("--pretrained", metavar="NAME", help=text)
     text = "base model to train further, with its tokenizer and architecture"
     start.add_argument("--init-from", type=Path, metavar="FILE", help=text)

@@ -5,12 +5,11 @@ written as UTF-8 bytes. The most frequent pair of adjacent symbols is merged int
 the vocabulary is full (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; on bytes: Radford et
 al. 2019, "Language Models are Unsupervised Multitask Learners"). Decoding restores every string.
 
-`plain_bpe` is the whole idea; `BPETokenizer` learns the same merges a hundred times faster and
-stores them in the `tokenizer.json` layout of Hugging Face `tokenizers`, which gives the same ids.
-It also reads the tokenizers of GPT-2, SmolLM2, Llama 3 and Qwen, which split text differently.
+`plain_bpe` is the whole idea; `BPETokenizer` learns the same merges a hundred times faster. It
+reads and writes the `tokenizer.json` of Hugging Face `tokenizers`, which gives the same ids: ours,
+and those of GPT-2, SmolLM2, Llama 3 and Qwen, which split text differently.
 
     tokenizer = BPETokenizer.train([text], vocab_size=1024)
-    tokenizer.save("models/tokenizer.json")
     assert tokenizer.decode(tokenizer.encode("To be, or not to be")) == "To be, or not to be"
 """
 
@@ -77,6 +76,8 @@ class BPETokenizer:
         merges: `(left id, right id, merged id)` in the order learned, which is the order applied.
         special_tokens: Name to id. Text never becomes one of these unless `encode` allows it, not
             even those that `tokenizers` finds in any text, such as Qwen's `<think>`.
+        end_id: The token that ends a text and separates it from the next; None in some layouts.
+        pad_id: The token that pads rows: `end_id` where there is no other.
         end_of_turn_id: The token that ends a message of a chat, or None.
 
     A public vocabulary may lack rare bytes (SmolLM2's: U+0004 and other control characters).
@@ -84,66 +85,47 @@ class BPETokenizer:
     """
 
     def __init__(self, layout: dict):
-        """`layout` is the content of a `tokenizer.json`, which all class methods read or write."""
+        """`layout` is the content of a `tokenizer.json`."""
         self._family = _check_support(layout)
         model, ids = layout["model"], layout["model"]["vocab"]
         added = sorted(layout["added_tokens"], key=lambda token: token["id"])
         self.special_tokens = special = {token["content"]: token["id"] for token in added}
         if not {chr(byte) for byte in range(0x21, 0x7F)} <= ids.keys() - special.keys():
             raise UnsupportedError("a printable ASCII character has no token")
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        merges = [m.split(" ") if isinstance(m, str) else [*m] for m in model["merges"]]
         if both := {left + right for left, right in merges} & special.keys():
             raise UnsupportedError(f"merges also produce special tokens: {sorted(both)}")
         names = {i: name for name, i in {**ids, **special}.items()}
         if names.keys() != set(range(len(ids.keys() | special.keys()))):
             raise UnsupportedError("token ids are not 0, 1, 2, ... without gaps")
-        self._names = [names[i] for i in range(len(names))]  # as files write tokens
+        names = [names[i] for i in range(len(names))]
         self.vocab = [
-            name.encode() if name in special else bytes([_TO_BYTE[char] for char in name])
-            for name in self._names
+            n.encode() if n in special else bytes([_TO_BYTE[c] for c in n]) for n in names
         ]
         self.vocab_size = len(self.vocab)
         self.merges = [(ids[left], ids[right], ids[left + right]) for left, right in merges]
+        self.end_id = special.get(END_OF_TEXT, special.get("<|end_of_text|>"))
+        self.pad_id = special.get(PAD, special.get("<|finetune_right_pad_id|>", self.end_id))
         self.end_of_turn_id = special.get("<|im_end|>", special.get("<|eot_id|>"))
         self.chat_template: str | None = None  # Jinja, as the model publishes it
         self.text_template = "{}"  # of a text to classify
         self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}
         self._ids = {self.vocab[i]: i for name, i in ids.items() if name not in special}
         self._byte_ids = {token[0]: i for token, i in self._ids.items() if len(token) == 1}
+        self._cached = lru_cache(_CACHE_SIZE)(self._merge)
+        # `tokenizers` numbers added tokens by their order after the vocabulary, unless it has them.
+        vocab = {name: i for i, name in enumerate(names[: 1 + max(self._ids.values())])}
         # `transformers` leaves the settings of its last call in the file, and ignores them, too.
         self._layout = {**layout, "added_tokens": added, "truncation": None, "padding": None}
-        self._layout["model"] = {**model, "vocab": {}, "merges": []}
-        self._cached = lru_cache(_CACHE_SIZE)(self._merge)
-
-    @property
-    def end_id(self) -> int:
-        """The token that ends a text and separates it from the next."""
-        return self._first_of(END_OF_TEXT, "<|end_of_text|>")
-
-    @property
-    def pad_id(self) -> int:
-        """The token that pads rows: `end_id` where there is no other."""
-        return self._first_of(PAD, "<|finetune_right_pad_id|>", END_OF_TEXT, "<|end_of_text|>")
-
-    def _first_of(self, *names: str) -> int:
-        for name in names:
-            if name in self.special_tokens:
-                return self.special_tokens[name]
-        raise ValueError(f"the tokenizer has no token {' or '.join(names)}")
-
-    @cached_property
-    def sha256(self) -> str:
-        """SHA-256 of the file that `save` writes: the identity that checkpoints record."""
-        return hashlib.sha256(self._to_json().encode()).hexdigest()
+        self._layout["model"] = {**model, "vocab": vocab, "merges": merges}
 
     @classmethod
     def train(
         cls, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = _OUR_SPECIALS
     ) -> "BPETokenizer":
-        """Learns merges from texts (no merge crosses from one into the next) until there are
+        """Learns merges from texts (none crosses from one into the next) until there are
         `vocab_size` tokens, 256 bytes and special tokens included, or no pairs, with a warning.
-        The most frequent pair is merged first; ties go to the smaller left id, then to the smaller
-        right id. `tokenizers` follows the same rule, so it learns the same merges."""
+        Ties go to the smaller left id, then to the smaller right id, as in `tokenizers`."""
         if vocab_size < (least := 256 + len(special_tokens)):
             raise ValueError(f"vocab_size {vocab_size}: the bytes and special tokens need {least}")
         counts: Counter[str] = Counter()
@@ -156,8 +138,6 @@ class BPETokenizer:
             few = f"the text has only {len(merges)} merges: {len(tokens)} tokens, not {vocab_size}"
             warnings.warn(few, stacklevel=2)
         vocab = {token: i for i, token in enumerate(tokens)}
-        if len(vocab) < len(tokens):
-            raise ValueError("special tokens need names of their own, which are no learned tokens")
         pairs = [(tokens[left], tokens[right]) for left, right, _ in merges]
         return cls(_new_layout("gpt-2", vocab, pairs, special_tokens))
 
@@ -165,12 +145,11 @@ class BPETokenizer:
         """Turns text without lone surrogates into token ids. The names of special tokens are text,
         too, but for those in `allowed_special` ("all": each), which become their single id."""
         _check_encodable(text)
-        if isinstance(allowed_special, str):
-            allowed_special = self.special_tokens if allowed_special == "all" else [allowed_special]
-        if unknown := sorted(n for n in allowed_special if n not in self.special_tokens):
+        allowed = self.special_tokens if allowed_special == "all" else allowed_special
+        if unknown := sorted({*allowed} - self.special_tokens.keys()):
             raise ValueError(f"not special tokens of this tokenizer: {', '.join(unknown)}")
-        names = map(regex.escape, sorted(allowed_special, key=len, reverse=True))
-        chunks = regex.split(f"({'|'.join(names)})", text) if allowed_special else [text]
+        names = map(regex.escape, sorted(allowed, key=len, reverse=True))
+        chunks = regex.split(f"({'|'.join(names)})", text) if allowed else [text]
         ids: list[int] = []
         for i, chunk in enumerate(chunks):  # odd chunks are the names
             if i % 2:
@@ -180,8 +159,8 @@ class BPETokenizer:
         return ids
 
     def encode_stream(self, chunks: Iterable[str]) -> Iterator[list[int]]:
-        """Encodes a text that arrives in chunks, split anywhere: yields the ids that `encode` gives
-        for the whole text, and holds about one chunk in memory (more only without a word)."""
+        """Encodes a text that arrives in chunks, split anywhere, holding about one of them in
+        memory (more only without a word): yields the ids that `encode` gives for all of it."""
         pending = ""
         for chunk in chunks:
             pending += chunk
@@ -197,12 +176,7 @@ class BPETokenizer:
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yields text as token ids arrive, holding back the bytes of an incomplete character."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token_id in ids:
-            if text := decoder.decode(self._spell([token_id])):
-                yield text
-        if rest := decoder.decode(b"", final=True):
-            yield rest
+        return codecs.iterdecode((self._spell([i]) for i in ids), "utf-8", errors="replace")
 
     def _spell(self, ids: list[int]) -> bytes:
         if ids and not 0 <= min(unique := set(ids)) <= max(unique) < len(self.vocab):
@@ -254,6 +228,14 @@ class BPETokenizer:
         if (encoded := self._merge(word)) != ids:
             yield None, encoded
 
+    def _to_json(self) -> str:
+        return json.dumps(self._layout, ensure_ascii=False, indent=1) + "\n"
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the file that `save` writes: the identity that checkpoints record."""
+        return hashlib.sha256(self._to_json().encode()).hexdigest()
+
     def save(self, path: str | Path) -> None:
         """Writes a `tokenizer.json`, atomically."""
         with atomic_write(path) as file:
@@ -263,24 +245,20 @@ class BPETokenizer:
     def load(cls, path: str | Path) -> "BPETokenizer":
         """Reads a `tokenizer.json` written by `save` or by Hugging Face `tokenizers`: the ids equal
         theirs but for added tokens, truncation and padding, and `save` keeps what they depend on.
-        Raises ValueError with the reason if other ids would differ."""
+        Without one, reads the `vocab.json` and `merges.txt` of GPT-2's form beside it. Raises
+        ValueError with the reason if other ids would differ."""
         path, advice = Path(path), ": create it with `python main.py`"
-        if not path.exists():
-            raise FileNotFoundError(f"no tokenizer at {path}{advice}")
         with _refusing(str(path), advice):
-            return cls(json.loads(path.read_text(encoding="utf-8")))
-
-    @classmethod
-    def load_gpt2(cls, vocab_path: str | Path, merges_path: str | Path) -> "BPETokenizer":
-        """Reads the two files GPT-2 was published with: `vocab.json` and `merges.txt`, also known
-        as `encoder.json` and `vocab.bpe`. Tokens that no merge produces are special tokens."""
-        with _refusing(f"{vocab_path} with {merges_path}"):
-            ids = json.loads(Path(vocab_path).read_text(encoding="utf-8"))
-            lines = Path(merges_path).read_text(encoding="utf-8").split("\n")
-            merges = [line for line in lines if line and not line.startswith("#version")]
-            made = {merge.replace(" ", "") for merge in merges} | _TO_BYTE.keys()
-            special = [token for token in ids if token not in made]
-            return cls(_new_layout("gpt-2", ids, merges, special))
+            if path.exists():
+                return cls(json.loads(path.read_text(encoding="utf-8")))
+            if (vocab_path := path.with_name("vocab.json")).exists():
+                ids = json.loads(vocab_path.read_text(encoding="utf-8"))
+                lines = path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")
+                merges = [line for line in lines if line and not line.startswith("#version")]
+                merged = {merge.replace(" ", "") for merge in merges} | _TO_BYTE.keys()
+                special = [token for token in ids if token not in merged]
+                return cls(_new_layout("gpt-2", ids, merges, special))
+        raise FileNotFoundError(f"no tokenizer at {path}{advice}")
 
     @classmethod
     def from_gguf(
@@ -292,14 +270,6 @@ class BPETokenizer:
             vocab = {token: i for i, token in enumerate(tokens)}
             special = [token for token, kind in zip(tokens, types, strict=True) if kind in (3, 4)]
             return cls(_new_layout(pre, vocab, merges, special))
-
-    def _to_json(self) -> str:
-        # `tokenizers` numbers added tokens by their order after the vocabulary, unless it has them.
-        n_vocab = 1 + max(self._ids.values())
-        vocab = {name: i for i, name in enumerate(self._names[:n_vocab])}
-        merges = [[self._names[left], self._names[right]] for left, right, _ in self.merges]
-        model = {**self._layout["model"], "vocab": vocab, "merges": merges}
-        return json.dumps({**self._layout, "model": model}, ensure_ascii=False, indent=1) + "\n"
 
 
 # ---- pre-tokens
@@ -352,42 +322,36 @@ def _learn_merges(counts: Counter[str], n_tokens: int) -> tuple[list[bytes], Mer
     words that contain the pair. A count that shrank is corrected at the top of the heap."""
     vocab = [bytes([byte]) for byte in _BYTES]
     ids = {token: i for i, token in enumerate(vocab)}
-    words = [([_BYTE_IDS[byte] for byte in word.encode()], n) for word, n in counts.items()]
-    pair_counts: Counter[tuple[int, int]] = Counter()
+    words: list[list[int]] = [[] for _ in counts]
+    changed = [(i, [_BYTE_IDS[byte] for byte in word.encode()]) for i, word in enumerate(counts)]
+    frequencies, pair_counts = list(counts.values()), Counter[tuple[int, int]]()
     words_with: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
-    for i, (word, count) in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pair_counts[pair] += count
-            words_with[pair].add(i)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
+    heap: list[tuple[int, tuple[int, int]]] = []
     merges: Merges = []
-    while len(vocab) < n_tokens and heap:
-        negative_count, pair = heapq.heappop(heap)
-        if (count := pair_counts[pair]) != -negative_count:
-            if count > 0:
-                heapq.heappush(heap, (-count, pair))
-            continue
+    while True:
+        changes: defaultdict[tuple[int, int], int] = defaultdict(int)
+        for i, new in changed:
+            for pair in zip(words[i], words[i][1:]):
+                changes[pair] -= frequencies[i]
+            for pair in zip(new, new[1:]):
+                changes[pair] += frequencies[i]
+                words_with[pair].add(i)
+            words[i] = new
+        for pair, change in changes.items():
+            pair_counts[pair] += change
+            if change > 0:
+                heapq.heappush(heap, (-pair_counts[pair], pair))
+        while heap and -heap[0][0] != (count := pair_counts[heap[0][1]]):
+            heapq.heapreplace(heap, (-count, heap[0][1]))
+        if len(vocab) >= n_tokens or not heap or heap[0][0] == 0:
+            return vocab, merges
+        _, pair = heapq.heappop(heap)
         token = vocab[pair[0]] + vocab[pair[1]]
         new_id = ids.setdefault(token, len(vocab))  # two pairs can make the same token
         if new_id == len(vocab):
             vocab.append(token)
         merges.append((*pair, new_id))
-        changes: defaultdict[tuple[int, int], int] = defaultdict(int)
-        for i in words_with.pop(pair):
-            old, count = words[i]
-            new = _replace_pair(old, *pair, new_id)
-            words[i] = new, count
-            for old_pair in zip(old, old[1:]):
-                changes[old_pair] -= count
-            for new_pair in zip(new, new[1:]):
-                changes[new_pair] += count
-                words_with[new_pair].add(i)
-        for changed, change in changes.items():
-            pair_counts[changed] += change
-            if change > 0:
-                heapq.heappush(heap, (-pair_counts[changed], changed))
-    return vocab, merges
+        changed = [(i, _replace_pair(words[i], *pair, new_id)) for i in words_with.pop(pair)]
 
 
 def _check_encodable(text: str) -> None:

@@ -175,16 +175,14 @@ def test_a_run_saves_what_reloads_to_the_same_predictions(
     capsys: pytest.CaptureFixture[str],
 ):
     measured: list[tuple] = []
-    measure = evaluate.classifier_metrics
-    monkeypatch.setattr(
-        evaluate, "classifier_metrics", lambda *a: (measured.append(a), measure(*a))[1]
-    )
+    measure = evaluate.measure
+    monkeypatch.setattr(evaluate, "measure", lambda *a: (measured.append(a), measure(*a))[1])
     assert SCRIPTS[name].main(arguments(reviews, folder, name)) == 0
     shown = capsys.readouterr()
     assert "TF-IDF + logistic regression" in shown.out and "majority class" in shown.out
     assert "parameters (" in shown.err and not list(folder.glob("*.resume.pth"))
     model, tokenizer, checkpoint = load_model(folder / name)
-    ((trained, _, rows, _, _),) = measured
+    ((trained, _, _, rows, _),) = measured
     monkeypatch.undo()
     texts = [row.text for row in rows]
     found = [class_probabilities(m, tokenizer, texts, runtime) for m in (model, trained)]
