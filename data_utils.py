@@ -95,14 +95,12 @@ def _cached_file(
 
 
 class TokenBatches:
-    """Random windows of a text for language modelling, with subword regularisation.
+    """Random windows of a text for language modelling, a function of (seed, step).
 
     Each epoch visits the windows that tile the text from a random offset, in random order, without
-    the incomplete last batch. Batches derive from (seed, step).
-
-    Subword regularisation (https://arxiv.org/abs/1910.13267) shows the model several segmentations
-    of the same text, which delays over-fitting on a small corpus: see `resegment`. Its probability
-    falls linearly to zero at the last step, so training ends on the segmentation used later.
+    the incomplete last batch. Subword regularisation (https://arxiv.org/abs/1910.13267), see
+    `resegment`, shows several segmentations of the same text, which delays over-fitting. Its
+    probability falls linearly to zero, so training ends on the segmentation used later.
     """
 
     def __init__(
@@ -149,7 +147,7 @@ class TokenBatches:
 
 
 def merge_children(tokenizer: BPETokenizer) -> np.ndarray:
-    """(V, 2): the two tokens each token was merged from, or -1."""
+    """(V, 2): the two tokens that each token was merged from, or -1."""
     children = np.full((tokenizer.vocab_size, 2), -1)
     for left, right, merged in reversed(tokenizer.merges):
         children[merged] = left, right
@@ -159,10 +157,8 @@ def merge_children(tokenizer: BPETokenizer) -> np.ndarray:
 def resegment(
     ids: np.ndarray, children: np.ndarray, probability: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Splits tokens at random into the two they were merged from, and these in turn.
-
-    The result decodes to the same text (StochasTok, https://arxiv.org/abs/2506.01687).
-    """
+    """Splits tokens at random into the two they were merged from, and these in turn; the result
+    decodes to the same text (StochasTok, https://arxiv.org/abs/2506.01687)."""
     is_new = np.ones(len(ids), dtype=bool)
     while probability > 0:
         chosen = is_new & (children[ids, 0] >= 0) & (rng.random(len(ids)) < probability)
@@ -179,12 +175,9 @@ def resegment(
 def scoring_windows(
     ids: np.ndarray, context_length: int, start_id: int, batch_size: int = 32
 ) -> list[tuple[Tensor, Tensor]]:
-    """Windows that score every token of a text exactly once, most of them with a long context.
-
-    Windows advance by half a context, and each scores the tokens that no earlier one scored, so
-    after the first window every token has at least half a context before it. The first token is
-    predicted from `start_id`. Inputs and targets are (B, T); targets already scored are IGNORE.
-    """
+    """Inputs and targets (B, T) that score every token of a text exactly once. Windows advance by
+    half a context, and IGNORE marks what an earlier one scored, so after the first window every
+    token has at least half a context before it. The first token is predicted from `start_id`."""
     sequence = np.concatenate([[start_id], ids]).astype(np.int64)
     n, T = len(ids), min(context_length, len(ids))
     starts = [*range(0, n - T, max(1, context_length // 2)), n - T]
@@ -222,10 +215,8 @@ class Split(Generic[Example]):
 
 def split_examples(examples: Examples[Example]) -> Split[Example]:
     """Takes a fifth for testing and a tenth of the rest for validation, always the same.
-
-    The splits are stratified by group, and rows with equal keys stay together. With
-    `has_test_split` the last fifth is the test split, without rows whose keys occur before it.
-    """
+    Splits are stratified by label, and rows with equal keys stay together. With `has_test_split`
+    the last fifth is the test split, without rows whose keys occur before it."""
     rng = np.random.default_rng(0)
     if examples.has_test_split:
         cut = round((1 - TEST_FRACTION) * len(examples.rows))
@@ -295,13 +286,9 @@ def text_batches(
 
 
 def encode_text(text: str, tokenizer: BPETokenizer, max_length: int) -> np.ndarray:
-    """Token ids (T,) of a text to classify, inside the text template of the tokenizer."""
-    ids = tokenizer.encode(tokenizer.text_template.replace("{}", text))
-    return truncate_middle(np.array(ids), max_length)
-
-
-def truncate_middle(ids: np.ndarray, max_length: int) -> np.ndarray:
-    """Drops the middle of a longer text: opinions cluster at the start and the end."""
+    """Token ids (T,) of a text to classify, inside the text template of the tokenizer; without the
+    middle of a longer text, because opinions cluster at the start and the end."""
+    ids = np.array(tokenizer.encode(tokenizer.text_template.replace("{}", text)))
     head, n_dropped = (max_length + 1) // 2, max(0, len(ids) - max_length)
     return np.delete(ids, slice(head, head + n_dropped))
 
@@ -372,8 +359,7 @@ def encode_instruction(
 
     A long example loses its oldest turns, then the end of its context, then of its instruction down
     to `MIN_PROMPT` tokens, and only then the end of its response. A system text loses what exceeds
-    half the context. With an empty last response, the ids are the prompt that a model answers.
-    """
+    half the context. With an empty last response, the ids are the prompt that a model answers."""
     turns, n = row.turns, context_length + 1
     while len(example := _encode_turns(row.system, turns, tokenizer, n)) > n and len(turns) > 1:
         turns = turns[1:]
@@ -453,12 +439,9 @@ def instruction_batches(
 
 
 class ExampleBatches:
-    """Batches of examples: each epoch visits them in random order, without the incomplete last
-    batch.
-
-    Examples of similar length, in tokens, share a batch, which saves padding. Batches derive from
-    (seed, step). `collate(indices)` returns a tuple of tensors whose first dimension is B.
-    """
+    """Batches of examples, a function of (seed, step): each epoch visits them in random order,
+    without the incomplete last batch. Examples of similar length, in tokens, share a batch, which
+    saves padding. `collate(indices)` returns a tuple of tensors whose first dimension is B."""
 
     POOL = 8  # batches that are sorted by length together
 
@@ -489,11 +472,9 @@ def _by_length(rows: Sequence, batch_size: int) -> Sequence[Tensor]:
 
 
 def pad_batch(rows: Sequence[Sequence], pad_id: int, max_length: int) -> tuple[Tensor, Tensor]:
-    """Token ids (B, T), padded on the right, and lengths (B,).
-
-    T is the longest row, rounded up to a multiple of 16, but not above `max_length`: with few
-    different shapes kernels and memory are reused, which saves gigabytes on a CPU.
-    """
+    """Token ids (B, T), padded on the right, and lengths (B,). T is the longest row, rounded up to
+    a multiple of 16, but not above `max_length`: with few different shapes kernels and memory are
+    reused, which saves gigabytes on a CPU."""
     ids = pad_sequence([torch.as_tensor(row) for row in rows], True, pad_id)
     longest = ids.shape[1]
     T = max(longest, min(max_length, -(-longest // 16) * 16))

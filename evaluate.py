@@ -44,7 +44,6 @@ JUDGED_RESPONSES, JUDGED_OF_LARGE = 100, 20  # the latter of models above `LARGE
 QUESTIONS = data_loader.SAMPLES / "questions.jsonl"
 ANSWER_TOKENS = 40
 MAX_WINDOW, BATCH_TOKENS = 512, 4096  # bound the memory of models with a long context
-MAX_NATS = 700  # above, e to them is more than a float holds
 Metrics = dict[str, Any]
 
 # ---- metrics of a model on data
@@ -88,7 +87,7 @@ def language_model_metrics(
     return {
         "bits_per_byte": nats_per_byte / math.log(2),
         "nats_per_byte": nats_per_byte,
-        "perplexity": math.exp(min(nats_per_token, MAX_NATS)),
+        "perplexity": math.exp(min(nats_per_token, 700)),  # e^710 exceeds a float
         "tokens": len(ids),
         "bytes": n_bytes,
     }
@@ -113,7 +112,7 @@ def response_metrics(
     n_bytes = data_utils.count_bytes(responses, tokenizer)
     return {
         "response_bits_per_byte": nats * len(responses) / n_bytes / math.log(2),
-        "response_perplexity": math.exp(min(nats, MAX_NATS)),
+        "response_perplexity": math.exp(min(nats, 700)),
         "n": len(examples),
     }
 
@@ -145,12 +144,12 @@ def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction])
     merged = copy.deepcopy(model)
     merge_lora(merged)
     is_large = count_parameters(model)[1] > generation.LARGE_MODEL
-    judged = tqdm(rows[: JUDGED_OF_LARGE if is_large else JUDGED_RESPONSES], "responses")
-    stops = []
-    for seed, row in enumerate(judged):
-        response = [*generation.generate_response(merged, tokenizer, row, seed=seed)]
-        stops.append(len(response) < generation.MAX_RESPONSE_TOKENS)
-    return sum(stops) / len(stops)
+    judged = rows[: JUDGED_OF_LARGE if is_large else JUDGED_RESPONSES]
+    lengths = [
+        len(list(generation.generate_response(merged, tokenizer, row, seed=seed)))
+        for seed, row in enumerate(tqdm(judged, "responses"))
+    ]
+    return float(np.mean(np.array(lengths) < generation.MAX_RESPONSE_TOKENS))
 
 
 def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path) -> Metrics:
@@ -159,20 +158,21 @@ def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path)
     the model merged."""
     rows = [row for _, row in data_loader.read_records(path, ("instruction", "answers"))]
     lists = [row.get("answers") for row in rows if isinstance(row, dict) and "instruction" in row]
-    if [type(answers) for answers in lists] != [list] * len(rows):
+    if not rows or [type(answers) for answers in lists] != [list] * len(rows):
         raise ValueError(f"{path}: each row needs an instruction and a list of answers")
     merge_lora(model)  # 4-bit weights would be dequantised for each token
-    answers, right = [], defaultdict(list)  # the latter by category
+    answers, right = [], defaultdict(list)  # the latter also by category
     options = {"temperature": 0.0, "max_new_tokens": ANSWER_TOKENS}
     for row in tqdm(rows, "questions"):
         task = Instruction(row["instruction"], row.get("context", ""))
-        ids = generation.generate_response(model, tokenizer, task, **options)
-        answers.append(tokenizer.decode(ids))
-        is_right, is_wrong = (_has_word(answers[-1], row.get(k, [])) for k in ("answers", "wrong"))
-        right[row.get("category", "")].append(is_right and not is_wrong)
-    fractions = {f"right: {name}": sum(found) / len(found) for name, found in right.items() if name}
-    n_right = sum(map(sum, right.values()))
-    return {"right": n_right / len(answers), **fractions, "n": len(answers), "answers": answers}
+        answer = tokenizer.decode(generation.generate_response(model, tokenizer, task, **options))
+        is_right = _has_word(answer, row["answers"]) and not _has_word(answer, row.get("wrong", []))
+        right["right"].append(is_right)
+        if category := row.get("category"):
+            right[f"right: {category}"].append(is_right)
+        answers.append(answer)
+    fractions = {name: sum(found) / len(found) for name, found in right.items()}
+    return {**fractions, "n": len(answers), "answers": answers}
 
 
 def _has_word(text: str, words: Sequence[str]) -> bool:
@@ -207,7 +207,7 @@ def baseline_metrics(linear: Any, split: Split[Review], names: Sequence[str]) ->
     """Metrics on the test split of the linear baseline and of guessing the largest class."""
     texts, labels = [row.text for row in split.test], np.array([row.label for row in split.test])
     largest = np.bincount([row.label for row in (*split.train, *split.validation)]).argmax()
-    guesses = {LINEAR: linear.predict(texts), MAJORITY: np.full(len(labels), largest)}
+    guesses = {LINEAR: linear.predict(texts), MAJORITY: np.full_like(labels, largest)}
     return {name: classification_metrics(guess, labels, names) for name, guess in guesses.items()}
 
 

@@ -130,7 +130,6 @@ class BPETokenizer:
             raise ValueError(f"vocab_size {vocab_size}: the bytes and special tokens need {least}")
         counts: Counter[str] = Counter()
         for text in texts:
-            _check_encodable(text)
             counts.update(_pre_tokens(text))
         learned, merges = _learn_merges(counts, vocab_size - len(special_tokens))
         tokens = ["".join([_TO_CHAR[b] for b in token]) for token in learned] + [*special_tokens]
@@ -144,7 +143,6 @@ class BPETokenizer:
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         """Turns text without lone surrogates into token ids. The names of special tokens are text,
         too, but for those in `allowed_special` ("all": each), which become their single id."""
-        _check_encodable(text)
         allowed = self.special_tokens if allowed_special == "all" else allowed_special
         if unknown := sorted({*allowed} - self.special_tokens.keys()):
             raise ValueError(f"not special tokens of this tokenizer: {', '.join(unknown)}")
@@ -352,13 +350,6 @@ def _learn_merges(counts: Counter[str], n_tokens: int) -> tuple[list[bytes], Mer
             vocab.append(token)
         merges.append((*pair, new_id))
         changed = [(i, _replace_pair(words[i], *pair, new_id)) for i in words_with.pop(pair)]
-
-
-def _check_encodable(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"lone surrogate ({error}): remove it or read the file as UTF-8") from None
 
 
 @contextlib.contextmanager

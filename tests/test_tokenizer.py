@@ -236,9 +236,9 @@ def test_a_stream_of_any_ids_gives_the_decoded_text(tokenizer: BPETokenizer, ids
 
 @pytest.mark.parametrize("text", ["a\ud800", "\udfff", "ok \ud83e\udd5a"])
 def test_lone_surrogates_are_refused(tokenizer: BPETokenizer, text: str):
-    with pytest.raises(ValueError, match="lone surrogate"):
+    with pytest.raises(ValueError, match="surrogates not allowed"):
         tokenizer.encode(text)
-    with pytest.raises(ValueError, match="lone surrogate"):
+    with pytest.raises(ValueError, match="surrogates not allowed"):
         BPETokenizer.train([text], 300)
 
 
@@ -295,7 +295,7 @@ def test_the_tokens_that_end_and_pad_go_by_the_names_of_the_families(
     assert tokenizer.end_of_turn_id == (None if turn is None else ids[turn])
 
 
-def test_a_tokenizer_without_an_end_says_so():
+def test_a_tokenizer_may_have_no_end():
     tokenizer = BPETokenizer.train(["the the"], 259, special_tokens=["<x>"])
     assert tokenizer.end_id is tokenizer.pad_id is None
 
