@@ -77,9 +77,7 @@ def encode_documents(chunks: Iterable[str], tokenizer: BPETokenizer) -> Iterator
         yield from [[tokenizer.end_id]] if is_end else tokenizer.encode_stream(document)
 
 
-def _cached_file(
-    folder: str | Path, stem: str, suffix: str, create: Callable[[Path], None]
-) -> Path:
+def _cached_file(folder, stem: str, suffix: str, create: Callable[[Path], None]) -> Path:
     """The file whose name is `stem` with the hash of its content; `create` writes a missing one."""
     for path in Path(folder).glob(f"{stem}-*{suffix}"):
         if path.stem == f"{stem}-{data_loader.file_sha256(path)[:16]}":

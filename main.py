@@ -34,6 +34,10 @@ from training import TrainConfig, from_options
 
 MAX_VALIDATION_TOKENS = 100_000  # of a large corpus; TinyShakespeare's validation split is smaller
 SAMPLE_TOKENS = 250
+BEST = (
+    "best at step {step}: {val_bits_per_byte:.4f} bits per byte, {val_nats_per_byte:.4f} nats per "
+    "byte, perplexity {val_perplexity:.2f} on {val_bytes:,} bytes of validation text\n"
+)
 SPARE_TOKENS = 1024  # rows without a token that fill up an embedding, such as that of Qwen3
 MODELS = Path("models")
 
@@ -203,12 +207,8 @@ def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Pa
 
 def _show_sample(path: Path) -> None:
     model, tokenizer, checkpoint = load_model(path, "base")
-    if best := checkpoint["metrics"]:
-        print(
-            f"best at step {best['step']}: {best['val_bits_per_byte']:.4f} bits per byte, "
-            f"{best['val_nats_per_byte']:.4f} nats per byte, perplexity "
-            f"{best['val_perplexity']:.2f} on {best['val_bytes']:,} bytes of validation text\n"
-        )
+    if checkpoint["metrics"]:
+        print(BEST.format(**checkpoint["metrics"]))
     prompt = checkpoint["sample_prompt"]
     ids = continue_prompt(model, tokenizer, prompt, SAMPLE_TOKENS)
     print(prompt + "".join(tokenizer.decode_stream(ids)))
@@ -228,7 +228,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         parents=[first],
     )
     training.add_run_flags(
-        parser, ("tinyshakespeare", "sample"), "a UTF-8 text file or a folder of them"
+        parser, ("tinyshakespeare", "sample"), "a text file, or a folder of them"
     )
     for config_class in (DataConfig, GPTConfig, TrainConfig):
         training.add_config_flags(parser, config_class)
@@ -236,12 +236,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     is_trained = (chosen.pretrained, chosen.init_from) != (None, None)
     preset = CONTINUE if is_trained else PRESETS[chosen.preset]
     parser.set_defaults(**vars(parser.parse_args(preset.split())))
-    given = {f.name for f in fields(GPTConfig)} - {"dropout"} if is_trained else set()
-    parser.set_defaults(**dict.fromkeys(given))
+    fixed = {f.name for f in fields(GPTConfig)} - {"dropout"} if is_trained else set()
+    parser.set_defaults(**dict.fromkeys(fixed))
     if chosen.pretrained is not None:
         parser.set_defaults(steps=None)
     args = parser.parse_args(argv)
-    for name in sorted(given - {"context_length"}):
+    for name in sorted(fixed - {"context_length"}):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: already set by the trained model")
     if args.steps is None and (args.data or args.resume or args.overwrite):

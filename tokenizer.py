@@ -149,8 +149,8 @@ class BPETokenizer:
         names = map(regex.escape, sorted(allowed, key=len, reverse=True))
         chunks = regex.split(f"({'|'.join(names)})", text) if allowed else [text]
         ids: list[int] = []
-        for i, chunk in enumerate(chunks):  # odd chunks are the names
-            if i % 2:
+        for chunk in chunks:
+            if chunk in allowed:
                 ids.append(self.special_tokens[chunk])
             else:
                 ids.extend(itertools.chain.from_iterable(map(self._cached, self._words(chunk))))
@@ -320,7 +320,7 @@ def _learn_merges(counts: Counter[str], n_tokens: int) -> tuple[list[bytes], Mer
     words that contain the pair. A count that shrank is corrected at the top of the heap."""
     vocab = [bytes([byte]) for byte in _BYTES]
     ids = {token: i for i, token in enumerate(vocab)}
-    words: list[list[int]] = [[] for _ in counts]
+    words: list[list[int]] = [[] for _ in counts]  # empty at first, so that all of them change
     changed = [(i, [_BYTE_IDS[byte] for byte in word.encode()]) for i, word in enumerate(counts)]
     frequencies, pair_counts = list(counts.values()), Counter[tuple[int, int]]()
     words_with: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
