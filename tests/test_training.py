@@ -284,6 +284,21 @@ def test_masked_targets_carry_no_loss():
     torch.testing.assert_close(loss, -(log_p[0, 0, 1] + log_p[0, 2, 2] + log_p[1, 2, 4]))
 
 
+def test_logits_have_few_sizes_whatever_the_number_of_targets():
+    sizes = set()
+
+    def head(rows: Tensor) -> Tensor:
+        sizes.add(len(rows))
+        return rows
+
+    model = SimpleNamespace(hidden=lambda ids: torch.ones(*ids.shape, 5), head=head)
+    for n in (1, 63, 64, 65, 600):
+        targets = torch.arange(700).remainder(5).where(torch.arange(700) < n, -100)[None]
+        loss, weight = next_token_loss(model, (targets, targets))
+        assert weight == n and loss.item() == pytest.approx(n * math.log(5), rel=1e-5)
+    assert sizes == {64, 128, 512}
+
+
 def test_a_step_without_targets_changes_nothing(tmp_path: Path, runtime: Runtime):
     def masked(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         loss, _ = loss_fn(model, batch)
