@@ -21,37 +21,40 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 import torch
+from torch import Tensor
 
 import evaluate
 import generation
 from data_loader import Instruction, read_unlabelled
 from data_utils import IGNORE, encode_instruction
-from evaluate import LINEAR, LINEAR_BASELINE, REPORT, REPORT_COLUMNS, table_cells
+from evaluate import LINEAR, REPORT, REPORT_COLUMNS, table_cells
 from generation import BASE, LORA_CLASSIFIER, QLORA, TEMPERATURE, TOP_P, command_for
+from lora import dequantize_nf4, quantize_nf4
 from model import GPTModel
 from tokenizer import BPETokenizer
 
 MODELS = Path(os.environ.get("GPT_MODELS_DIR") or Path(__file__).parent / "models")
 MAX_TEXT, MAX_ROWS, MAX_UPLOAD_MB = 2_000, 10_000, 10  # characters of a text, rows, MB of a file
-SHOWN_TOKENS, ATTENTION_TOKENS, MAX_ANSWER = 15, 32, 500
-REFRESH_SECONDS = 3.0
-CHART_COLOR = "#3a7ca5"
+MAX_SENTENCE, SENTENCE_TOKENS, SHOWN_TOKENS, MAX_ANSWER = 300, 32, 12, 500
+FACT, VERSE = "The capital of France is", "Shall I compare thee to a summer's"
+REFRESH_SECONDS, CHART_COLOR = 3.0, "#3a7ca5"
 MARKDOWN = str.maketrans({c: f"\\{c}" for c in r"\`*_{}()#+-.!|<>~$:&="})  # shown literally
 CLASSIFIERS = dict(REPORT["sentiment"][:3])  # files by name; the last row only guesses
 ASSISTANTS = dict(REPORT["instructions"][:0:-1])  # without the first row, the untouched base
 PARTS = {"base": BASE, "LoRA classifier": LORA_CLASSIFIER, "QLoRA instruction model": QLORA}
-COLORS, SHOWN_BADGES = ("blue", "green", "orange", "violet", "red"), 300
-LOADERS = {"tokenizer.json": BPETokenizer.load, LINEAR_BASELINE: evaluate.load_linear_baseline}
+ADAPTERS = (LORA_CLASSIFIER, generation.LORA, QLORA)
+COLORS = ("blue", "green", "orange", "violet", "red")
 
 
 def main() -> None:
     """Builds the sidebar and the chosen page."""
     st.set_page_config(page_title="GPT from zero", layout="wide")
     pages = [
+        st.Page(lambda: start_page(*pages[1:]), title="Start", url_path="start"),
         st.Page(generate_page, title="Generate", url_path="generate"),
         st.Page(chat_page, title="Chat", url_path="chat"),
         st.Page(sentiment_page, title="Sentiment", url_path="sentiment"),
-        st.Page(tokenizer_page, title="Tokenizer", url_path="tokenizer"),
+        st.Page(how_page, title="How it works", url_path="how"),
         st.Page(training_page, title="Training and evaluation", url_path="training"),
     ]
     page = st.navigation(pages)
@@ -82,40 +85,47 @@ def is_large(folder: str | Path) -> bool:
     return any(path.stat().st_size > 50e6 for path in Path(folder).glob("*.pth"))
 
 
-def checkpoint_path(name: str, folder: str | Path | None = None) -> Path:
+def checkpoint_path(name: str, folder: str | Path | None = None, must_exist: bool = False) -> Path:
     """A file of the chosen set, or of the shipped one if the user has not trained it yet."""
     path, shipped = Path(folder or model_set(), name), MODELS / "shipped" / name
-    return path if path.is_file() or path.parent != MODELS or not shipped.is_file() else shipped
+    if not path.is_file() and path.parent == MODELS and shipped.is_file():
+        return shipped
+    if must_exist and not path.is_file():
+        raise FileNotFoundError(f"No {name} in {path.parent.name}/ yet: `{command_for(path)}`")
+    return path
 
 
 @st.cache_resource(max_entries=8, show_spinner="Loading the model")
-def _small(path: Path, changed: tuple[int, ...], _load: Callable) -> Any:
-    """`changed` is part of the cache's key; `_load`, with its underscore, is not."""
+def _small(path: Path, kind: str, changed: tuple[int, ...], _load: Callable) -> Any:
+    """`kind` and `changed` are part of the cache's key; `_load`, with its underscore, is not."""
     return _load(path)
 
 
 @st.cache_resource(max_entries=3, show_spinner="Loading the model; this takes a few seconds")
-def _large(path: Path, changed: tuple[int, ...], _load: Callable) -> Any:
+def _large(path: Path, kind: str, changed: tuple[int, ...], _load: Callable) -> Any:
     return _load(path)  # at most three in memory, for all sets and sessions
 
 
-def loaded(name: str, folder: str | Path | None = None) -> Any:
+def loaded(name: str, folder: str | Path | None = None, read: Callable | None = None) -> Any:
     """Loads a file of the chosen model set once for all sessions, and again when it or a file it
-    depends on changes. Callers must not modify the result."""
-    path = checkpoint_path(name, folder)
+    depends on changes; with `read`, what that reads of it. Callers must not modify the result."""
+    path = checkpoint_path(name, folder, must_exist=True)
     if path.parent != Path(folder or model_set()):
         st.caption(f"Not trained (`{command_for(MODELS / name)}`): showing {path.parent.name}/.")
     paths = [path.with_name(file) for file in (name, "tokenizer.json", BASE, generation.REVIEW_LM)]
     changed = tuple(p.stat().st_mtime_ns if p.is_file() else 0 for p in paths)
-    cached = _large if is_large(path.parent) and name not in LOADERS else _small
-    return cached(path, changed, LOADERS.get(name, generation.load_for_inference))
+    cached = _small if read or not is_large(path.parent) else _large
+    read = read or generation.load_for_inference
+    return cached(path, read.__name__, changed, read)
 
 
 @contextlib.contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Shows what is missing or refused, with the command that fixes it, instead of a traceback."""
+    """Shows what is refused, or as a hint what is missing, with the command, and no traceback."""
     try:
         yield
+    except FileNotFoundError as error:
+        st.info(str(error))
     except (ValueError, OSError) as error:
         st.error(str(error))
 
@@ -134,21 +144,21 @@ def stream_text(shown: Any, key: str, ids: Iterator, tokenizer: BPETokenizer, te
         caption.caption(shown[key][1])
 
 
-def sampling_options(left: Any, right: Any, temperature: float) -> dict[str, Any]:
-    """The widgets of sampling, in two columns."""
+def sampling_options(left: Any, middle: Any, right: Any, temperature: float) -> dict[str, Any]:
+    """The widgets of sampling, in three columns."""
     return {
         "temperature": left.slider("Temperature", 0.0, 2.0, temperature, 0.05, help="0 is greedy"),
-        "top_p": left.slider("Top-p", 0.05, 1.0, TOP_P, 0.05, help="Total probability to sample"),
-        "repetition_penalty": right.slider("Repetition penalty", 1.0, 2.0, 1.0, 0.05),
+        "top_k": middle.slider("Top-k", 0, 200, 0, help="Number of tokens to sample from; 0: all"),
+        "top_p": right.slider("Top-p", 0.05, 1.0, TOP_P, 0.05, help="Total probability to sample"),
+        "repetition_penalty": middle.slider("Repetition penalty", 1.0, 2.0, 1.0, 0.05),
         "seed": right.number_input("Seed", 0, 2**31, 0, help="The same seed gives the same text"),
     }
 
 
-def bars(
-    frame: pd.DataFrame, x: str, y: str, x_format: str = ".0%", x_max: Any = alt.Undefined
-) -> alt.Chart:
-    """A horizontal bar for each row of a table, in its order."""
-    length = alt.X(x, type="quantitative").axis(format=x_format).scale(domainMax=x_max)
+def bars(columns: Any, x_format: str, **scale: Any) -> alt.Chart:
+    """Horizontal bars of a table with a column of names and one of values, in its order."""
+    (y, x), frame = columns, pd.DataFrame(columns)
+    length = alt.X(x, type="quantitative").axis(format=x_format).scale(**scale)
     chart = alt.Chart(frame).mark_bar(color=CHART_COLOR)
     return chart.encode(x=length, y=alt.Y(y, type="nominal", sort=None), tooltip=[y, x])
 
@@ -162,70 +172,43 @@ def printable(token: bytes) -> str:
 # ---- pages
 
 
+def start_page(*pages: Any) -> None:
+    """What the app shows, in four cards."""
+    st.title("GPT from zero")
+    st.write("A language model from the first byte to a conversation, in plain PyTorch.")
+    cards = {
+        "**Write and talk.** The base continues your text; fine-tuned models answer.": pages[:2],
+        "**Classify.** Models judge a text, or a file of texts, side by side.": pages[2:3],
+        "**Look inside.** Follow a sentence through the model, from bytes to loss.": pages[3:4],
+        "**Measure.** Watch a training live, and compare models on held-out data.": pages[4:],
+    }
+    for column, (text, group) in zip([*st.columns(2), *st.columns(2)], cards.items()):
+        with column.container(border=True, height="stretch"):
+            st.write(text)
+            for page in group:
+                st.page_link(page, icon=":material/arrow_forward:")
+
+
 def generate_page() -> None:
-    """Text from the base model, and its predictions for the next token."""
+    """Text from the base model."""
     st.title("Generate")
     st.write("The base model continues your text, one token at a time, in the style it learned.")
     with errors_as_messages():
-        folder, example = model_set(), "The capital of France is"
-        if not is_large(folder):
-            example = loaded(BASE)[2].get("sample_prompt", "ROMEO:")
+        example = FACT if is_large(model_set()) else loaded(BASE)[2].get("sample_prompt", "ROMEO:")
         prompt = st.text_area("Prompt", example, max_chars=MAX_TEXT)
         left, middle, right = st.columns(3)
         length = left.slider("Tokens", 10, 500, 200, 10)
-        top_k = left.slider("Top-k", 0, 200, 0, help="Number of tokens to sample from; 0 is all")
-        sampling = sampling_options(middle, right, TEMPERATURE) | {"top_k": top_k}
+        sampling = sampling_options(left, middle, right, TEMPERATURE)
         start, stop = st.columns([1, 5])
         stop.button("Stop")  # any button ends the run that streams
-        go, kept = start.button("Generate", type="primary"), st.session_state.get(f"text {folder}")
-        if is_large(folder) and prompt == example and not (go or kept):
-            st.info("Press Generate, or write a prompt: then the model is loaded.")
-            return
-        model, tokenizer, _ = loaded(BASE)
-        if go:
+        key = f"text {model_set()}"
+        if start.button("Generate", type="primary"):
+            model, tokenizer, _ = loaded(BASE)
             ids = generation.continue_prompt(model, tokenizer, prompt, length, **sampling)
-            stream_text(st.session_state, f"text {folder}", ids, tokenizer, prompt)
-        elif kept:
-            st.text(kept[0])
-            st.caption(kept[1])
-        if prompt_ids := tokenizer.encode(prompt):
-            show_next_tokens(model, tokenizer, prompt_ids)
-            show_attention(model, tokenizer, prompt_ids)
-
-
-def show_next_tokens(model: GPTModel, tokenizer: BPETokenizer, ids: list[int]) -> None:
-    """Chart of the most probable tokens after a prompt."""
-    window = torch.tensor([ids[-model.config.context_length :]])
-    with torch.inference_mode():
-        probabilities = generation.token_probabilities(model.head(model.hidden(window)[:, -1]))[0]
-    top = probabilities.topk(SHOWN_TOKENS)
-    names = [f"{printable(tokenizer.vocab[i])}  ({i})" for i in top.indices.tolist()]
-    st.subheader("Next token")
-    st.write("The most probable tokens after the prompt, before temperature, top-k and top-p.")
-    frame = pd.DataFrame({"probability": top.values.tolist(), "token (id)": names})
-    st.altair_chart(bars(frame, "probability", "token (id)"))
-
-
-def show_attention(model: GPTModel, tokenizer: BPETokenizer, ids: list[int]) -> None:
-    """Attention map of a head, for the first tokens of a prompt."""
-    ids = ids[: min(ATTENTION_TOKENS, model.config.context_length)]
-    st.subheader("Attention")
-    st.write("How much each token (row) attends to itself and to earlier tokens (columns).")
-    left, right = st.columns(2)
-    layer = left.selectbox("Layer", range(1, model.config.n_layer + 1))
-    head = right.selectbox("Head", range(1, model.config.n_head + 1))
-    weights = generation.attention_maps(model, torch.tensor([ids]))[layer - 1, 0, head - 1].tolist()
-    names = [f"{i:2d} {printable(tokenizer.vocab[t])}" for i, t in enumerate(ids)]
-    rows = [(names[i], names[j], weights[i][j]) for i in range(len(ids)) for j in range(i + 1)]
-    frame = pd.DataFrame(rows, columns=["from", "to", "weight"])
-    chart = alt.Chart(frame, height=max(200, 22 * len(ids))).mark_rect(color=CHART_COLOR)
-    chart = chart.encode(
-        x=alt.X("to:N", sort=None, title="attends to"),
-        y=alt.Y("from:N", sort=None, title="token"),
-        opacity=alt.Opacity("weight:Q", scale=alt.Scale(domain=[0, 1], range=[0.03, 1])),
-        tooltip=["from", "to", alt.Tooltip("weight", format=".3f")],
-    )
-    st.altair_chart(chart)
+            stream_text(st.session_state, key, ids, tokenizer, prompt)
+        elif key in st.session_state:
+            st.text(st.session_state[key][0])
+            st.caption(st.session_state[key][1])
 
 
 def chat_page() -> None:
@@ -266,16 +249,14 @@ def chat_page() -> None:
 
 def chat_settings() -> tuple[dict[str, str], str, dict[str, Any]]:
     """The files of the models that answer, by title, the system line, and options of sampling."""
-    base = checkpoint_path(BASE)
+    checkpoint_path(BASE, must_exist=True)
     titles = [title for title, file in ASSISTANTS.items() if checkpoint_path(file).is_file()]
-    if not base.is_file():
-        raise FileNotFoundError(f"no base at {base}: create it with `{command_for(base)}`")
     with st.sidebar:
         title = st.selectbox("Model that answers", titles) if titles else "Base"
         with_base = titles and st.toggle("The untouched base beside it")
         with st.expander("Sampling and system line"):
             system = st.text_area("System line", max_chars=500)
-            sampling = sampling_options(st, st, 0.7)
+            sampling = sampling_options(st, st, st, 0.7)
     if not titles:
         st.info(f"The base answers. Fine-tune it with `{command_for(checkpoint_path(QLORA))}`.")
     files = {title: ASSISTANTS.get(title, BASE)} | ({"Base": BASE} if with_base else {})
@@ -332,14 +313,15 @@ def sentiment_page() -> None:
                 row = classify(name, [text], folder).iloc[0]
                 verdict, sure = row.idxmax().translate(MARKDOWN), f"{row.max():.0%} sure"
                 st.metric(name, verdict, sure, delta_color="off", delta_arrow="off")
-                frame = row.rename_axis("class").reset_index(name="probability")
-                st.altair_chart(bars(frame, "probability", "class", x_max=1))
+                columns = {"class": row.index, "probability": row.values}
+                st.altair_chart(bars(columns, ".0%", domainMax=1))
     classify_file()
 
 
 def classify(name: str, texts: list[str], folder: str | Path | None = None) -> pd.DataFrame:
     """Probabilities by one of `CLASSIFIERS`: a row for each text, a column for each label."""
-    model, tokenizer, checkpoint = loaded(CLASSIFIERS[name], folder)
+    read = evaluate.load_linear_baseline if name == LINEAR else None
+    model, tokenizer, checkpoint = loaded(CLASSIFIERS[name], folder, read)
     if name == LINEAR:
         probabilities = model.predict_proba(texts)
     else:
@@ -390,41 +372,149 @@ def read_upload(content: bytes, name: str, column: str | None = None) -> tuple[l
     return rows, [text[: 10 * MAX_TEXT] for text in texts]
 
 
-def tokenizer_page() -> None:
-    """Text split into tokens, and the merges that build a word."""
-    st.title("Tokenizer")
-    st.write("Byte-level BPE: the tokens that the models read, learned from the training text.")
-    with errors_as_messages():
-        tokenizer = loaded("tokenizer.json")
-        text = st.text_area("Text", "Shall I compare thee to a summer's day?", max_chars=MAX_TEXT)
-        ids = tokenizer.encode(text)
-        if not ids:
-            st.info("Write some text to see its tokens.")
-            return
-        n_bytes, columns = len(text.encode()), st.columns(3)
-        columns[0].metric("Tokens", f"{len(ids):,}")
-        columns[1].metric("Bytes", f"{n_bytes:,}")
-        columns[2].metric("Bytes per token", f"{n_bytes / len(ids):.2f}")
-        with st.container(horizontal=True, gap="small"):
-            for i, token_id in enumerate(ids[:SHOWN_BADGES]):
-                st.badge(badge(tokenizer.vocab[token_id], token_id), color=COLORS[i % len(COLORS)])
-        if len(ids) > SHOWN_BADGES:
-            st.caption(f"The first {SHOWN_BADGES} of {len(ids):,} tokens.")
-        st.subheader("Merges, step by step")
-        word = st.text_input("Word", " summer", max_chars=40)
-        rows = []
-        for rank, ids in tokenizer.merge_steps(word):
-            pair, vocab = "found whole" if rows else "bytes", tokenizer.vocab
-            if rank is not None:
-                pair = " + ".join(printable(vocab[i]) for i in tokenizer.merges[rank][:2])
-            tokens = "  ".join(printable(vocab[i]) for i in ids)
-            rows.append({"merge": pair, "rank": rank, "tokens": tokens})
-        st.dataframe(pd.DataFrame(rows).astype({"rank": "Int64"}), hide_index=True)
+@errors_as_messages()
+def how_page() -> None:
+    """A sentence, step by step through the base model, its weights in 4 bits, and its adapters."""
+    st.title("How it works")
+    st.write("Follow a sentence through the base model. Its own numbers are shown at every step.")
+    tokenizer, large = loaded("tokenizer.json", read=BPETokenizer.load), is_large(model_set())
+    text = st.text_area("Sentence", FACT if large else VERSE, max_chars=MAX_SENTENCE, height=68)
+    ids = tokenizer.encode(text)
+    if not ids:
+        st.info("Write a sentence to follow it.")
+        return
+    show_tokens(tokenizer, text, ids)
+    if large and not st.toggle("Load the model for the other steps"):
+        return
+    show_forward_pass(loaded(BASE)[0], tokenizer, ids[:SENTENCE_TOKENS])
+    show_nf4(*loaded(BASE, read=first_matrix))
+    show_adapter()
+
+
+def step(title: str, text: str) -> None:
+    """The heading of a step, and what computes it."""
+    st.write(f"### {title}\n\n{text}")
+
+
+def show_tokens(tokenizer: BPETokenizer, text: str, ids: list[int]) -> None:
+    """The bytes of a text, its tokens, and the merges that build a word."""
+    n_bytes, vocab = len(text.encode()), tokenizer.vocab
+    step("1. Bytes, tokens, ids", "`tokenizer.py: BPETokenizer.encode` merges bytes into tokens.")
+    st.code(text.encode().hex(" "), language=None, wrap_lines=True)
+    with st.container(horizontal=True, gap="small"):
+        for i, token_id in enumerate(ids):
+            st.badge(badge(vocab[token_id], token_id), color=COLORS[i % len(COLORS)])
+    st.write(f"{n_bytes:,} bytes, {len(ids):,} tokens: {n_bytes / len(ids):.2f} bytes per token.")
+    word = st.text_input("A word, merge by merge", " summer", max_chars=40)
+    steps = tokenizer.merge_steps(word)
+    rows = [(rank, "  ".join(printable(vocab[i]) for i in parts)) for rank, parts in steps]
+    frame = pd.DataFrame(rows, columns=["rank", "tokens"]).astype({"rank": "Int64"})
+    st.dataframe(frame, hide_index=True)
+
+
+def show_forward_pass(model: GPTModel, tokenizer: BPETokenizer, ids: list[int]) -> None:
+    """From token ids to logits, and what follows from them."""
+    batch, vocab = torch.tensor([ids[: model.config.context_length]]), tokenizer.vocab
+    names = [f"{i} {printable(vocab[token])}" for i, token in enumerate(batch[0].tolist(), 1)]
+    step("2. Embeddings", "`model.py: GPTModel.embed` turns each id into a vector with this norm.")
+    norms = model.embed(batch, 0)[0][0].detach().float().norm(dim=-1)
+    st.altair_chart(bars({"token": names, "norm": norms}, ".2f"))
+    show_attention(generation.attention_maps(model, batch)[:, 0].float(), names)
+    logits = show_lens(model, tokenizer, batch, names)
+    show_sampling(logits[-1:], tokenizer)
+    step("6. Loss", "`training.py: next_token_loss`: minus the log probability of each token.")
+    if len(names) > 1:
+        losses = torch.nn.functional.cross_entropy(logits[:-1], batch[0, 1:], reduction="none")
+        st.altair_chart(bars({"token": names[1:], "loss (nats)": losses}, ".1f"))
+        st.write(f"Mean: {losses.mean():.3f} nats per token. Training lowers this number.")
+
+
+@st.fragment
+def show_attention(maps: Tensor, names: list[str]) -> None:
+    """The attention weights (L, H, T, T) of a head."""
+    step("3. Attention", "`model.py: CausalSelfAttention.weights` says where each token looks.")
+    choices = zip(st.columns(2), ("Layer", "Head"), maps.shape)
+    layer, head = (column.selectbox(title, range(1, n + 1)) for column, title, n in choices)
+    weights = pd.DataFrame(maps[layer - 1, head - 1], names, names).rename_axis("token")
+    frame = weights.reset_index().melt("token", var_name="attends to", value_name="weight")
+    x, y = alt.X("attends to:N", sort=None), alt.Y("token:N", sort=None)
+    shade = alt.Opacity("weight:Q").scale(domain=[0, 1], range=[0.03, 1])
+    chart = alt.Chart(frame[frame.weight > 0], height=140 + 22 * len(names))
+    st.altair_chart(chart.mark_rect(color=CHART_COLOR, tooltip=True).encode(x, y, shade))
+
+
+def show_lens(model: GPTModel, tokenizer: BPETokenizer, batch: Tensor, names: list[str]) -> Tensor:
+    """The most probable next token after each layer and token; returns the last logits (T, V)."""
+    step("4. Guess after each layer", "`generation.py: logit_lens` reads the residual stream.")
+    guesses, shades = [], []
+    for logits in generation.logit_lens(model, batch):  # one layer at a time: V may be large
+        logits = logits[0].float()
+        best = [column.tolist() for column in logits.softmax(-1).max(-1)]
+        guesses.append([f"{printable(tokenizer.vocab[i])} {p:.0%}" for p, i in zip(*best)])
+        shades.append([f"background-color: {CHART_COLOR}{round(180 * p):02x}" for p in best[0]])
+    layers = [f"layer {i}" for i in range(1, len(guesses) + 1)]
+    frame, colors = (pd.DataFrame(rows, layers, names) for rows in (guesses, shades))
+    st.dataframe(frame.style.apply(lambda _: colors, axis=None), height="content")
+    return logits
+
+
+@st.fragment
+def show_sampling(logits: Tensor, tokenizer: BPETokenizer) -> None:
+    """The next-token probabilities of logits (1, V), before and after the options of sampling."""
+    step("5. The next token", "`generation.py: token_probabilities` is what we sample from.")
+    left, middle, right = st.columns(3)
+    temperature = left.slider("Temperature", 0.05, 2.0, TEMPERATURE, 0.05)
+    top_k = middle.slider("Top-k", 0, 50, 0, help="0 is all")
+    top_p = right.slider("Top-p", 0.05, 1.0, TOP_P, 0.05)
+    before = generation.token_probabilities(logits)[0]
+    after = generation.token_probabilities(logits, temperature, top_k, top_p)[0]
+    top, longest = before.topk(SHOWN_TOKENS).indices, max(before.max(), after.max()).item()
+    names = [f"{printable(tokenizer.vocab[i])}  ({i})" for i in top.tolist()]
+    for column, title, shown in zip(st.columns(2), ("model", "sampled"), (before, after)):
+        columns = {"token (id)": names, f"probability ({title})": shown[top]}
+        column.altair_chart(bars(columns, ".0%", domainMax=longest))
+    st.write(f"{(after > 0).sum():,} of {len(after):,} tokens can be sampled.")
+
+
+def first_matrix(path: str | Path) -> tuple[Tensor, ...]:
+    """A weight as the file of the base has it, its codes in NF4, and what these stand for."""
+    weight = generation.load_checkpoint(path, "base")["weights"]["blocks.0.mlp.fc.weight"].float()
+    q = quantize_nf4(weight)
+    codes = torch.stack([q.codes >> 4, q.codes & 15], dim=1).view(weight.shape)
+    return weight, codes, dequantize_nf4(q)
+
+
+@st.fragment
+def show_nf4(*matrices: Tensor) -> None:
+    """The first block of 64 weights of a row, before and after quantisation to 4 bits."""
+    step("7. 4-bit weights", "`lora.py: quantize_nf4` rounds to one of 16 levels times a scale.")
+    row = st.slider("Row of `blocks.0.mlp.fc`", 0, len(matrices[0]) - 1)
+    shown = (matrix[row, :64] for matrix in matrices)
+    frame = pd.DataFrame(dict(zip(("before", "code", "after"), shown)))
+    points = frame.reset_index().melt(["index", "code"], var_name="weights")
+    chart = alt.Chart(points).mark_point().encode(x="index:Q", y="value:Q", color="weights:N")
+    left, right = st.columns([2, 1])
+    left.altair_chart(chart)
+    right.dataframe(frame)
+
+
+@st.fragment
+@errors_as_messages()
+def show_adapter() -> None:
+    """Which layers an adapter changed most, and the singular values of its updates."""
+    step("8. Adapters", "`lora.py: LoRALinear.delta_weight` is a low-rank update of a weight.")
+    files = [file for file in ADAPTERS if checkpoint_path(file).is_file()] or [LORA_CLASSIFIER]
+    updates = loaded(st.selectbox("Adapter", files), read=generation.adapter_updates)
+    left, right = st.columns(2)
+    norms = {"layer": list(updates), "relative norm of update": next(zip(*updates.values()))}
+    left.altair_chart(bars(pd.DataFrame(norms)[:SHOWN_TOKENS], ".1%"))
+    values = updates[right.selectbox("Layer", list(updates))][1]
+    columns = {"number": range(1, len(values) + 1), "singular value": values}
+    right.altair_chart(bars(columns, ".2f"))
 
 
 def badge(token: bytes, token_id: int) -> str:
-    """Markdown that shows a token literally, and its id. Invisible word joiners keep Streamlit from
-    replacing dashes and arrows; it escapes square brackets itself."""
+    """Markdown of a literal token and its id; word joiners keep Streamlit off dashes and arrows."""
     return "\u2060".join([*(c.translate(MARKDOWN) for c in printable(token)), f" {token_id}"])
 
 
@@ -454,15 +544,14 @@ def training_page() -> None:
             frame[list(formats)] = costs / [1, 2**30, 1]
             st.markdown(f"**{task.capitalize()}: full fine-tuning against adapters**")
             for column, (name, x_format) in zip(st.columns(3), formats.items()):
-                column.altair_chart(bars(frame[["model", name]], name, "model", x_format))
+                column.altair_chart(bars(frame[["model", name]], x_format))
     except (KeyError, TypeError, AttributeError, ValueError):
         st.error(f"{path.name} cannot be read: recreate it with `{command}`.")
 
 
 @st.fragment(run_every=REFRESH_SECONDS)
 def curves() -> None:
-    """Loss and learning rate of a training, read again every few seconds; one in progress, which
-    has a log of its own, comes first."""
+    """Loss and learning rate of a training, read every few seconds; one in progress comes first."""
     paths = sorted(model_set().glob("*.log.jsonl"))
     paths.sort(key=lambda p: (".resume." not in p.name, not p.name.startswith("model_weights.")))
     names = (path.name.removesuffix(".log.jsonl") for path in paths)

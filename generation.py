@@ -257,6 +257,38 @@ def attention_maps(model: GPTModel, ids: Tensor) -> Tensor:
     return torch.stack(maps)
 
 
+@torch.no_grad()
+def logit_lens(model: GPTModel, ids: Tensor) -> Iterator[Tensor]:
+    """Yields for each layer the logits (B, T, V) that the final norm and the head give on the
+    residual stream after it: the model's guess so far (nostalgebraist 2020, "interpreting GPT: the
+    logit lens"). The last are those of the model."""
+    x, mask, rotary = model.embed(ids, 0)
+    for block in model.blocks:
+        x = block(x, mask, rotary)
+        yield model.head(model.final_norm(x))
+
+
+def adapter_updates(path: str | Path) -> dict[str, tuple[float, list[float]]]:
+    """For each layer that an adapter changes: the Frobenius norm of the update relative to that of
+    the weight, and the r singular values of the update; both largest first.
+
+    B A has the singular values of the small product of the R factors of B and A^T (QR).
+    """
+    path, hint, updates = Path(path), command_for(path), {}
+    with checkpoint_errors(path, hint):
+        checkpoint = load_checkpoint(path, ANY_KIND, hint)
+        base, config = _base_weights(path, checkpoint, hint), checkpoint["lora_config"]
+        adapter = {name: tensor.float() for name, tensor in checkpoint["weights"].items()}
+        for name in (name for name in adapter if name.endswith("_A")):
+            layer = name.rpartition(".")[0].removeprefix("backbone.")
+            weight = base.get(f"{layer}.weight", base["token_embedding.weight"])  # of a tied head
+            A, B = adapter[name], adapter[f"{name[:-1]}B"]
+            left, right = torch.linalg.qr(B).R, torch.linalg.qr(A.T).R
+            values = config["lora_alpha"] / config["r"] * torch.linalg.svdvals(left @ right.T)
+            updates[layer] = (values.norm() / weight.float().norm()).item(), values.tolist()
+    return dict(sorted(updates.items(), key=lambda item: item[1], reverse=True))
+
+
 # ---- from a checkpoint to a model
 
 BASE, REVIEW_LM = "model_weights.pth", "review_lm_weights.pth"

@@ -1,13 +1,17 @@
 """The dashboard's pages, without a browser: right answers, messages for what is missing."""
 
 import gc
+import importlib
 import json
+import operator
+import re
 import shutil
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import randomised, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
@@ -27,11 +31,13 @@ from generation import (
     load_for_inference,
     load_model,
 )
+from lora import dequantize, dequantize_nf4, lora_layers, nf4_levels, quantize_nf4
+from model import GPTModel
 from tokenizer import BPETokenizer
-from training import load_checkpoint, save_checkpoint
+from training import load_checkpoint, next_token_loss, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["generate", "chat", "sentiment", "tokenizer", "training"]
+PAGES = ["start", "generate", "chat", "sentiment", "how", "training"]
 
 
 @pytest.fixture
@@ -43,9 +49,12 @@ def models(all_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return folder
 
 
-def page(name: str) -> AppTest:
-    """A page, run once."""
-    return AppTest.from_string(f"import app\napp.{name}_page()", default_timeout=60).run()
+def page(name: str, folder: Path | None = None) -> AppTest:
+    """A page, run once; the start page with the links to the others."""
+    run = "main" if name == "start" else f"{name}_page"
+    at = AppTest.from_string(f"import app\napp.{run}()", default_timeout=120)
+    at.session_state["model_set"] = folder
+    return at.run()
 
 
 def set_slider(at: AppTest, label: str, value: float) -> None:
@@ -74,9 +83,36 @@ def test_an_empty_folder_gives_commands_and_no_traceback(
 ):
     monkeypatch.setattr(app, "MODELS", tmp_path)
     at = page(name)
-    assert not at.exception
-    messages = [m.value for m in (*at.error, *at.info)]
+    assert_quiet(at)
+    messages = [m.value for m in (*at.info, *at.sidebar.caption)]
     assert messages and all("python " in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "command"),
+    [
+        ("generate", BASE, "python main.py"),
+        ("chat", BASE, "python main.py"),
+        ("how", BASE, "python main.py"),
+        ("sentiment", LORA_CLASSIFIER, "python finetune_lora_classifier.py"),
+        ("sentiment", app.evaluate.LINEAR_BASELINE, "python finetune_classifier.py"),
+    ],
+)
+def test_a_model_that_a_set_lacks_is_a_hint_of_one_line(
+    name: str, file: str, command: str, models: Path
+):
+    (models / file).unlink()
+    at = page(name, models)
+    assert_quiet(at)
+    assert [hint.value for hint in at.info] == [f"No {file} in models/ yet: `{command}`"]
+    assert len(at.metric) == (2 if name == "sentiment" else 0), "the others are shown"
+
+
+def test_four_cards_say_what_the_app_shows(models: Path):
+    at = page("start")
+    assert_quiet(at)
+    cards = [text.value for text in at.main.markdown if text.value.startswith("**")]
+    assert len(cards) == 4 and len(at.main.get("page_link")) == len(PAGES) - 1
 
 
 def test_generated_text_is_that_of_the_command_line(models: Path):
@@ -149,8 +185,8 @@ def test_damaged_files_are_messages(name: str, shown: str, models: Path):
     at = page(shown)
     if shown == "chat":
         ask(at, "Who?")
-    reads_base = shown in ("generate", "chat")
-    uses_it = reads_base or (name == "tokenizer.json" and shown != "training")
+    reads_base = shown in ("generate", "chat", "how")
+    uses_it = reads_base or (name == "tokenizer.json" and shown == "sentiment")
     assert not at.exception
     assert all("python " in error.value for error in at.error)
     assert bool(at.error) == uses_it
@@ -208,7 +244,7 @@ def test_the_shipped_models_stand_in_until_the_user_has_trained(
         assert_quiet(at)
         captions = [caption.value for caption in at.caption]
         stands_in = any("showing shipped/" in caption for caption in captions)
-        assert stands_in == (name in ("sentiment", "chat")), captions
+        assert stands_in == (name in ("sentiment", "chat", "how")), captions
 
 
 def test_the_sidebar_chooses_the_model_set_and_names_what_it_lacks(
@@ -235,7 +271,6 @@ def test_the_sidebar_chooses_the_model_set_and_names_what_it_lacks(
     at.sidebar.selectbox[0].set_value(folder / names[2]).run()
     command = "`python main.py --pretrained smollm2-135m-instruct`"
     assert [c.value for c in at.sidebar.caption] == [f"No base: {command}"]
-    assert not at.exception and command in at.error[0].value
     at.sidebar.selectbox[0].set_value(folder).run()
     assert at.sidebar.caption[0].value == "No base: `python main.py`"
 
@@ -375,6 +410,10 @@ def test_no_large_model_is_loaded_before_it_is_asked_for(
     pages["sentiment"].text_area[0].set_value("good").run()
     assert opened == [BASE, QLORA, generation.FULL_CLASSIFIER, LORA_CLASSIFIER]
     assert len(pages["sentiment"].metric) == 3
+    assert len(pages["how"].dataframe) == 1, "the merges alone"
+    pages["how"].toggle[0].set_value(True).run()
+    assert_quiet(pages["how"])
+    assert opened[4:] == [BASE] and len(pages["how"].dataframe) == 3
 
 
 def test_at_most_three_large_models_are_kept_and_sessions_share_them(
@@ -430,8 +469,97 @@ def test_a_file_is_judged_once(models: Path, monkeypatch: pytest.MonkeyPatch):
     assert calls.count(2) == 2
 
 
+# ---- how it works
+
+
+def test_each_step_names_code_that_is_there():
+    named = re.findall(r"`(\w+)\.py: ([\w.]+)`", Path(app.__file__).read_text())
+    assert len(named) == 8
+    for module, name in named:
+        operator.attrgetter(name)(importlib.import_module(module))
+
+
+LLAMA = {"norm": "rms", "activation": "swiglu", "n_kv_head": 1, "qk_norm": False}
+
+
+@pytest.mark.parametrize("changes", [{}, {**LLAMA, "tie_weights": True}])
+def test_the_lens_gives_the_logits_of_a_model_that_ends_after_each_layer(changes: dict):
+    model = randomised(GPTModel(tiny_config(50, n_layer=3, **changes)))
+    ids = torch.arange(12).view(2, 6)
+    found = list(generation.logit_lens(model, ids))
+    assert len(found) == 3 and torch.equal(found[-1], model(ids))
+    blocks = model.blocks
+    for n, logits in enumerate(found, 1):
+        model.blocks = blocks[:n]
+        assert torch.allclose(logits, model(ids), atol=1e-6)
+    assert not torch.allclose(found[0], found[-1], atol=0.1)
+
+
+@pytest.mark.parametrize("file", [LORA_CLASSIFIER, QLORA])
+def test_updates_of_an_adapter_are_those_of_the_model(file: str, all_models: Path):
+    updates = generation.adapter_updates(all_models / file)
+    model, _, _ = load_model(all_models / file)
+    layers = {name.removeprefix("backbone."): layer for name, layer in lora_layers(model)}
+    assert updates.keys() == layers.keys()
+    for name, layer in layers.items():
+        update, r = layer.delta_weight().detach(), len(updates[name][1])
+        assert updates[name][1] == pytest.approx(torch.linalg.svdvals(update)[:r], abs=1e-5)
+        norm = dequantize(layer.base_layer).weight.norm()
+        assert updates[name][0] == pytest.approx((update.norm() / norm).item(), rel=0.05)
+    norms = [norm for norm, _ in updates.values()]
+    assert norms == sorted(norms, reverse=True) and norms[-1] > 0
+
+
+def test_every_number_is_that_of_the_model(models: Path):
+    at = page("how")
+    at.text_area[0].set_value("O my king").run()
+    set_slider(at, "Top-k", 1)
+    set_slider(at, "Row of `blocks.0.mlp.fc`", 3)
+    at.run()
+    assert_quiet(at)
+    model, tokenizer, _ = load_for_inference(models / BASE)
+    ids = torch.tensor([tokenizer.encode("O my king")])
+    logits = model(ids).detach()
+    said = " ".join(text.value for text in at.markdown)
+    assert at.code[0].value == "4f 20 6d 79 20 6b 69 6e 67"
+    assert f"9 bytes, {ids.shape[1]} tokens: {9 / ids.shape[1]:.2f} bytes per token." in said
+    loss, _ = next_token_loss(model, (ids[:, :-1], ids[:, 1:]))
+    assert f"Mean: {loss.item() / (ids.shape[1] - 1):.3f} nats per token." in said
+    assert "1 of 400 tokens can be sampled." in said
+    _, lens, block = (shown.value for shown in at.dataframe)
+    probabilities, tokens = logits[0].softmax(-1).max(-1)
+    words = [app.printable(tokenizer.vocab[token]) for token in tokens]
+    assert [*lens.iloc[-1]] == [f"{word} {p:.0%}" for word, p in zip(words, probabilities)]
+    assert len(lens) == model.config.n_layer
+    weight = model.blocks[0].mlp.fc.weight.detach()
+    assert block["before"].tolist() == weight[3, :64].tolist()
+    rounded = dequantize_nf4(quantize_nf4(weight))[3, :64]
+    assert block["after"].tolist() == rounded.tolist()
+    levels = nf4_levels()[block["code"].tolist()]  # of one block, so in proportion
+    assert torch.allclose(levels * rounded.abs().max() / levels.abs().max(), rounded, atol=1e-6)
+
+
+def test_a_long_sentence_is_cut_for_the_model_and_one_token_has_no_loss(models: Path):
+    at = page("how")
+    at.text_area[0].set_value("O my king and my lord, " * 9).run()
+    assert_quiet(at)
+    assert at.dataframe[1].value.shape[1] == app.SENTENCE_TOKENS
+    at.text_area[0].set_value("O").run()
+    assert_quiet(at)
+    assert not any("nats" in text.value for text in at.markdown)
+
+
+def test_a_set_without_adapters_gets_the_command(models: Path):
+    for file in app.ADAPTERS:
+        (models / file).unlink(missing_ok=True)
+    at = page("how")
+    assert_quiet(at)
+    command = "`python finetune_lora_classifier.py`"
+    assert [hint.value for hint in at.info] == [f"No {LORA_CLASSIFIER} in models/ yet: {command}"]
+
+
 def test_a_word_is_built_by_its_merges(models: Path):
-    at = page("tokenizer")
+    at = page("how")
     at.text_input[0].set_value(" king").run()
     assert_quiet(at)
     tokenizer = BPETokenizer.load(models / "tokenizer.json")
@@ -442,11 +570,14 @@ def test_a_word_is_built_by_its_merges(models: Path):
 
 
 def test_what_a_user_writes_is_shown_as_text(models: Path):
-    at = page("tokenizer")
+    at = page("how")
     at.text_area[0].set_value("<script>alert(1)</script> **bold** :red[x] $y$").run()
     assert_quiet(at)
     assert app.badge(b"*<b>", 7).replace("\u2060", "") == r"\*\<b\> 7"
     assert app.printable(b" a\n\t") == "\u00b7a\u21b5\u2409"
+
+
+# ---- any input
 
 
 ODD = [
@@ -466,7 +597,7 @@ def test_any_text_gets_an_answer_on_every_page(odd: str, models: Path):
     ask(at, odd)
     assert_quiet(at)
     assert at.text[0].value == odd
-    for name in ("generate", "sentiment", "tokenizer"):
+    for name in ("generate", "sentiment", "how"):
         at = page(name)
         at.text_area[0].set_value(odd).run()
         for box in at.text_input:
@@ -479,7 +610,7 @@ def test_any_text_gets_an_answer_on_every_page(odd: str, models: Path):
 )
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
 def test_arbitrary_text_is_shown_and_judged(text: str, models: Path):
-    for name in ("tokenizer", "sentiment"):
+    for name in ("how", "sentiment"):
         at = page(name)
         at.text_area[0].set_value(text).run()
         assert_quiet(at)
