@@ -53,7 +53,8 @@ def page(name: str, folder: Path | None = None) -> AppTest:
     """A page, run once; the start page with the links to the others."""
     run = "main" if name == "start" else f"{name}_page"
     at = AppTest.from_string(f"import app\napp.{run}()", default_timeout=120)
-    at.session_state["model_set"] = folder
+    if folder:
+        at.session_state["model_set"] = folder
     return at.run()
 
 
