@@ -376,7 +376,7 @@ def read_upload(content: bytes, name: str, column: str | None = None) -> tuple[l
 def how_page() -> None:
     """A sentence, step by step through the base model, its weights in 4 bits, and its adapters."""
     st.title("How it works")
-    st.write("Follow a sentence through the base model. Its own numbers are shown at every step.")
+    st.write("Follow a sentence through the base model. Every number is computed by that model.")
     tokenizer, large = loaded("tokenizer.json", read=BPETokenizer.load), is_large(model_set())
     text = st.text_area("Sentence", FACT if large else VERSE, max_chars=MAX_SENTENCE, height=68)
     ids = tokenizer.encode(text)
@@ -445,7 +445,7 @@ def show_attention(maps: Tensor, names: list[str]) -> None:
 
 def show_lens(model: GPTModel, tokenizer: BPETokenizer, batch: Tensor, names: list[str]) -> Tensor:
     """The most probable next token after each layer and token; returns the last logits (T, V)."""
-    step("4. Guess after each layer", "`generation.py: logit_lens` reads the residual stream.")
+    step("4. Logit lens", "`generation.py: logit_lens` guesses the next token after each layer.")
     guesses, shades = [], []
     for logits in generation.logit_lens(model, batch):  # one layer at a time: V may be large
         logits = logits[0].float()
@@ -492,7 +492,8 @@ def show_nf4(*matrices: Tensor) -> None:
     shown = (matrix[row, :64] for matrix in matrices)
     frame = pd.DataFrame(dict(zip(("before", "code", "after"), shown)))
     points = frame.reset_index().melt(["index", "code"], var_name="weights")
-    chart = alt.Chart(points).mark_point().encode(x="index:Q", y="value:Q", color="weights:N")
+    color = alt.Color("weights:N").scale(range=[CHART_COLOR, "gray"])
+    chart = alt.Chart(points).mark_point().encode(x="index:Q", y="value:Q", color=color)
     left, right = st.columns([2, 1])
     left.altair_chart(chart)
     right.dataframe(frame)
