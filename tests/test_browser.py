@@ -86,11 +86,12 @@ def pictures(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def settle(page: Page) -> None:
-    """Waits until the app has nothing more to do and its charts are drawn."""
+    """Waits until the app has nothing more to do and its widgets and charts are drawn."""
     for pause in (800, 200):  # a run may start a moment after what caused it
         page.wait_for_timeout(pause)
         app = page.get_by_test_id("stApp")
         expect(app).to_have_attribute("data-test-script-state", "notRunning")
+    expect(page.get_by_test_id("stSkeleton")).to_have_count(0)
     for chart in page.get_by_test_id("stVegaLiteChart").all():
         expect(chart.locator("canvas, svg").first).to_be_visible()
 
