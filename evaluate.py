@@ -323,7 +323,7 @@ def _held_out(measured_on, checkpoint, data_dir):
     if measured_on == PLAY:
         return data_loader.load_corpus("tinyshakespeare", None, data_dir).split()[1]
     if measured_on == BOOK:
-        book = data_loader.fetch(data_loader.WIZARD_OF_OZ, data_dir)
+        book = data_loader.fetch("wizard_of_oz.txt", data_dir)
         return data_loader.corpus_from_path(book)
     return rebuild_split(checkpoint, data_dir).test
 
@@ -331,9 +331,10 @@ def _held_out(measured_on, checkpoint, data_dir):
 def rebuild_split(checkpoint: dict[str, Any], data_dir: str | Path) -> Split:
     """The splits of the data set that a checkpoint was trained on."""
     kind, name, n_rows = (checkpoint[key] for key in ("kind", "dataset", "rows"))
-    sources = INSTRUCTION_SOURCES if kind in generation.INSTRUCTION_MODELS else REVIEW_SOURCES
-    if name in sources:
-        examples = data_loader.load_examples(sources, name, None, Path(data_dir), n_rows)
+    is_tasks = kind in generation.INSTRUCTION_MODELS
+    if name in (INSTRUCTION_SOURCES if is_tasks else REVIEW_SOURCES):
+        load = data_loader.load_instructions if is_tasks else data_loader.load_reviews
+        examples = load(name, None, data_dir, n_rows)
         if examples.metadata["data_sha256"] == checkpoint["data_sha256"]:
             return data_utils.split_examples(examples)
     raise ValueError(f"its data set, {name}, is not available with the recorded content")

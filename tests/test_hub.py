@@ -61,7 +61,8 @@ def serve(shard: Path) -> Iterator[FakeHub]:
 @pytest.fixture
 def hub(shard: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """The imitation; this process asks it, and does not wait long."""
-    monkeypatch.setattr(data_loader, "DOLLY", data_loader.DOLLY._replace(sha256=SHA256))
+    dolly = data_loader.DOWNLOADS["databricks-dolly-15k.jsonl"]
+    monkeypatch.setitem(dolly, "sha256", SHA256)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     for name in ("HF_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -99,7 +100,7 @@ def script(hub: FakeHub, folder: Path, code: str, **environment: str) -> subproc
     code = f"""
 import signal, data_loader
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
-data_loader.DOLLY = data_loader.DOLLY._replace(sha256={SHA256!r})
+data_loader.DOWNLOADS["databricks-dolly-15k.jsonl"]["sha256"] = {SHA256!r}
 {code}"""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", code]
@@ -108,9 +109,8 @@ data_loader.DOLLY = data_loader.DOLLY._replace(sha256={SHA256!r})
 
 LOAD = """
 import time
-data_loader.RETRY = 0
-nowhere = data_loader.RemoteFile("x", "", "http://127.0.0.1:9/")
-data_loader.AMAZON_CELLS = data_loader.SNIPPETS = nowhere
+for name in ("amazon_cells_labelled.txt", "amazonReviewSnippets_GroundTruth.txt"):
+    data_loader.DOWNLOADS[name]["sources"] = ["http://127.0.0.1:9/"]
 def main(argv=None):
     started = time.monotonic()
     rows = data_loader.load_reviews("auto", None, data_loader.Path("FOLDER"), N_ROWS).rows
@@ -301,10 +301,10 @@ def look_up(*_, **__):  # in C, for many seconds, as one that no server answers
     open("STARTED", "w").close()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
 socket.getaddrinfo = look_up
-main = lambda argv: data_loader.fetch(data_loader.WIZARD_OF_OZ, "FOLDER")""",
+main = lambda argv: data_loader.fetch("wizard_of_oz.txt", "FOLDER")""",
     "package": """
 data_loader.PIP = ["slow_pip", "STARTED"]
-main = lambda argv: data_loader.fetch(data_loader.SNIPPETS, "FOLDER")""",
+main = lambda argv: data_loader.fetch("amazonReviewSnippets_GroundTruth.txt", "FOLDER")""",
     "model": """
 main = lambda argv: data_loader.open_pretrained("some/model", "FOLDER")""",
 }

