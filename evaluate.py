@@ -301,16 +301,17 @@ def _held_out(measured_on, checkpoint, data_dir):
     if measured_on == PLAY:
         return data_loader.load_corpus("tinyshakespeare", None, data_dir).split()[1]
     if measured_on == BOOK:
-        return data_loader.corpus_from_path(data_loader.fetch(data_loader.WIZARD_OF_OZ, data_dir))
+        return data_loader.corpus_from_path(data_loader.fetch("wizard_of_oz.txt", data_dir))
     return rebuild_split(checkpoint, data_dir).test
 
 
 def rebuild_split(checkpoint: dict[str, Any], data_dir: str | Path) -> Split:
     """The splits of the data set that a checkpoint was trained on."""
-    is_instructions = checkpoint["kind"] in generation.INSTRUCTION_MODELS
-    sources = data_loader.INSTRUCTION_SOURCES if is_instructions else data_loader.REVIEW_SOURCES
+    is_tasks = checkpoint["kind"] in generation.INSTRUCTION_MODELS
+    sources = data_loader.INSTRUCTION_SOURCES if is_tasks else data_loader.REVIEW_SOURCES
     if (name := checkpoint["dataset"]) in sources:
-        rows = data_loader.load_examples(sources, name, None, data_dir, checkpoint["rows"])
+        load = data_loader.load_instructions if is_tasks else data_loader.load_reviews
+        rows = load(name, None, data_dir, checkpoint["rows"])
         if rows.metadata["data_sha256"] == checkpoint["data_sha256"]:
             return data_utils.split_examples(rows)
     raise ValueError(f"its data set, {name}, is not available with the recorded content")

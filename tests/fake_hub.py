@@ -18,8 +18,10 @@ from urllib.parse import parse_qs
 import pyarrow
 from pyarrow import parquet
 
-from data_loader import DOLLY, POLARITY
+from data_loader import DOWNLOADS
 
+(POLARITY,) = DOWNLOADS["amazon_polarity_{}.jsonl"]["sources"]
+(DOLLY,) = DOWNLOADS["databricks-dolly-15k.jsonl"]["sources"]
 POLARITY_BYTES = 259_761_770  # size of the real file
 GROUP = 1000  # rows of a row group, as in the real file
 
@@ -75,7 +77,7 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         with shard.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.files = {_path(POLARITY): content, _path(DOLLY.url): dolly}
+        self.files = {_path(POLARITY): content, _path(DOLLY): dolly}
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.faults: Iterator[str] = iter(())
         self.rate = float("inf")

@@ -15,7 +15,6 @@ from torch import nn
 import data_loader
 import evaluate
 import generation
-from data_loader import RemoteFile
 from model import GPTModel
 from tokenizer import BPETokenizer
 from training import Runtime, load_checkpoint
@@ -113,13 +112,11 @@ def test_the_table_measures_in_and_out_of_domain(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    for name, content in (("TINY_SHAKESPEARE", play[:5000]), ("WIZARD_OF_OZ", "Dorothy " * 99)):
+    texts = {"tinyshakespeare.txt": play[:5000], "wizard_of_oz.txt": "Dorothy " * 99}
+    for name, content in texts.items():
         sha256 = data_loader.hashlib.sha256(content.encode()).hexdigest()
-        file = RemoteFile(f"{name}.txt", sha256)
-        (tmp_path / file.name).write_text(content)
-        monkeypatch.setattr(data_loader, name, file)
-        if hasattr(evaluate, name):
-            monkeypatch.setattr(evaluate, name, file)
+        (tmp_path / name).write_text(content)
+        monkeypatch.setitem(data_loader.DOWNLOADS, name, {"sha256": sha256, "sources": []})
     options = ["--models", str(base_checkpoint.parent), "--data-dir", str(tmp_path)]
     assert evaluate.main(options) == 0
     table = capsys.readouterr().out

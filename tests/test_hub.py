@@ -61,7 +61,8 @@ def serve(shard: Path) -> Iterator[FakeHub]:
 @pytest.fixture
 def hub(shard: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """The imitation; this process asks it, and does not wait long."""
-    monkeypatch.setattr(data_loader, "DOLLY", data_loader.DOLLY._replace(sha256=SHA256))
+    dolly = data_loader.DOWNLOADS["databricks-dolly-15k.jsonl"]
+    monkeypatch.setitem(dolly, "sha256", SHA256)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     for name in ("HF_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -99,7 +100,7 @@ def script(hub: FakeHub, folder: Path, code: str, **environment: str) -> subproc
     code = f"""
 import signal, data_loader
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
-data_loader.DOLLY = data_loader.DOLLY._replace(sha256={SHA256!r})
+data_loader.DOWNLOADS["databricks-dolly-15k.jsonl"]["sha256"] = {SHA256!r}
 {code}"""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", code]
@@ -108,9 +109,8 @@ data_loader.DOLLY = data_loader.DOLLY._replace(sha256={SHA256!r})
 
 LOAD = """
 import time
-data_loader.RETRY = 0
-nowhere = data_loader.RemoteFile("x", "", "http://127.0.0.1:9/")
-data_loader.AMAZON_CELLS = data_loader.SNIPPETS = nowhere
+for name in ("amazon_cells_labelled.txt", "amazonReviewSnippets_GroundTruth.txt"):
+    data_loader.DOWNLOADS[name]["sources"] = ["http://127.0.0.1:9/"]
 def main(argv=None):
     started = time.monotonic()
     rows = data_loader.load_reviews("auto", None, data_loader.Path("FOLDER"), N_ROWS).rows
@@ -257,12 +257,16 @@ def test_the_token_goes_to_the_hub_alone(
 
 
 def seconds_to_stop(process: subprocess.Popen, is_time: Callable[[], bool]) -> float:
-    """From Ctrl-C, at the first moment that will do, to the exit with 130."""
+    """From Ctrl-C, at the first moment that will do, to the exit with 130; pressed again at once,
+    it changes nothing."""
     while not is_time():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     time.sleep(0.3)
     started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
@@ -288,6 +292,41 @@ def test_ctrl_c_is_heard_while_the_hub_dawdles(hub: FakeHub, state: str, tmp_pat
     seconds = seconds_to_stop(process, lambda: bool(hub.requests))
     print(f"stopped after {seconds:.2f} s")
     assert seconds < 2
+
+
+WAITS = {
+    "name server": """
+import hashlib, socket
+def look_up(*_, **__):  # in C, for many seconds, as one that no server answers
+    open("STARTED", "w").close()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
+socket.getaddrinfo = look_up
+main = lambda argv: data_loader.fetch("wizard_of_oz.txt", "FOLDER")""",
+    "package": """
+data_loader.PIP = ["slow_pip", "STARTED"]
+main = lambda argv: data_loader.fetch("amazonReviewSnippets_GroundTruth.txt", "FOLDER")""",
+    "model": """
+main = lambda argv: data_loader.open_pretrained("some/model", "FOLDER")""",
+}
+
+
+SLOW_WAITS = [pytest.param(wait, marks=pytest.mark.slow) for wait in ("name server", "package")]
+
+
+@pytest.mark.parametrize("wait", ["model", *SLOW_WAITS])
+def test_ctrl_c_is_heard_in_every_wait(hub: FakeHub, wait: str, tmp_path: Path):
+    """A terminal would interrupt pip, too; an editor does not."""
+    hub.rate = 1e6
+    hub.files["some/model/resolve/main/model.safetensors"] = bytes(100_000_000)
+    started, temporary = tmp_path / "started", tmp_path / "temporary"
+    temporary.mkdir()
+    pip = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
+    (tmp_path / "slow_pip.py").write_text(pip)
+    code = WAITS[wait].replace("FOLDER", str(tmp_path)).replace("STARTED", str(started))
+    environment = {"PYTHONPATH": str(tmp_path), "TMPDIR": str(temporary)}
+    process = script(hub, tmp_path, code + EXIT, **environment)
+    assert seconds_to_stop(process, lambda: started.exists() or hub.n_bytes > 100_000) < 2
+    assert not list(temporary.iterdir())
 
 
 @pytest.fixture(scope="module")

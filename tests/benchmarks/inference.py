@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from data_loader import WIZARD_OF_OZ, fetch, find_data_dir, log0  # noqa: E402
+from data_loader import fetch, find_data_dir, log0  # noqa: E402
 from evaluate import language_model_metrics  # noqa: E402
 from generation import WEIGHTS, export_hf, generate, load_for_inference  # noqa: E402
 from training import CPU  # noqa: E402
@@ -91,7 +91,7 @@ def measure(name: str, path: Path, folder: Path, with_quality: bool) -> dict[str
         result["prefill"] = PREFILL_TOKENS / seconds(prefill, 3)
         result["bytes"] = resident_bytes()
         if with_quality and name not in PEERS:
-            text = fetch(WIZARD_OF_OZ, find_data_dir(None)).read_bytes()[:TEXT_BYTES]
+            text = fetch("wizard_of_oz.txt", find_data_dir(None)).read_bytes()[:TEXT_BYTES]
             ids_of_text = np.array(tokenizer.encode(text.decode(errors="ignore")))
             metrics = language_model_metrics(model, tokenizer, ids_of_text, CPU)
             result["bits_per_byte"] = metrics["bits_per_byte"]

@@ -29,7 +29,8 @@ import torch  # noqa: E402
 from gpt2_oracle import copy_into_gpt2  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
-from data_loader import TINY_SHAKESPEARE, fetch, find_data_dir, sample_texts  # noqa: E402
+from data_loader import fetch, find_data_dir  # noqa: E402
+from data_utils import sample_texts  # noqa: E402
 from generation import generate  # noqa: E402
 from model import GPTConfig, GPTModel  # noqa: E402
 from tokenizer import BPETokenizer, _patterns, plain_bpe  # noqa: E402
@@ -331,7 +332,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    text = fetch(TINY_SHAKESPEARE, find_data_dir()).read_text(encoding="utf-8")
+    text = fetch("tinyshakespeare.txt", find_data_dir()).read_text(encoding="utf-8")
     print("| what | by | median | spread | ours against it |\n|---|---|---|---|---|")
     for name in args.only:
         table = Table(1 if args.quick else args.repeats)

@@ -23,7 +23,7 @@ import altair as alt  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
-from data_loader import TINY_SHAKESPEARE, fetch, find_data_dir  # noqa: E402
+from data_loader import fetch, find_data_dir  # noqa: E402
 from training import load_checkpoint  # noqa: E402
 
 WIDTHS = {48: 2, 64: 2, 96: 3, 128: 4, 192: 6}  # channels: heads
@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Cost against size.")
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
-    text = fetch(TINY_SHAKESPEARE, find_data_dir()).read_text(encoding="utf-8")
+    text = fetch("tinyshakespeare.txt", find_data_dir()).read_text(encoding="utf-8")
     cut, rows = int(0.9 * len(text)), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
