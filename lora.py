@@ -16,7 +16,10 @@ import math
 import re
 import timeit
 import warnings
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -178,17 +181,46 @@ def load_lora_state_dict(model: nn.Module, adapter: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def absorb_quantization_error(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Starts each adapter of a quantised model as the best update of its rank from the 4-bit weight
-    back to the original one in `weights` (LoftQ, Li et al. 2023, https://arxiv.org/abs/2310.08659).
+def input_moments(model: nn.Module, texts: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The sum of x x^T (in, in) over all inputs x of each linear layer of the blocks, while the
+    model reads token ids (B, T)."""
+    moments: dict[str, Tensor] = defaultdict(float)
+
+    def add(name: str, layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        with torch.autocast(x.device.type, enabled=False):
+            moments[name] += x.T @ x
+
+    with contextlib.ExitStack() as hooks:
+        for name, layer in model.named_modules():
+            if "blocks" in name.split(".") and isinstance(layer, nn.Linear):
+                hooks.enter_context(layer.register_forward_pre_hook(partial(add, name)))
+        for ids in texts:
+            model.hidden(ids)
+    return moments
+
+
+@torch.no_grad()
+def absorb_quantization_error(
+    model: nn.Module, weights: dict[str, Tensor], moments: dict[str, Tensor]
+) -> None:
+    """Starts the adapters of a quantised model as the best correction of their rank.
+
+    With Q the 4-bit weight, W the original one in `weights`, and the `input_moments` M = L L^T, B A
+    is the truncated singular value decomposition of (W - Q) L, times the inverse of L: it minimises
+    the error of the outputs rather than of the weights (QERA, Zhang et al. 2024,
+    https://arxiv.org/abs/2410.06040).
     """
     for name, adapter in lora_layers(model):
         if (q := quantized_weight(adapter.base_layer)) is not None:
             error = weights[f"{name}.weight"].float() - dequantize_nf4(q).float()
+            moment = moments[name] / moments[name].diagonal().mean()
+            L = torch.linalg.cholesky(moment + 0.01 * torch.eye(len(moment)).to(moment))
             r = min(len(adapter.lora_A), *error.shape)
-            U, S, V = torch.svd_lowrank(error, min(2 * r, *error.shape), niter=4)
+            U, S, V = torch.svd_lowrank(error @ L, min(2 * r, *error.shape), niter=4)
             scale = (S[:r] / adapter.scale).sqrt()
-            adapter.lora_A[:r] = (V[:, :r] * scale).T
+            right = (V[:, :r] * scale).T
+            adapter.lora_A[:r] = torch.linalg.solve_triangular(L, right, upper=False, left=False)
             adapter.lora_B[:, :r] = U[:, :r] * scale
 
 
