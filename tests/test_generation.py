@@ -1,6 +1,8 @@
 """Sampling against `transformers`, and the cache against a plain loop without it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -320,3 +322,21 @@ def test_another_tokenizer_is_refused(base_checkpoint: Path, capsys: pytest.Capt
     assert generation.main(["--checkpoint", str(base_checkpoint)]) == 2
     message = capsys.readouterr().err
     assert "model_weights.pth" in message and "tokenizer.json" in message
+
+
+def test_opening_a_model_imports_neither_pytorchs_compiler_nor_arrow(base_checkpoint: Path):
+    """Each costs a start tens of megabytes, and the former a second."""
+    code = "import sys, generation; generation.load_for_inference(sys.argv[1], weights='bf16')"
+    code += "; print({'torch._dynamo', 'pyarrow', 'sklearn', 'pandas'} & sys.modules.keys())"
+    command = [sys.executable, "-c", code, str(base_checkpoint)]
+    folder = Path(generation.__file__).parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.stdout == "set()\n", done.stdout + done.stderr
+
+
+def test_a_flipped_bit_in_the_metadata_is_noticed(base_checkpoint: Path):
+    content = bytearray(base_checkpoint.read_bytes())
+    content[content.index(b"tokenizer_sha256")] ^= 1
+    base_checkpoint.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        generation.load_model(base_checkpoint)
