@@ -144,8 +144,7 @@ def test_a_text_ends_with_the_chat_turn_or_the_document(
     ids = list(continue_prompt(model, tokenizer, "To be", 30, temperature=0, top_p=None))
     for name in ("end_of_turn_id", "end_id"):
         with monkeypatch.context() as patch:
-            holder = tokenizer if name == "end_of_turn_id" else type(tokenizer)
-            patch.setattr(holder, name, ids[4])
+            patch.setattr(tokenizer, name, ids[4])
             found = continue_prompt(model, tokenizer, "To be", 30, temperature=0, top_p=None)
             assert list(found) == ids[: ids.index(ids[4])]
 
