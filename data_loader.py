@@ -29,10 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
-import pyarrow
 import torch
 from charset_normalizer import from_bytes
-from pyarrow import parquet
 from safetensors import SafetensorError, safe_open
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
@@ -411,6 +409,9 @@ def read_records(path: str | Path, columns: Iterable[str]) -> Records:
     one of `columns`; else the columns are text and label, in either order, or label, title,
     content, as in Kaggle's files. Row numbers count every row.
     """
+    import pyarrow
+    from pyarrow import parquet
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -654,6 +655,8 @@ def _get(url: str, n_rows: int) -> bytes:
 
 def _first_rows(file: BinaryIO, n_rows: int) -> bytes:
     """JSON Lines of the row groups at the start of a Parquet file: 7 MB of 260 for 20,000 rows."""
+    from pyarrow import parquet
+
     table = parquet.ParquetFile(file)
     n_groups = -(-n_rows // table.metadata.row_group(0).num_rows)  # all groups are of one size
     groups = range(min(n_groups, table.num_row_groups))

@@ -13,7 +13,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import training
 from data_loader import PRETRAINED, Instruction, log0
@@ -89,31 +91,38 @@ def generate(
         n_seen, tokens = tokens.shape[1], torch.cat([tokens, next_token[:, None]], dim=1)
         if (ended := torch.isin(next_token, stops)).any():
             rows, tokens = rows[~ended], tokens[~ended]
-            for buffers in (cache.keys, cache.values):
-                buffers[:] = [buffer[~ended] for buffer in buffers]
+            cache.keys, cache.values = cache.keys[:, ~ended], cache.values[:, ~ended]
             if not len(rows):
                 return
         yield padding.scatter(0, rows, tokens[:, -1])
 
 
 class KVCache:
-    """Keys and values of the `length` tokens seen so far: for each layer a buffer
-    (B, K, max_length, D), allocated once; by default for a full context."""
+    """Keys and values (L, B, K, max_length, D) of the `length` tokens seen so far, allocated once;
+    by default for a full context."""
 
     def __init__(self, model: GPTModel, batch_size: int = 1, max_length: int | None = None):
         config, weight = model.config, model.final_norm.weight
         max_length = min(max_length or config.context_length, config.context_length)
-        shape = (batch_size, config.n_kv_head, max_length, config.head_size)
-        self.keys = [weight.new_zeros(shape) for _ in range(config.n_layer)]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_size)
+        self.keys, self.values = weight.new_zeros(shape), weight.new_zeros(shape)
         self.length = 0
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores T new keys and values (B, K, T, D) of one layer; returns all S of them."""
-        keys, values, T = self.keys[layer], self.values[layer], key.shape[2]
-        keys.narrow(2, self.length, T).copy_(key)
-        values.narrow(2, self.length, T).copy_(value)
-        return keys.narrow(2, 0, self.length + T), values.narrow(2, 0, self.length + T)
+    def extend(self, T: int) -> list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+        """Makes room for T tokens. Returns for each layer a function that stores their keys and
+        values (B, K, T, D) and returns those of all S tokens."""
+        start, self.length = self.length, self.length + T
+        new = (x[..., start : self.length, :].unbind() for x in (self.keys, self.values))
+        seen = (x[..., : self.length, :].unbind() for x in (self.keys, self.values))
+        return [partial(self._store, *views) for views in zip(*new, *seen)]
+
+    @staticmethod
+    def _store(
+        new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        new_keys.copy_(k)
+        new_values.copy_(v)
+        return keys, values
 
 
 def window_start(n_tokens: int, context_length: int) -> int:
@@ -316,14 +325,14 @@ def load_model(
     path: str | Path,
     kinds: str | tuple[str, ...] = ANY_KIND,
     runtime: Runtime = CPU,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> tuple[Any, BPETokenizer, dict[str, Any]]:
     """Opens a checkpoint: the model in evaluation mode, its tokenizer, and the checkpoint itself.
 
     The tokenizer is the `tokenizer.json` beside the checkpoint. An adapter is loaded onto its base,
     at the relative path that the checkpoint records; for QLoRA the base is quantised again, to
-    exactly the same values. `dtype` is that of the base's weights. Mismatched files, or other
-    `kinds`, raise a ValueError.
+    exactly the same values. `dtype` is that of the base's weights; with None they stay as in the
+    file, which is mapped into memory. Mismatched files, or other `kinds`, raise a ValueError.
     """
     path = Path(path)
     hint = command_for(path)
@@ -375,20 +384,23 @@ def load_for_inference(
     """As `load_model`, for a model that is not trained further: adapters are merged, 4-bit weights
     dequantised, and the result stored as one of `WEIGHTS`; by default the fastest of a large model,
     and float32 of a small one. The checkpoint comes without weights."""
-    model, tokenizer, checkpoint = load_model(path, runtime=runtime)
-    merge_lora(model)
+    model, tokenizer, checkpoint = load_model(path, runtime=runtime, dtype=None)
+    del checkpoint["weights"]
     if weights is None:
+        config = getattr(model, "backbone", model).config
         is_large = count_parameters(model)[1] > LARGE_MODEL
-        layer = getattr(model, "backbone", model).blocks[0].mlp.fc
+        layer = nn.Linear(config.n_embd, config.n_ff, device=runtime.device)
         weights = fastest_weights(layer) if is_large else "fp32"
         if is_large:
             log0(f"weights: {weights}, the fastest here")
+    if weights == "fp32":  # before adapters are added, so that the sums are not rounded
+        model.float()
+    merge_lora(model)
     try:
         convert_weights(model, weights)
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"no {weights} on this machine ({reason}): use --weights bf16") from None
-    checkpoint = {name: value for name, value in checkpoint.items() if name != "weights"}
     return model, tokenizer, checkpoint
 
 
@@ -405,7 +417,7 @@ def command_for(path: str | Path) -> str:
 
 
 def build_model(
-    config: GPTConfig, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32
+    config: GPTConfig, weights: dict[str, Tensor], dtype: torch.dtype | None = torch.float32
 ) -> GPTModel:
     """A model with these weights; none are initialised first."""
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
@@ -414,12 +426,21 @@ def build_model(
         weights["position_embedding.weight"] = positions[: config.context_length].clone()
     if config.tie_weights:
         weights["head.weight"] = weights["token_embedding.weight"]
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         model = GPTModel(config)
     model.load_state_dict(weights, assign=True)
     if config.tie_weights:
         model.head.weight = model.token_embedding.weight
     return model
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves out `torch.nn.init`, which on the meta device imports all of PyTorch's compiler."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def cached_model(path: str | Path, metadata: dict[str, Any]) -> tuple | None:

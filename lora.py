@@ -10,6 +10,7 @@ Shapes: r rank, A (r, in), B (out, r); B batch, T time (tokens), C channels, V v
 
 import contextlib
 import copy
+import ctypes
 import functools
 import logging
 import math
@@ -380,53 +381,69 @@ def dequantize(layer: nn.Module) -> nn.Module:
 # ---- 8-bit and 4-bit weights for inference on a CPU
 
 
-class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights and a scale for each row, for bf16 inputs. One token at a
-    time is as fast as memory delivers the weights, and these are half as many bytes."""
+class PackedLinear(nn.Module):
+    """A linear layer with weights of few bits, for bf16 inputs. One token at a time is as fast as
+    memory delivers the weights, and these are few bytes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        y = self.multiply(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Linear(PackedLinear):
+    """8-bit weights and a scale for each row."""
 
     MAX_ROWS = 16  # above, it is faster to convert the weights once
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
-        weight = layer.weight.detach().float()
-        scales = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (weight / scales).round().to(torch.int8))
+        weight = layer.weight.detach().to(torch.float32, copy=True)
+        low, high = weight.aminmax(dim=1, keepdim=True)
+        scales = torch.maximum(-low, high).clamp(min=1e-12) / 127
+        self.register_buffer("weight", weight.div_(scales).round_().to(torch.int8))
         self.register_buffer("scales", scales[:, 0].bfloat16())
         self.bias = layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        rows = x.flatten(0, -2)
+    def multiply(self, rows: Tensor) -> Tensor:
+        """(N, in) to (N, out)."""
         if len(rows) > self.MAX_ROWS:
-            y = F.linear(rows, self.weight.to(x.dtype)) * self.scales
-        else:
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scales)
-        y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+            return F.linear(rows, self.weight.to(rows.dtype)) * self.scales
+        return torch._weight_int8pack_mm(rows, self.weight, self.scales)
 
 
-class Int4Linear(nn.Module):
-    """A linear layer with 4-bit weights, and a scale and a minimum for each 32 of a row."""
+class Int8Embedding(nn.Module):
+    """An embedding tied to an 8-bit head."""
+
+    def __init__(self, head: Int8Linear):
+        super().__init__()
+        self.register_buffer("weight", head.weight)
+        self.register_buffer("scales", head.scales)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) to (B, T, C)."""
+        return self.weight[ids] * self.scales[ids, None]
+
+
+class Int4Linear(PackedLinear):
+    """4-bit weights, and a scale and a minimum for each 32 of a row."""
 
     GROUP = 32
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
-        groups = layer.weight.detach().float().unflatten(1, (-1, self.GROUP))
-        low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+        groups = layer.weight.detach().to(torch.float32, copy=True).unflatten(1, (-1, self.GROUP))
+        low, high = groups.aminmax(dim=2, keepdim=True)
         scales = ((high - low) / 15).clamp(min=1e-9)
-        codes = ((groups - low) / scales).round().clamp(0, 15).int().flatten(1)
+        codes = groups.sub_(low).div_(scales).round_().clamp_(0, 15).int().flatten(1)
         self.register_buffer("weight", torch._convert_weight_to_int4pack_for_cpu(codes, 1))
         scales = torch.cat([scales, low + 8 * scales], dim=2)  # the kernel's codes are -8 to 7
         self.register_buffer("scales", scales.transpose(0, 1).contiguous().bfloat16())
         self.bias = layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        rows = x.flatten(0, -2)
-        y = torch._weight_int4pack_mm_for_cpu(rows, self.weight, self.GROUP, self.scales)
-        y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+    def multiply(self, rows: Tensor) -> Tensor:
+        """(N, in) to (N, out)."""
+        return torch._weight_int4pack_mm_for_cpu(rows, self.weight, self.GROUP, self.scales)
 
 
 WEIGHTS = ("fp32", "bf16", "int8", "int4")
@@ -434,13 +451,18 @@ WEIGHTS = ("fp32", "bf16", "int8", "int4")
 
 def convert_weights(model: nn.Module, weights: str) -> None:
     """Stores the weights of a merged model as one of WEIGHTS, for inference. With "int8" and "int4"
-    embeddings and norms are bf16, and with the latter the head has 8 bits."""
-    model.to(torch.float32 if weights == "fp32" else torch.bfloat16).requires_grad_(False)
+    norms and untied embeddings are bf16, and with the latter the head has 8 bits."""
+    embeddings = {m.weight: n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
     for name, layer in list(model.named_modules()) if weights.startswith("int") else ():
         if isinstance(layer, nn.Linear) and name != HEAD:
             in_block = "blocks" in name.split(".") and not layer.in_features % Int4Linear.GROUP
-            kind = Int4Linear if weights == "int4" and in_block else Int8Linear
-            model.set_submodule(name, kind(layer))
+            packed = (Int4Linear if weights == "int4" and in_block else Int8Linear)(layer)
+            model.set_submodule(name, packed)
+            if tied := embeddings.get(layer.weight):
+                model.set_submodule(tied, Int8Embedding(packed))
+    model.to(torch.float32 if weights == "fp32" else torch.bfloat16).requires_grad_(False)
+    with contextlib.suppress(OSError, AttributeError):  # Linux keeps freed memory, else
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def fastest_weights(layer: nn.Linear) -> str:

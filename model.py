@@ -49,9 +49,12 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.project(x, rotary)
         if store:
             k, v = store(k, v)
-        if x.is_cuda or T == 1:
+        if T == 1:  # it sees all: queries that share keys act as tokens, with one product for all
+            grouped = q.reshape(B, self.n_kv_head, -1, q.shape[-1])
+            y = F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
+        elif x.is_cuda:
             options = {"is_causal": not store, "enable_gqa": self.n_kv_head < self.n_head}
-            mask = mask.to(q.dtype) if store and T > 1 else None
+            mask = mask.to(q.dtype) if store else None
             y = F.scaled_dot_product_attention(q, k, v, mask, **options)
         else:
             weights = self.weights(q, k, mask).view(B, self.n_kv_head, -1, k.shape[2])
@@ -244,10 +247,9 @@ class GPTModel(nn.Module):
         if end > self.config.context_length:
             raise ValueError(f"{end} tokens exceed the context of {self.config.context_length}")
         x, mask, rotary = self.embed(ids, start)
-        for i, block in enumerate(self.blocks):
-            x = block(x, mask, rotary, cache and partial(cache.append, i))
-        if cache is not None:
-            cache.length = end
+        stores = [None] * len(self.blocks) if cache is None else cache.extend(ids.shape[1])
+        for block, store in zip(self.blocks, stores):
+            x = block(x, mask, rotary, store)
         return self.final_norm(x)
 
     def embed(self, ids: Tensor, start: int) -> tuple[Tensor, Tensor, Rotary]:
@@ -258,7 +260,8 @@ class GPTModel(nn.Module):
             x = x + self.position_embedding(torch.arange(start, end, device=ids.device))
         else:
             sizes = (config.context_length, config.head_size, config.rotary_base)
-            rotary = tuple(table[start:end] for table in rotary_table(*sizes, ids.device))
+            tables = rotary_table(*sizes, ids.device)
+            rotary = tuple(table[start:end].to(x.dtype) for table in tables)
         mask = torch.full((T, end), -math.inf, device=ids.device).triu(start + 1)
         if torch.is_autocast_enabled(x.device.type):  # bfloat16 between the blocks, too
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -311,8 +314,10 @@ class FastDropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x."""
-        if not self.training or not self.p or x.device.type != "cpu":
-            return F.dropout(x, self.p, self.training)
+        if not self.training or not self.p:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         keep = bits.view(torch.int16)[: x.numel()] >= round(self.p * 2**16) - 2**15
         return x * keep.view(x.shape).to(x.dtype).mul_(1 / (1 - self.p))

@@ -1,6 +1,8 @@
 """Sampling against `transformers`, and the cache against a plain loop without it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,8 +144,7 @@ def test_a_text_ends_with_the_chat_turn_or_the_document(
     ids = list(continue_prompt(model, tokenizer, "To be", 30, temperature=0, top_p=None))
     for name in ("end_of_turn_id", "end_id"):
         with monkeypatch.context() as patch:
-            holder = tokenizer if name == "end_of_turn_id" else type(tokenizer)
-            patch.setattr(holder, name, ids[4])
+            patch.setattr(tokenizer, name, ids[4])
             found = continue_prompt(model, tokenizer, "To be", 30, temperature=0, top_p=None)
             assert list(found) == ids[: ids.index(ids[4])]
 
@@ -173,7 +174,7 @@ def test_the_cache_is_as_long_as_the_text_at_most_the_context(
     caches = []
     monkeypatch.setattr(generation, "KVCache", lambda *a: caches.append(KVCache(*a)) or caches[-1])
     assert len([*generate(model, torch.ones(2, n_prompt, dtype=torch.long), n_new)]) == n_new
-    assert [keys.shape[2] for keys in caches[0].keys] == [expected] * 2
+    assert caches[0].keys.shape[3] == caches[0].values.shape[3] == expected
 
 
 def test_the_seed_decides(model: GPTModel, tokenizer: BPETokenizer):
@@ -320,3 +321,21 @@ def test_another_tokenizer_is_refused(base_checkpoint: Path, capsys: pytest.Capt
     assert generation.main(["--checkpoint", str(base_checkpoint)]) == 2
     message = capsys.readouterr().err
     assert "model_weights.pth" in message and "tokenizer.json" in message
+
+
+def test_opening_a_model_imports_neither_pytorchs_compiler_nor_arrow(base_checkpoint: Path):
+    """Each costs a start tens of megabytes, and the former a second."""
+    code = "import sys, generation; generation.load_for_inference(sys.argv[1], weights='bf16')"
+    code += "; print({'torch._dynamo', 'pyarrow', 'sklearn', 'pandas'} & sys.modules.keys())"
+    command = [sys.executable, "-c", code, str(base_checkpoint)]
+    folder = Path(generation.__file__).parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.stdout == "set()\n", done.stdout + done.stderr
+
+
+def test_a_flipped_bit_in_the_metadata_is_noticed(base_checkpoint: Path):
+    content = bytearray(base_checkpoint.read_bytes())
+    content[content.index(b"tokenizer_sha256")] ^= 1
+    base_checkpoint.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        generation.load_model(base_checkpoint)

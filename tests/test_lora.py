@@ -399,7 +399,7 @@ def test_four_bit_weights_are_sixteen_steps_from_the_minimum_to_the_maximum_of_3
 
 
 @pytest.mark.parametrize(
-    ("weights", "error"), [("fp32", 0), ("bf16", 0.02), ("int8", 0.03), ("int4", 0.35)]
+    ("weights", "error"), [("fp32", 0), ("bf16", 0.02), ("int8", 0.035), ("int4", 0.35)]
 )
 def test_each_kind_of_weights_gives_nearly_the_same_logits(weights: str, error: float):
     torch.manual_seed(0)
@@ -417,9 +417,10 @@ def test_each_kind_of_weights_gives_nearly_the_same_logits(weights: str, error: 
     kind = {"int8": Int8Linear, "int4": Int4Linear}.get(weights, nn.Linear)
     assert type(model.blocks[1].mlp.fc) is kind
     assert type(model.head) is (Int8Linear if weights.startswith("int") else nn.Linear)
-    torch.testing.assert_close(
-        model.token_embedding.weight.float(), embedding, atol=2e-3, rtol=0.01
-    )
+    embedded = model.token_embedding(torch.arange(64)).float()
+    torch.testing.assert_close(embedded, embedding, atol=2e-3, rtol=0.01)
+    if weights.startswith("int"):
+        assert model.token_embedding.weight is model.head.weight  # held once
     assert not any(p.requires_grad for p in model.parameters())
 
 
