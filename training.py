@@ -450,11 +450,12 @@ def load_checkpoint(
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: create it with `{hint}`")
     try:
+        is_state = "resume" in kinds  # which is replaced while it is in use
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
             for name in archive.namelist():
-                if "resume" in kinds or "/data/" not in name:  # weights have a SHA-256, too
+                if is_state or "/data/" not in name:  # weights have a SHA-256, too
                     archive.read(name)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=not is_state)
         if (version := checkpoint.get("format")) != FORMAT_VERSION:
             raise ValueError(f"of format {version}, not {FORMAT_VERSION}")
         if weights_sha256(checkpoint["weights"]) != checkpoint["weights_sha256"]:
