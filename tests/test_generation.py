@@ -213,7 +213,7 @@ def test_command_line_of_an_instruction_model(
     all_models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     path = all_models / "qlora_instruction_weights.pth"
-    model, tokenizer, _ = generation.load_model(path)
+    model, tokenizer, _ = generation.load_for_inference(path)
     task = ["--instruct", "Name a fish.", "--context", "It is red.", "--max-new-tokens", "40"]
     ids = generate_response(
         *(model, tokenizer, Instruction("Name a fish.", "It is red.")),
