@@ -117,6 +117,7 @@ class KVCache:
         return [partial(self._store, *views) for views in zip(*new, *seen)]
 
     @staticmethod
+    @torch.no_grad()
     def _store(
         new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:

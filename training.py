@@ -449,6 +449,7 @@ def load_checkpoint(
     path, kinds = Path(path), (kinds,) if isinstance(kinds, str) else kinds
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: create it with `{hint}`")
+    written = path.stat().st_mtime_ns
     try:
         is_state = "resume" in kinds  # which is replaced while it is in use
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
@@ -461,6 +462,8 @@ def load_checkpoint(
         if weights_sha256(checkpoint["weights"]) != checkpoint["weights_sha256"]:
             raise ValueError("weights do not match the recorded SHA-256")
     except Exception as error:  # torch.load has no error class of its own: zip, pickle, EOF, ...
+        if path.is_file() and path.stat().st_mtime_ns != written:  # replaced while it was read
+            return load_checkpoint(path, kinds, hint)
         first_line = str(error).split("\n")[0]
         text = f"{path} is damaged or another file ({first_line}): create one with `{hint}`"
         raise ValueError(text) from None
@@ -606,6 +609,7 @@ def adapters_on(folder: str | Path, files: Sequence[str]) -> str:
     return f"; adapters that depend on it: {', '.join(names)}" if names else ""
 
 
+@functools.cache
 def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether the hardware multiplies bf16 matrices faster than float32 ones; on a CPU, timed."""
     if device.type != "cpu":
