@@ -1,7 +1,8 @@
 """Loads texts, reviews and instructions from a user's file, the data directory, the network, the
 package index, or the bundled samples. Downloads are verified by SHA-256, except rows of the hub.
 
-A data set requested by name must be available; "auto" takes the first available one and logs why.
+A data set requested by name must be available; "auto" takes the first available one, and logs which
+and why it skipped others.
 """
 
 import codecs
@@ -199,6 +200,8 @@ def load_reviews(
     dataset: str, data: str | Path | None, data_dir: str | Path, limit: int, **columns: str | None
 ) -> Examples[Review]:
     """At most `limit` rows, of the user's `data` at random, else the first ones of a data set."""
+    if data is None and any(columns.values()):
+        raise ValueError("--text-column and --label-column need --data")
     name, path = _find(REVIEW_SOURCES, dataset, data, data_dir, limit)
     read = read_snippets if name == "amazon_snippets" else partial(read_reviews, **columns)
     rows, labels = read(path)
@@ -475,19 +478,23 @@ def _column_names(rows: list[list[str]], known: Iterable[str]) -> tuple[list[str
     """Names of the columns of a table, and whether they are its first row."""
     names = [cell.strip() or f"column {i}" for i, cell in enumerate(rows[0], 1)]
     unknown = [name for name in names if name.lower() not in known]
-    if len(unknown) < len(names):
+    if len(unknown) < len(names) and not any(map(_is_usual_label, unknown)):
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two columns are named {twice[0]!r}: rename or remove one")
         return names, True
-    if len(names) == 2:  # fewer, or else shorter values are the labels
+    if len(names) == 2:  # usual labels, else fewer or shorter values, are the labels
         first, second = (
-            (len({*column}), len("".join(column)))
+            (not all(map(_is_usual_label, column)), len({*column}), len("".join(column)))
             for column in zip(*(cells for cells in rows if len(cells) == 2))
         )
         return ["label", "text"] if first < second else ["text", "label"], False
     if len(names) in (1, 3):
         return ["label", "title", "content"] if len(names) == 3 else ["text"], False
     raise ValueError(f"{len(names)} columns without known names, {_shorten(names)}: name them")
+
+
+def _is_usual_label(cell: str) -> bool:
+    return cell.strip().lower() in NEGATIVE | POSITIVE or bool(NUMBER.fullmatch(cell.strip()))
 
 
 def read_chunks(path: str | Path, encoding: str | None = None) -> Iterator[str]:

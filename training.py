@@ -252,8 +252,8 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     The plain equivalent is `F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")`
     with the logits (B * T, V). Here prompts and padding get none, and the others in slices that
-    stay in the cache: faster, and with a large vocabulary gigabytes less. So do few sizes of
-    slices, whose memory is reused.
+    stay in the cache: faster, and with a large vocabulary gigabytes less. Padding them to multiples
+    of 64 rows leaves few sizes, whose memory is reused.
     """
     inputs, targets = batch
     has_loss = targets != -100
@@ -445,7 +445,8 @@ def load_checkpoint(
     path: str | Path, kinds: str | tuple[str, ...], hint: str = "python main.py"
 ) -> dict[str, Any]:
     """Reads and verifies a checkpoint of one of these kinds, tensors and plain values only, onto
-    the CPU. Errors name `hint`, a command that creates one."""
+    the CPU; but for resumable states, tensors stay in the file, mapped into memory. Errors name
+    `hint`, a command that creates one."""
     path, kinds = Path(path), (kinds,) if isinstance(kinds, str) else kinds
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: create it with `{hint}`")

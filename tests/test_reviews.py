@@ -67,6 +67,15 @@ def test_the_formats_that_people_have(tmp_path: Path, name: str, text: str):
     assert read_rows(write(tmp_path / name, text)) == [GOOD, BAD]
 
 
+def test_a_first_row_with_a_label_is_no_header(tmp_path: Path):
+    path = write(tmp_path / "a.csv", '"2","Content","I like it."\n"1","Text","No."\n')
+    assert read_rows(path) == [Review("Content\nI like it.", 1), Review("Text\nNo.", 0)]
+    path = write(tmp_path / "c.csv", "positive,Text\nnegative,no\n")
+    assert read_rows(path) == [Review("Text", 1), Review("no", 0)]
+    path = write(tmp_path / "b.tsv", "Text\t1\ncontent\t0\n")
+    assert read_rows(path) == [Review("Text", 1), Review("content", 0)]
+
+
 def test_title_and_content_become_one_text(tmp_path: Path):
     rows = [{"label": 1, "title": "Great", "content": "I like it."}, {"label": 0, "content": "No."}]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
@@ -308,7 +317,7 @@ def test_a_sorted_file_is_sampled_from_end_to_end(
         and drawn.rows == load_reviews("auto", path, tmp_path, 2000).rows
     )
     split_reviews(drawn)
-    with pytest.raises(ValueError, match=r"no valid row: row 1: no text.*--text-column"):
+    with pytest.raises(ValueError, match="--text-column and --label-column need --data"):
         load_reviews("sample", None, tmp_path, 9, text_column="x")
 
 
