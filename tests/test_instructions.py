@@ -281,7 +281,7 @@ def test_tasks_that_differ_in_case_and_white_space_share_a_key():
 
 def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
-        raise data_loader.SourceError("no network")
+        raise OSError("no network")
 
     monkeypatch.setattr(data_loader, "_download", fail)
     assert load_instructions("auto", None, tmp_path, 50).name == "sample"

@@ -339,7 +339,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hub, addresses and package index fail at once."""
 
     def fail(*_: object, **__: object) -> None:
-        raise SourceError("no network")
+        raise OSError("no network")
 
     monkeypatch.setattr(data_loader, "_download", fail)
 
