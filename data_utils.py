@@ -1,7 +1,5 @@
-"""Text to tensors: vocabulary, token files, windows, splits, templates, masks and batches.
-
-Shapes: B batch, T time (tokens), V vocabulary; N examples.
-"""
+"""Text to tensors: vocabulary, token files, windows, splits, templates, masks and batches. Shapes:
+B batch, T time (tokens), V vocabulary; N examples."""
 
 import functools
 import hashlib
@@ -13,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
-import jinja2
+import jinja2.sandbox
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -55,11 +52,8 @@ def sample_texts() -> list[str]:
     """The bundled reviews and instructions as plain text."""
     reviews, _ = data_loader.read_reviews(data_loader.SAMPLES / "reviews.jsonl")
     tasks = data_loader.read_instructions(data_loader.SAMPLES / "instructions.jsonl")
-    turns = (turn for task in tasks for turn in task.turns)
-    return [
-        "\n".join(f"{review.text}\n" for review in reviews),
-        "\n".join("".join(f"{part}\n" for part in turn if part) for turn in turns),
-    ]
+    turns = ("".join(f"{part}\n" for part in turn if part) for task in tasks for turn in task.turns)
+    return ["\n".join(f"{review.text}\n" for review in reviews), "\n".join(turns)]
 
 
 def prepare_token_ids(
@@ -104,13 +98,11 @@ def _cached_file(folder, stem: str, suffix: str, create: Callable[[Path], None])
 
 
 class TokenBatches:
-    """Random windows of a text for language modelling, a function of (seed, step).
-
-    Each epoch visits the windows that tile the text from a random offset, in random order, without
-    the incomplete last batch. Subword regularisation (https://arxiv.org/abs/1910.13267), see
-    `resegment`, shows several segmentations of the same text, which delays over-fitting. Its
-    probability falls linearly to zero, so training ends on the segmentation used later.
-    """
+    """Random windows of a text for language modelling, a function of (seed, step). An epoch visits
+    the windows that tile the text from a random offset, in random order, without the incomplete
+    last batch. Subword regularisation (https://arxiv.org/abs/1910.13267), see `resegment`, shows
+    several segmentations of the same text, which delays over-fitting. Its probability falls
+    linearly to zero, so training ends on the segmentation used later."""
 
     def __init__(
         self,
@@ -223,9 +215,9 @@ class Split(Generic[Example]):
 
 
 def split_examples(examples: Examples[Example]) -> Split[Example]:
-    """Takes a fifth for testing and a tenth of the rest for validation, always the same.
-    Splits are stratified by label, and rows with equal keys stay together. With `has_test_split`
-    the last fifth is the test split, without rows whose keys occur before it."""
+    """Takes a fifth for testing and a tenth of the rest for validation, always the same, stratified
+    by label; rows with equal keys stay together. With `has_test_split` the last fifth is the test
+    split, without rows whose keys occur before it. Each split of reviews must have every label."""
     rng = np.random.default_rng(0)
     if examples.has_test_split:
         cut = round((1 - TEST_FRACTION) * len(examples.rows))
@@ -236,19 +228,14 @@ def split_examples(examples: Examples[Example]) -> Split[Example]:
     train, validation = _sample(rest, VALIDATION_FRACTION, rng)
     if not (train and validation and test):
         raise ValueError(f"{examples.name} has too few rows to split: {len(examples.rows)}")
-    return Split(train, validation, test)
-
-
-def split_reviews(reviews: Examples[Review]) -> Split[Review]:
-    """As `split_examples`; each split must have every label."""
-    split, counts = split_examples(reviews), Counter(row.label for row in reviews.rows)
-    if len(counts) < 2:
-        names = ", ".join(reviews.labels[label] for label in counts)
-        raise ValueError(f"{reviews.name} has the label {names} only: a classifier needs two")
+    split, counts = Split(train, validation, test), Counter(row.label for row in examples.rows)
+    if examples.labels and len(counts) < 2:
+        names = ", ".join(examples.labels[label] for label in counts)
+        raise ValueError(f"{examples.name} has the label {names} only: a classifier needs two")
     for name, rows in vars(split).items():
-        for label in {*range(len(reviews.labels))} - {row.label for row in rows}:
-            few = f"{reviews.labels[label]!r}: {counts[label]:,}, none of them in the {name} split"
-            raise ValueError(f"{reviews.name} has too few rows with the label {few}")
+        for label in {*range(len(examples.labels))} - {row.label for row in rows}:
+            few = f"{examples.labels[label]!r}: {counts[label]:,}, none of them in the {name} split"
+            raise ValueError(f"{examples.name} has too few rows with the label {few}")
     return split
 
 
@@ -298,16 +285,15 @@ def encode_text(text: str, tokenizer: BPETokenizer, max_length: int) -> np.ndarr
     """Token ids (T,) of a text to classify, inside the text template of the tokenizer; without the
     middle of a longer text, because opinions cluster at the start and the end."""
     ids = np.array(tokenizer.encode(tokenizer.text_template.replace("{}", text)))
-    head, n_dropped = (max_length + 1) // 2, max(0, len(ids) - max_length)
-    return np.delete(ids, slice(head, head + n_dropped))
+    head = (max_length + 1) // 2
+    return np.delete(ids, slice(head, max(head, head + len(ids) - max_length)))
 
 
 # ---- instructions
 
-# How a conversation becomes text, in Jinja, as chat models publish theirs. This one is for models
-# that were trained from scratch.
+# How a conversation becomes text with models trained from scratch; public ones bring their own.
 CHAT_TEMPLATE = (data_loader.SAMPLES.parent / "chat_template.jinja").read_text().strip()
-TEMPLATES = ImmutableSandboxedEnvironment(  # each is its own name, so that it is compiled once
+TEMPLATES = jinja2.sandbox.ImmutableSandboxedEnvironment(  # by text, compiled once
     loader=jinja2.FunctionLoader(str), trim_blocks=True, lstrip_blocks=True
 )
 MIN_PROMPT = 32  # tokens of a long instruction and context that are always kept
@@ -387,8 +373,7 @@ def _encode_turns(system, turns, tokenizer, n):
     ]
     if len(turns) == 1 and (excess := sum(len(ids) for ids, _ in parts) - n) > 0:
         heading = tokenizer.encode("\n\n### Context\n") if context_ids else []
-        left = len(task_ids) + len(context_ids) - excess
-        left = max(left, MIN_PROMPT - len(heading), 0)
+        left = max(len(task_ids) + len(context_ids) - excess, MIN_PROMPT - len(heading), 0)
         del task_ids[left:]
         if context_ids and left <= len(task_ids):
             return _encode_turns(system, [(turns[0][0], "", response)], tokenizer, n)
@@ -433,8 +418,6 @@ class ExampleBatches:
     without the incomplete last batch. Examples of similar length, in tokens, share a batch, which
     saves padding. `collate(indices)` returns a tuple of tensors whose first dimension is B."""
 
-    POOL = 8  # batches that are sorted by length together
-
     def __init__(self, lengths: Iterable[int], collate: Callable, batch_size: int, seed: int):
         self.lengths, self.collate, self.seed = np.array([*lengths]), collate, seed
         self.batch_size = min(batch_size, len(self.lengths))
@@ -451,7 +434,7 @@ class ExampleBatches:
         """Indices of the examples of each batch of an epoch."""
         rng = np.random.default_rng([self.seed, 0, epoch])
         order = rng.permutation(len(self.lengths))[: self.steps_per_epoch * self.batch_size]
-        pools = np.arange(len(order)) // (self.POOL * self.batch_size)
+        pools = np.arange(len(order)) // (8 * self.batch_size)  # of 8 batches
         order = order[np.lexsort((self.lengths[order], pools))]  # by length within each pool
         return list(rng.permutation(order.reshape(-1, self.batch_size)))
 

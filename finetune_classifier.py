@@ -26,7 +26,7 @@ import evaluate
 import generation
 import training
 from data_loader import REVIEW_SOURCES, Review, find_data_dir, load_reviews, log0
-from data_utils import TokenBatches, review_batches, reviews_as_text, split_reviews
+from data_utils import TokenBatches, review_batches, reviews_as_text, split_examples
 from evaluate import LINEAR_BASELINE, fit_linear_baseline
 from generation import FULL_CLASSIFIER, LORA_CLASSIFIER, REVIEW_LM, class_probabilities, open_base
 from lora import LoRAConfig, apply_lora, describe_training, lora_state_dict, resolve_targets
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
             data_dir = find_data_dir(args.data_dir)
             columns = {"text_column": args.text_column, "label_column": args.label_column}
             reviews = load_reviews(args.dataset, args.data, data_dir, args.max_examples, **columns)
-            split, labels = split_reviews(reviews), reviews.labels
+            split, labels = split_examples(reviews), reviews.labels
             guesses, baseline = fit_linear_baseline(split, labels)  # now: peak memory only grows
             dtype = runtime.dtype if lora and not config.review_lm_steps else torch.float32
             base, tokenizer, origin = open_base(args, config.context_length, dtype)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_loader import load_instructions, load_reviews
-from data_utils import encode_instructions, split_examples, split_reviews
+from data_utils import encode_instructions, split_examples
 from evaluate import (
     REPORT_COLUMNS,
     load_linear_baseline,
@@ -87,7 +87,7 @@ def test_lora_beats_the_linear_model_by_far():
 def test_the_classifier_reaches_its_recorded_figure(base: None, data_dir: Path, here: Runtime):
     model, tokenizer, checkpoint = load_model(MODELS / LORA_CLASSIFIER)
     reviews = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
-    test = split_reviews(reviews).test
+    test = split_examples(reviews).test
     accuracy = measure(model, tokenizer, checkpoint, test, here)["accuracy"]
     assert accuracy == pytest.approx(checkpoint["metrics"]["test"]["accuracy"], abs=0.005)
 

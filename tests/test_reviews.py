@@ -27,7 +27,6 @@ from data_utils import (
     pad_batch,
     review_batches,
     split_examples,
-    split_reviews,
 )
 from tokenizer import BPETokenizer
 
@@ -316,7 +315,7 @@ def test_a_sorted_file_is_sampled_from_end_to_end(
         numbers == sorted({*numbers})
         and drawn.rows == load_reviews("auto", path, tmp_path, 2000).rows
     )
-    split_reviews(drawn)
+    split_examples(drawn)
     with pytest.raises(ValueError, match="--text-column and --label-column need --data"):
         load_reviews("sample", None, tmp_path, 9, text_column="x")
 
@@ -406,7 +405,7 @@ def test_the_real_cells_and_polarity_files(data_dir: Path):
     cells = load_reviews("amazon_cells", None, data_dir, 20_000)
     assert len(cells.rows) == 1000 and sum(r.label for r in cells.rows) == 500
     polarity = load_reviews("amazon_polarity", None, data_dir, 5_000)
-    split = split_reviews(polarity)
+    split = split_examples(polarity)
     assert len(polarity.rows) == 5000 and len(split.test) == 1000
     assert split.test == polarity.rows[4000:]
 
@@ -433,7 +432,7 @@ def test_parts_are_stratified_seeded_and_share_no_text():
 def test_a_fixed_test_part_stays_and_loses_what_stands_before_it():
     rows = many()
     rows[90] = Review(rows[3].text.upper(), 1)
-    split = split_reviews(Examples("r", rows, LABELS, has_test_split=True))
+    split = split_examples(Examples("r", rows, LABELS, has_test_split=True))
     assert split.test == [*rows[80:90], *rows[91:]]
     assert set(split.train + split.validation) == set(rows[:80])
 
@@ -448,7 +447,7 @@ def test_a_fixed_test_part_stays_and_loses_what_stands_before_it():
 )
 def test_too_few_rows_of_a_class_are_an_error(rows: list[Review], message: str):
     with pytest.raises(ValueError, match=message):
-        split_reviews(Examples("r", rows, LABELS))
+        split_examples(Examples("r", rows, LABELS))
 
 
 # ---- tensors

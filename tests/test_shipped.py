@@ -13,7 +13,6 @@ from data_utils import (
     encode_instructions,
     reviews_as_text,
     split_examples,
-    split_reviews,
 )
 from evaluate import (
     REPORT_COLUMNS,
@@ -75,7 +74,7 @@ def test_the_base_reaches_its_recorded_figure(data_dir: Path, tmp_path: Path, he
 def test_the_reviews_language_model_reaches_its_recorded_figure(data_dir: Path, here: Runtime):
     model, tokenizer, checkpoint = load_model(MODELS / "review_lm_weights.pth")
     reviews = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
-    ids = reviews_as_text(split_reviews(reviews).validation, tokenizer)
+    ids = reviews_as_text(split_examples(reviews).validation, tokenizer)
     found = language_model_metrics(model, tokenizer, ids, here)["nats_per_byte"]
     assert found == pytest.approx(checkpoint["metrics"]["val_nats_per_byte"], rel=1e-3)
 
@@ -83,7 +82,7 @@ def test_the_reviews_language_model_reaches_its_recorded_figure(data_dir: Path, 
 def test_the_linear_baseline_reaches_its_recorded_figure(data_dir: Path):
     linear, _, checkpoint = load_linear_baseline(MODELS / "linear_baseline.pth")
     reviews = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
-    test = split_reviews(reviews).test
+    test = split_examples(reviews).test
     accuracy = linear.score([row.text for row in test], [row.label for row in test])
     assert accuracy == pytest.approx(checkpoint["metrics"]["test"]["accuracy"], abs=1e-9)
 
@@ -93,7 +92,7 @@ def test_the_classifiers_reach_their_recorded_figures(name: str, data_dir: Path,
     model, tokenizer, checkpoint = load_model(MODELS / f"{name}.pth")
     reviews = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
     assert reviews.metadata["data_sha256"] == checkpoint["data_sha256"]
-    test = split_reviews(reviews).test
+    test = split_examples(reviews).test
     accuracy = measure(model, tokenizer, checkpoint, test, here)["accuracy"]
     # Another CPU may round a text at the boundary to the other side.
     assert accuracy == pytest.approx(checkpoint["metrics"]["test"]["accuracy"], abs=0.005)

@@ -23,7 +23,7 @@ import altair as alt  # noqa: E402
 import pandas as pd  # noqa: E402
 
 from data_loader import Review, find_data_dir, load_reviews, log0  # noqa: E402
-from data_utils import split_reviews  # noqa: E402
+from data_utils import split_examples  # noqa: E402
 from evaluate import baseline_metrics, load_linear_baseline, measure_file  # noqa: E402
 from generation import FULL_CLASSIFIER, LINEAR_BASELINE, LORA_CLASSIFIER  # noqa: E402
 from training import Runtime, load_checkpoint, start_runtime  # noqa: E402
@@ -42,7 +42,7 @@ def write_rows(path: Path, rows: list[Review]) -> None:
 def measure(n: int, folder: Path, base: str, runtime: Runtime) -> list[float]:
     """Accuracies of the three models that learn from `n` reviews."""
     found = load_reviews("auto", None, find_data_dir(None), 20_000)
-    split = split_reviews(found)
+    split = split_examples(found)
     data, test = folder / "train.jsonl", folder / "test.jsonl"
     write_rows(data, [*split.train, *split.validation][:n])
     write_rows(test, split.test)
