@@ -281,10 +281,11 @@ def _index_labels(path, found, labels, n_rows):
 
 
 def _read_snippets(path):
-    """Rows are a number, a mean rating from -4 to 4, and a text, which pass for label, title and
-    content; ratings from -0.5 to 0.5 are skipped."""
-    rows = _read_rows(path, REVIEW_NAMES, lambda fields: (fields["text"], float(fields["title"])))
-    return [Review(text, int(r > 0)) for _, (text, r) in rows if abs(r) > 0.5], LABELS
+    """Rows are a number, a mean rating from -4 to 4, and a text; skips -0.5 to 0.5."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    rows = (line.strip().split("\t") for line in lines if line.strip())
+    rated = ((text, float(rating)) for _, rating, text in rows)
+    return [Review(text, int(r > 0)) for text, r in rated if abs(r) > 0.5], LABELS
 
 
 def read_instructions(path: str | Path) -> list[Instruction]:
