@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from evaluate import (
     table_cells,
 )
 from generation import BASE, LORA_CLASSIFIER, QLORA, load_model
+from model import config_from_hf
 from tokenizer import BPETokenizer
 from training import Runtime, bfloat16_is_faster
 
@@ -52,6 +54,14 @@ def test_the_adapters_are_small_and_fit_one_base_and_tokenizer():
     for name in ADAPTERS:
         log = (MODELS / name).with_suffix(".log.jsonl").read_text().splitlines()
         assert "val_loss" in json.loads(log[-1])
+
+
+def test_config_and_tokenizer_that_come_along_are_those_of_the_base(base: None):
+    """Its package has the tensors only."""
+    published = json.loads((MODELS / "config.json").read_text())
+    checkpoint = torch.load(MODELS / BASE, weights_only=True, map_location="cpu", mmap=True)
+    assert asdict(config_from_hf(published)) == checkpoint["model_config"]
+    assert BPETokenizer.load(MODELS / "tokenizer.json").sha256 == checkpoint["tokenizer_sha256"]
 
 
 def test_the_base_itself_is_not_committed():
