@@ -21,7 +21,6 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 import torch
-from torch import Tensor
 
 import generation
 from data_loader import Instruction, read_unlabelled
@@ -427,7 +426,7 @@ def show_forward_pass(model: GPTModel, tokenizer: BPETokenizer, ids: list[int]) 
 
 
 @st.fragment
-def show_attention(maps: Tensor, names: list[str]) -> None:
+def show_attention(maps: torch.Tensor, names: list[str]) -> None:
     """The attention weights (L, H, T, T) of a head."""
     step("3. Attention", "`model.py: CausalSelfAttention.weights` says where each token looks.")
     choices = zip(st.columns(2), ("Layer", "Head"), maps.shape)
@@ -441,7 +440,7 @@ def show_attention(maps: Tensor, names: list[str]) -> None:
 
 
 @st.fragment
-def show_sampling(logits: Tensor, tokenizer: BPETokenizer) -> None:
+def show_sampling(logits: torch.Tensor, tokenizer: BPETokenizer) -> None:
     """The next-token probabilities of logits (1, V), before and after the options of sampling."""
     step("5. The next token", "`generation.py: token_probabilities` is what we sample from.")
     left, middle, right = st.columns(3)
@@ -458,13 +457,13 @@ def show_sampling(logits: Tensor, tokenizer: BPETokenizer) -> None:
     st.write(f"{(after > 0).sum():,} of {len(after):,} tokens can be sampled.")
 
 
-def first_matrix(path: str | Path) -> Tensor:
+def first_matrix(path: str | Path) -> torch.Tensor:
     """A weight as the file of the base has it: the loaded one may be stored in fewer bits."""
     return generation.load_checkpoint(path, "base")["weights"]["blocks.0.mlp.fc.weight"].float()
 
 
 @st.fragment
-def show_nf4(weight: Tensor) -> None:
+def show_nf4(weight: torch.Tensor) -> None:
     """The first block of 64 weights of a row, before and after quantisation to 4 bits."""
     step("7. 4-bit weights", "`lora.py: quantize_nf4` rounds to one of 16 levels times a scale.")
     row, q = st.slider("Row of `blocks.0.mlp.fc`", 0, len(weight) - 1), quantize_nf4(weight)
@@ -472,7 +471,8 @@ def show_nf4(weight: Tensor) -> None:
     shown = {"before": weight, "code": codes, "after": dequantize_nf4(q)}
     frame = pd.DataFrame({name: matrix[row, :64] for name, matrix in shown.items()})
     left, right = st.columns([2, 1])
-    left.scatter_chart(frame, y=["before", "after"], color=[CHART_COLOR, "#808080"])
+    y, colors = ["before", "after"], [CHART_COLOR, "#808080"]
+    left.scatter_chart(frame.reset_index(), x="index", y=y, color=colors)
     right.dataframe(frame)
 
 
