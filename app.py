@@ -471,8 +471,7 @@ def show_nf4(weight: torch.Tensor) -> None:
     shown = {"before": weight, "code": codes, "after": dequantize_nf4(q)}
     frame = pd.DataFrame({name: matrix[row, :64] for name, matrix in shown.items()})
     left, right = st.columns([2, 1])
-    y, colors = ["before", "after"], [CHART_COLOR, "#808080"]
-    left.scatter_chart(frame.reset_index(), x="index", y=y, color=colors)
+    left.scatter_chart(frame.reset_index(), x="index", y=["before", "after"])
     right.dataframe(frame)
 
 
