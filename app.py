@@ -91,8 +91,7 @@ def checkpoint_path(name: str, folder: str | Path | None = None, must_exist: boo
 
 @st.cache_resource(max_entries=8, show_spinner="Loading the model")
 def _small(path: Path, kind: str, changed: tuple[int, ...], _load: Callable) -> Any:
-    """`kind` and `changed` are part of the cache's key; `_load`, with its underscore, is not."""
-    return _load(path)
+    return _load(path)  # all but `_load`, because of its underscore, is the key of the cache
 
 
 @st.cache_resource(max_entries=3, show_spinner="Loading the model; this takes a few seconds")
