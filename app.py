@@ -21,13 +21,11 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 import torch
-from torch import Tensor
 
-import evaluate
 import generation
 from data_loader import Instruction, read_unlabelled
 from data_utils import IGNORE, encode_instruction
-from evaluate import LINEAR, REPORT, REPORT_COLUMNS, table_cells
+from evaluate import LINEAR, REPORT, REPORT_COLUMNS, load_linear_baseline, table_cells
 from generation import BASE, LORA_CLASSIFIER, QLORA, TEMPERATURE, TOP_P, command_for
 from lora import dequantize_nf4, quantize_nf4
 from model import GPTModel
@@ -43,11 +41,12 @@ CLASSIFIERS = dict(REPORT["sentiment"][:3])  # files by name; the last row only 
 ASSISTANTS = dict(REPORT["instructions"][:0:-1])  # without the first row, the untouched base
 PARTS = {"base": BASE, "LoRA classifier": LORA_CLASSIFIER, "QLoRA instruction model": QLORA}
 ADAPTERS = (LORA_CLASSIFIER, generation.LORA, QLORA)
+COSTS = ("trained parameters", "peak memory bytes", "seconds")  # of a training, in the report
 COLORS = ("blue", "green", "orange", "violet", "red")
 
 
 def main() -> None:
-    """Builds the sidebar and the chosen page."""
+    """Builds the chosen page, and the sidebar: the model sets, and what the chosen one lacks."""
     st.set_page_config(page_title="GPT from zero", layout="wide")
     pages = [
         st.Page(lambda: start_page(*pages[1:]), title="Start", url_path="start"),
@@ -58,21 +57,16 @@ def main() -> None:
         st.Page(training_page, title="Training and evaluation", url_path="training"),
     ]
     page = st.navigation(pages)
-    choose_model_set()
-    page.run()
-
-
-# ---- what the pages share
-
-
-def choose_model_set() -> None:
-    """The selector in the sidebar, and what the chosen set lacks."""
     found = sorted(path.parent for path in MODELS.glob("*/*.pth"))
     sets = list(dict.fromkeys([generation.default_model_set(MODELS), MODELS, *found]))
     st.sidebar.selectbox("Models", sets, 0, lambda f: f"{f.name}/", key="model_set")
     for part, name in PARTS.items():
         if not (path := model_set() / name).is_file():
             st.sidebar.caption(f"No {part}: `{command_for(path)}`")
+    page.run()
+
+
+# ---- what the pages share
 
 
 def model_set() -> Path:
@@ -97,8 +91,7 @@ def checkpoint_path(name: str, folder: str | Path | None = None, must_exist: boo
 
 @st.cache_resource(max_entries=8, show_spinner="Loading the model")
 def _small(path: Path, kind: str, changed: tuple[int, ...], _load: Callable) -> Any:
-    """`kind` and `changed` are part of the cache's key; `_load`, with its underscore, is not."""
-    return _load(path)
+    return _load(path)  # all but `_load`, because of its underscore, is the key of the cache
 
 
 @st.cache_resource(max_entries=3, show_spinner="Loading the model; this takes a few seconds")
@@ -320,9 +313,9 @@ def sentiment_page() -> None:
 
 def classify(name: str, texts: list[str], folder: str | Path | None = None) -> pd.DataFrame:
     """Probabilities by one of `CLASSIFIERS`: a row for each text, a column for each label."""
-    read = evaluate.load_linear_baseline if name == LINEAR else None
+    read = load_linear_baseline if name == LINEAR else None
     model, tokenizer, checkpoint = loaded(CLASSIFIERS[name], folder, read)
-    if name == LINEAR:
+    if read:
         probabilities = model.predict_proba(texts)
     else:
         probabilities = generation.class_probabilities(model, tokenizer, texts)
@@ -379,37 +372,30 @@ def how_page() -> None:
     st.write("Follow a sentence through the base model. Every number is computed by that model.")
     tokenizer, large = loaded("tokenizer.json", read=BPETokenizer.load), is_large(model_set())
     text = st.text_area("Sentence", FACT if large else VERSE, max_chars=MAX_SENTENCE, height=68)
-    ids = tokenizer.encode(text)
+    ids, vocab, n_bytes = tokenizer.encode(text), tokenizer.vocab, len(text.encode())
     if not ids:
         st.info("Write a sentence to follow it.")
         return
-    show_tokens(tokenizer, text, ids)
-    if large and not st.toggle("Load the model for the other steps"):
-        return
-    show_forward_pass(loaded(BASE)[0], tokenizer, ids[:SENTENCE_TOKENS])
-    show_nf4(*loaded(BASE, read=first_matrix))
-    show_adapter()
-
-
-def step(title: str, text: str) -> None:
-    """The heading of a step, and what computes it."""
-    st.write(f"### {title}\n\n{text}")
-
-
-def show_tokens(tokenizer: BPETokenizer, text: str, ids: list[int]) -> None:
-    """The bytes of a text, its tokens, and the merges that build a word."""
-    n_bytes, vocab = len(text.encode()), tokenizer.vocab
     step("1. Bytes, tokens, ids", "`tokenizer.py: BPETokenizer.encode` merges bytes into tokens.")
     st.code(text.encode().hex(" "), language=None, wrap_lines=True)
     with st.container(horizontal=True, gap="small"):
         for i, token_id in enumerate(ids):
             st.badge(badge(vocab[token_id], token_id), color=COLORS[i % len(COLORS)])
     st.write(f"{n_bytes:,} bytes, {len(ids):,} tokens: {n_bytes / len(ids):.2f} bytes per token.")
-    word = st.text_input("A word, merge by merge", " summer", max_chars=40)
-    steps = tokenizer.merge_steps(word)
+    steps = tokenizer.merge_steps(st.text_input("A word, merge by merge", " summer", max_chars=40))
     rows = [(rank, "  ".join(printable(vocab[i]) for i in parts)) for rank, parts in steps]
     frame = pd.DataFrame(rows, columns=["rank", "tokens"]).astype({"rank": "Int64"})
     st.dataframe(frame, hide_index=True)
+    if large and not st.toggle("Load the model for the other steps"):
+        return
+    show_forward_pass(loaded(BASE)[0], tokenizer, ids[:SENTENCE_TOKENS])
+    show_nf4(loaded(BASE, read=first_matrix))
+    show_adapter()
+
+
+def step(title: str, text: str) -> None:
+    """The heading of a step, and what computes it."""
+    st.write(f"### {title}\n\n{text}")
 
 
 def show_forward_pass(model: GPTModel, tokenizer: BPETokenizer, ids: list[int]) -> None:
@@ -420,7 +406,16 @@ def show_forward_pass(model: GPTModel, tokenizer: BPETokenizer, ids: list[int]) 
     norms = model.embed(batch, 0)[0][0].detach().float().norm(dim=-1)
     st.altair_chart(bars({"token": names, "norm": norms}, ".2f"))
     show_attention(generation.attention_maps(model, batch)[:, 0].float(), names)
-    logits = show_lens(model, tokenizer, batch, names)
+    step("4. Logit lens", "`generation.py: logit_lens` guesses the next token after each layer.")
+    guesses, shades = [], []
+    for logits in generation.logit_lens(model, batch):  # one layer at a time: V may be large
+        logits = logits[0].float()
+        best = [column.tolist() for column in logits.softmax(-1).max(-1)]
+        guesses.append([f"{printable(vocab[i])} {p:.0%}" for p, i in zip(*best)])
+        shades.append([f"background-color: {CHART_COLOR}{round(180 * p):02x}" for p in best[0]])
+    layers = [f"layer {i}" for i in range(1, len(guesses) + 1)]
+    frame, colors = (pd.DataFrame(rows, layers, names) for rows in (guesses, shades))
+    st.dataframe(frame.style.apply(lambda _: colors, axis=None), height="content")
     show_sampling(logits[-1:], tokenizer)
     step("6. Loss", "`training.py: next_token_loss`: minus the log probability of each token.")
     if len(names) > 1:
@@ -430,7 +425,7 @@ def show_forward_pass(model: GPTModel, tokenizer: BPETokenizer, ids: list[int]) 
 
 
 @st.fragment
-def show_attention(maps: Tensor, names: list[str]) -> None:
+def show_attention(maps: torch.Tensor, names: list[str]) -> None:
     """The attention weights (L, H, T, T) of a head."""
     step("3. Attention", "`model.py: CausalSelfAttention.weights` says where each token looks.")
     choices = zip(st.columns(2), ("Layer", "Head"), maps.shape)
@@ -443,23 +438,8 @@ def show_attention(maps: Tensor, names: list[str]) -> None:
     st.altair_chart(chart.mark_rect(color=CHART_COLOR, tooltip=True).encode(x, y, shade))
 
 
-def show_lens(model: GPTModel, tokenizer: BPETokenizer, batch: Tensor, names: list[str]) -> Tensor:
-    """The most probable next token after each layer and token; returns the last logits (T, V)."""
-    step("4. Logit lens", "`generation.py: logit_lens` guesses the next token after each layer.")
-    guesses, shades = [], []
-    for logits in generation.logit_lens(model, batch):  # one layer at a time: V may be large
-        logits = logits[0].float()
-        best = [column.tolist() for column in logits.softmax(-1).max(-1)]
-        guesses.append([f"{printable(tokenizer.vocab[i])} {p:.0%}" for p, i in zip(*best)])
-        shades.append([f"background-color: {CHART_COLOR}{round(180 * p):02x}" for p in best[0]])
-    layers = [f"layer {i}" for i in range(1, len(guesses) + 1)]
-    frame, colors = (pd.DataFrame(rows, layers, names) for rows in (guesses, shades))
-    st.dataframe(frame.style.apply(lambda _: colors, axis=None), height="content")
-    return logits
-
-
 @st.fragment
-def show_sampling(logits: Tensor, tokenizer: BPETokenizer) -> None:
+def show_sampling(logits: torch.Tensor, tokenizer: BPETokenizer) -> None:
     """The next-token probabilities of logits (1, V), before and after the options of sampling."""
     step("5. The next token", "`generation.py: token_probabilities` is what we sample from.")
     left, middle, right = st.columns(3)
@@ -476,26 +456,21 @@ def show_sampling(logits: Tensor, tokenizer: BPETokenizer) -> None:
     st.write(f"{(after > 0).sum():,} of {len(after):,} tokens can be sampled.")
 
 
-def first_matrix(path: str | Path) -> tuple[Tensor, ...]:
-    """A weight as the file of the base has it, its codes in NF4, and what these stand for."""
-    weight = generation.load_checkpoint(path, "base")["weights"]["blocks.0.mlp.fc.weight"].float()
-    q = quantize_nf4(weight)
-    codes = torch.stack([q.codes >> 4, q.codes & 15], dim=1).view(weight.shape)
-    return weight, codes, dequantize_nf4(q)
+def first_matrix(path: str | Path) -> torch.Tensor:
+    """A weight as the file of the base has it: the loaded one may be stored in fewer bits."""
+    return generation.load_checkpoint(path, "base")["weights"]["blocks.0.mlp.fc.weight"].float()
 
 
 @st.fragment
-def show_nf4(*matrices: Tensor) -> None:
+def show_nf4(weight: torch.Tensor) -> None:
     """The first block of 64 weights of a row, before and after quantisation to 4 bits."""
     step("7. 4-bit weights", "`lora.py: quantize_nf4` rounds to one of 16 levels times a scale.")
-    row = st.slider("Row of `blocks.0.mlp.fc`", 0, len(matrices[0]) - 1)
-    shown = (matrix[row, :64] for matrix in matrices)
-    frame = pd.DataFrame(dict(zip(("before", "code", "after"), shown)))
-    points = frame.reset_index().melt(["index", "code"], var_name="weights")
-    color = alt.Color("weights:N").scale(range=[CHART_COLOR, "gray"])
-    chart = alt.Chart(points).mark_point().encode(x="index:Q", y="value:Q", color=color)
+    row, q = st.slider("Row of `blocks.0.mlp.fc`", 0, len(weight) - 1), quantize_nf4(weight)
+    codes = torch.stack([q.codes >> 4, q.codes & 15], dim=1).view(weight.shape)
+    shown = {"before": weight, "code": codes, "after": dequantize_nf4(q)}
+    frame = pd.DataFrame({name: matrix[row, :64] for name, matrix in shown.items()})
     left, right = st.columns([2, 1])
-    left.altair_chart(chart)
+    left.scatter_chart(frame.reset_index(), x="index", y=["before", "after"])
     right.dataframe(frame)
 
 
@@ -527,25 +502,18 @@ def training_page() -> None:
     st.subheader("Comparison")
     path = model_set() / "report.json"
     command = f"python evaluate.py --models {path.parent}"
-    if not path.is_file():
-        st.info(f"There is no {path.name} yet: create it with `{command}`.")
-        return
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         for task, columns in REPORT_COLUMNS.items():
             header, *lines = table_cells(columns, rows[task])
             st.markdown(f"**{task.capitalize()}**")
             st.dataframe(pd.DataFrame(lines, columns=header), hide_index=True)
-        formats = {"trained parameters": "~s", "peak memory (GiB)": ".2f", "training (s)": ",.0f"}
-        for task in ("sentiment", "instructions"):
             tuned = [r for r in rows[task] if r["model"] in ASSISTANTS and "seconds" in r]
-            if (frame := pd.DataFrame(tuned)).empty:
-                continue
-            costs = frame[["trained_parameters", "peak_memory_bytes", "seconds"]]
-            frame[list(formats)] = costs / [1, 2**30, 1]
-            st.markdown(f"**{task.capitalize()}: full fine-tuning against adapters**")
-            for column, (name, x_format) in zip(st.columns(3), formats.items()):
-                column.altair_chart(bars(frame[["model", name]], x_format))
+            costs = pd.DataFrame(tuned).rename(columns=lambda name: name.replace("_", " "))
+            for column, name in zip(st.columns(3), COSTS if tuned else ()):
+                column.altair_chart(bars(costs[["model", name]], "~s"))
+    except FileNotFoundError:
+        st.info(f"There is no {path.name} yet: create it with `{command}`.")
     except (KeyError, TypeError, AttributeError, ValueError):
         st.error(f"{path.name} cannot be read: recreate it with `{command}`.")
 
@@ -555,8 +523,8 @@ def curves() -> None:
     """Loss and learning rate of a training, read every few seconds; one in progress comes first."""
     paths = sorted(model_set().glob("*.log.jsonl"))
     paths.sort(key=lambda p: (".resume." not in p.name, not p.name.startswith("model_weights.")))
-    names = (path.name.removesuffix(".log.jsonl") for path in paths)
-    logs = {name.replace(".resume", " (in progress)"): path for name, path in zip(names, paths)}
+    names = (p.name.removesuffix(".log.jsonl").replace(".resume", " (in progress)") for p in paths)
+    logs = dict(zip(names, paths))
     chosen = st.selectbox("Training", list(logs), key="training") if logs else None
     frame = pd.DataFrame(read_log(logs[chosen]) if logs else [])
     if frame.empty:
@@ -579,7 +547,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     text, rows = "", []
     with contextlib.suppress(FileNotFoundError):  # a run in progress has just ended
         text = Path(path).read_text(encoding="utf-8", errors="replace")
-    for line in text[: text.rfind("\n") + 1].split("\n"):
+    for line in text.split("\n"):
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and {"step", "seconds"} <= row.keys()]

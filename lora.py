@@ -11,16 +11,14 @@ Shapes: r rank, A (r, in), B (out, r); B batch, T time (tokens), C channels, V v
 import contextlib
 import copy
 import ctypes
-import functools
 import logging
-import math
 import re
 import timeit
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -28,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEAD = "classifier_head"  # trained and saved with the adapter
+WEIGHTS = ("fp32", "bf16", "int8", "int4")  # how those of a model for inference are stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ class LoRAConfig:
         names = self.target_modules
         names = " ".join([names] if isinstance(names, str) else names).replace(",", " ").split()
         object.__setattr__(self, "target_modules", tuple(names))
-        if self.r < 1 or not 0 < self.lora_alpha < math.inf:
+        if self.r < 1 or not 0 < self.lora_alpha < float("inf"):
             raise ValueError(f"r {self.r} and lora_alpha {self.lora_alpha} must be above zero")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
@@ -70,7 +69,7 @@ class LoRALinear(nn.Module):
         device = base_layer.weight.device
         self.lora_A = nn.Parameter(torch.empty(config.r, base_layer.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, config.r, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear does
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)  # as nn.Linear does
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
@@ -116,8 +115,9 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> None:
         if f".{name}".endswith(targets):
             adapter = LoRAEmbedding if isinstance(layer, nn.Embedding) else LoRALinear
             model.set_submodule(name, adapter(layer, config))
+    trained = lora_state_dict(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = _is_adapter(name)
+        parameter.requires_grad = name in trained
 
 
 def resolve_targets(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
@@ -146,20 +146,16 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear | LoRAEmbedding]
     return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear | LoRAEmbedding)]
 
 
-def _is_adapter(name: str) -> bool:
-    names = name.split(".")
-    return names[-1].startswith("lora_") or HEAD in names
-
-
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Adds each adapter to its layer's weight and removes it: an equivalent, faster model.
-
-    4-bit weights are dequantised first, those of layers without adapter, too.
-    """
-    for name, module in list(model.named_modules()):
-        if is_quantized(module):
-            model.set_submodule(name, dequantize(module))
+    """Adds each adapter to its layer's weight and removes it: an equivalent, faster model. 4-bit
+    weights are dequantised first, those of layers without adapter, too."""
+    for name, layer in list(model.named_modules()):
+        if q := quantized_weight(layer):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(dequantize_nf4(q), requires_grad=False)
+            plain.bias = layer.bias
+            model.set_submodule(name, plain)
     for name, adapter in lora_layers(model):
         layer = adapter.base_layer
         # A new tensor, because the head may share the weight of the embedding.
@@ -170,13 +166,13 @@ def merge_lora(model: nn.Module) -> None:
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of adapters and head, selected by name."""
-    return {n: t.detach().clone() for n, t in model.state_dict().items() if _is_adapter(n)}
+    tensors = model.state_dict().items()
+    return {n: t.detach().clone() for n, t in tensors if ".lora_" in n or HEAD in n}
 
 
 def load_lora_state_dict(model: nn.Module, adapter: dict[str, Tensor]) -> None:
     """Loads a saved adapter into a model that `apply_lora` prepared with the same config."""
-    expected = {name for name in model.state_dict() if _is_adapter(name)}
-    if different := sorted(expected ^ adapter.keys()):
+    if different := sorted(lora_state_dict(model).keys() ^ adapter.keys()):
         raise RuntimeError(f"{different[0]} is in the adapter or in the model, not in both")
     model.load_state_dict(adapter, strict=False)
 
@@ -208,12 +204,11 @@ def absorb_quantization_error(
     """Starts the adapters of a quantised model as the best correction of their rank.
 
     With Q the 4-bit weight, W the original one in `weights`, and the `input_moments` M = L L^T, B A
-    is the truncated singular value decomposition of (W - Q) L, times the inverse of L: it minimises
-    the error of the outputs rather than of the weights (QERA, Zhang et al. 2024,
-    https://arxiv.org/abs/2410.06040).
+    is the truncated SVD of (W - Q) L, times the inverse of L: it minimises the error of the outputs
+    rather than of the weights (QERA, Zhang et al. 2024, https://arxiv.org/abs/2410.06040).
     """
     for name, adapter in lora_layers(model):
-        if (q := quantized_weight(adapter.base_layer)) is not None:
+        if q := quantized_weight(adapter.base_layer):
             error = weights[f"{name}.weight"].float() - dequantize_nf4(q).float()
             moment = moments[name] / moments[name].diagonal().mean()
             L = torch.linalg.cholesky(moment + 0.01 * torch.eye(len(moment)).to(moment))
@@ -271,11 +266,10 @@ def _quantize_blocks(x: Tensor, levels: Tensor, block: int) -> tuple[Tensor, Ten
 
 
 def _dequantize_blocks(codes: Tensor, scales: Tensor, levels: Tensor, block: int) -> Tensor:
-    values = levels.to(codes.device)[codes.int()]
-    return values * scales.repeat_interleave(block)[: len(values)]
+    return levels.to(codes.device)[codes.int()] * scales.repeat_interleave(block)[: len(codes)]
 
 
-@functools.cache
+@cache
 def nf4_levels() -> Tensor:
     """The 16 levels (16,) from -1 to 1: 8 quantiles below zero, zero, and 7 above."""
     probabilities = (torch.linspace(0.9677083, 0.5, n).double() for n in (8, 9))
@@ -284,7 +278,7 @@ def nf4_levels() -> Tensor:
     return levels / levels.max()
 
 
-@functools.cache
+@cache
 def dynamic_levels() -> Tensor:
     """256 levels (256,) for 8-bit scales, dense near zero: zero, one, and seven decades of each
     sign, from 1e-7 to 1, each with twice as many levels as the decade below (Dettmers et al. 2021,
@@ -319,22 +313,17 @@ def quantize_4bit(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     Uses bitsandbytes, which computes in `dtype`, or where it does not run `NF4Linear`, after a
     warning: the same values, slower. The model must be on the device that it will be used on.
     """
-    reason, states = "", []
     for name, layer in list(model.named_modules()):
         if "blocks" not in name.split(".") or type(layer) is not nn.Linear:
             continue
         layer.requires_grad_(False)
         try:
             quantized = _bitsandbytes_layer(layer, dtype)
-            states.append(quantized.weight.quant_state)
         except Exception as error:  # the package or a library of it is missing, or this device
             quantized, reason = NF4Linear(layer), str(error).strip().split("\n")[0]
+            text = f"bitsandbytes not used ({reason}): slower NF4 in plain PyTorch"
+            warnings.warn(text, stacklevel=2)
         model.set_submodule(name, quantized.train(layer.training))
-    for state in states:  # the level tables are the same for all: keep one copy
-        state.code, state.state2.code = states[0].code, states[0].state2.code
-    if reason:
-        text = f"bitsandbytes not used ({reason}): slower NF4 in plain PyTorch"
-        warnings.warn(text, stacklevel=2)
 
 
 def _bitsandbytes_layer(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
@@ -347,10 +336,12 @@ def _bitsandbytes_layer(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
     quantized = Linear4bit(*sizes, bias=False, compute_dtype=dtype, device="meta")
     quantized.weight = Params4bit(layer.weight.detach().clone().cpu(), quant_type="nf4")
     quantized.bias = layer.bias
-    # Without gradients, CPUs with AVX512-BF16 would re-pack the weights into a layout that gives
-    # wrong gradients when training continues.
+    # An evaluation would re-pack the weights, which gives wrong gradients in a training after it.
     quantized.support_avx512bf16_for_cpu = False
-    return quantized.to(layer.weight.device)  # quantises, even if it is there already
+    quantized = quantized.to(layer.weight.device)  # quantises, even if it is there already
+    state, device = quantized.weight.quant_state, layer.weight.device
+    state.code, state.state2.code = nf4_levels().to(device), dynamic_levels().to(device)  # shared
+    return quantized
 
 
 def quantized_weight(layer: nn.Module) -> NF4Weight | None:
@@ -363,70 +354,38 @@ def quantized_weight(layer: nn.Module) -> NF4Weight | None:
     return None
 
 
-def is_quantized(layer: nn.Module) -> bool:
-    """Whether a layer holds 4-bit weights."""
-    return quantized_weight(layer) is not None
-
-
-def dequantize(layer: nn.Module) -> nn.Module:
-    """A plain linear layer with a 4-bit layer's weights; any other layer itself."""
-    if (q := quantized_weight(layer)) is None:
-        return layer
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(dequantize_nf4(q), requires_grad=False)
-    plain.bias = layer.bias
-    return plain
-
-
 # ---- 8-bit and 4-bit weights for inference on a CPU
 
 
-class PackedLinear(nn.Module):
-    """A linear layer with weights of few bits, for bf16 inputs. One token at a time is as fast as
-    memory delivers the weights, and these are few bytes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        y = self.multiply(x.flatten(0, -2)).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
-
-
-class Int8Linear(PackedLinear):
-    """8-bit weights and a scale for each row."""
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights and a scale for each row, for bf16 inputs. One token at a
+    time is as fast as memory delivers the weights, and these are few bytes."""
 
     MAX_ROWS = 16  # above, it is faster to convert the weights once
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
         weight = layer.weight.detach().to(torch.float32, copy=True)
-        low, high = weight.aminmax(dim=1, keepdim=True)
-        scales = torch.maximum(-low, high).clamp(min=1e-12) / 127
+        scales = weight.norm(torch.inf, dim=1, keepdim=True).clamp(min=1e-12) / 127
         self.register_buffer("weight", weight.div_(scales).round_().to(torch.int8))
         self.register_buffer("scales", scales[:, 0].bfloat16())
         self.bias = layer.bias
 
-    def multiply(self, rows: Tensor) -> Tensor:
-        """(N, in) to (N, out)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out); token ids (B, T) to (B, T, C), for the embedding tied to it."""
+        if not x.is_floating_point():
+            return self.weight[x] * self.scales[x, None]
+        rows = x.flatten(0, -2)
         if len(rows) > self.MAX_ROWS:
-            return F.linear(rows, self.weight.to(rows.dtype)) * self.scales
-        return torch._weight_int8pack_mm(rows, self.weight, self.scales)
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scales
+        else:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scales)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
 
-class Int8Embedding(nn.Module):
-    """An embedding tied to an 8-bit head."""
-
-    def __init__(self, head: Int8Linear):
-        super().__init__()
-        self.register_buffer("weight", head.weight)
-        self.register_buffer("scales", head.scales)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, T) to (B, T, C)."""
-        return self.weight[ids] * self.scales[ids, None]
-
-
-class Int4Linear(PackedLinear):
-    """4-bit weights, and a scale and a minimum for each 32 of a row."""
+class Int4Linear(nn.Module):
+    """The same with 4-bit weights, and a scale and a minimum for each 32 of a row."""
 
     GROUP = 32
 
@@ -441,12 +400,12 @@ class Int4Linear(PackedLinear):
         self.register_buffer("scales", scales.transpose(0, 1).contiguous().bfloat16())
         self.bias = layer.bias
 
-    def multiply(self, rows: Tensor) -> Tensor:
-        """(N, in) to (N, out)."""
-        return torch._weight_int4pack_mm_for_cpu(rows, self.weight, self.GROUP, self.scales)
-
-
-WEIGHTS = ("fp32", "bf16", "int8", "int4")
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        rows, groups = x.flatten(0, -2), self.GROUP
+        y = torch._weight_int4pack_mm_for_cpu(rows, self.weight, groups, self.scales)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
 
 def convert_weights(model: nn.Module, weights: str) -> None:
@@ -459,7 +418,7 @@ def convert_weights(model: nn.Module, weights: str) -> None:
             packed = (Int4Linear if weights == "int4" and in_block else Int8Linear)(layer)
             model.set_submodule(name, packed)
             if tied := embeddings.get(layer.weight):
-                model.set_submodule(tied, Int8Embedding(packed))
+                model.set_submodule(tied, packed)
     model.to(torch.float32 if weights == "fp32" else torch.bfloat16).requires_grad_(False)
     with contextlib.suppress(OSError, AttributeError):  # Linux keeps freed memory, else
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -475,7 +434,7 @@ def fastest_weights(layer: nn.Linear) -> str:
         with contextlib.suppress(RuntimeError), torch.inference_mode():
             convert_weights(copied, weights)
             x = x.to(torch.float32 if weights == "fp32" else torch.bfloat16)
-            seconds[weights] = min(timeit.repeat(functools.partial(copied, x), number=4, repeat=15))
+            seconds[weights] = min(timeit.repeat(partial(copied, x), number=4, repeat=15))
     return min(seconds, key=seconds.get)
 
 
@@ -496,5 +455,4 @@ def stored_bytes(model: nn.Module) -> int:
     tensors = list(model.parameters())
     for q in filter(None, map(quantized_weight, model.modules())):
         tensors += (*q[1:4], nf4_levels(), dynamic_levels())
-    distinct = {tensor.data_ptr(): tensor for tensor in tensors}
-    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import evaluate
 import finetune_classifier
@@ -24,6 +25,7 @@ import finetune_qlora_instructions
 import generation
 import training
 from data_loader import SAMPLES
+from lora import merge_lora
 from model import GPTConfig, GPTModel
 from tokenizer import BPETokenizer
 from training import Runtime, save_checkpoint
@@ -111,6 +113,13 @@ def randomised(model: GPTModel, seed: int = 0) -> GPTModel:
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def dequantized(layer: nn.Linear) -> nn.Linear:
+    """A plain layer with the weights of one that may have 4 bits."""
+    wrapped = nn.Sequential(layer)
+    merge_lora(wrapped)
+    return wrapped[0]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomised, tiny_config
+from conftest import dequantized, randomised, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
@@ -31,7 +31,7 @@ from generation import (
     load_for_inference,
     load_model,
 )
-from lora import dequantize, dequantize_nf4, lora_layers, nf4_levels, quantize_nf4
+from lora import dequantize_nf4, lora_layers, nf4_levels, quantize_nf4
 from model import GPTModel
 from tokenizer import BPETokenizer
 from training import load_checkpoint, next_token_loss, save_checkpoint
@@ -96,7 +96,7 @@ def test_an_empty_folder_gives_commands_and_no_traceback(
         ("chat", BASE, "python main.py"),
         ("how", BASE, "python main.py"),
         ("sentiment", LORA_CLASSIFIER, "python finetune_lora_classifier.py"),
-        ("sentiment", app.evaluate.LINEAR_BASELINE, "python finetune_classifier.py"),
+        ("sentiment", generation.LINEAR_BASELINE, "python finetune_classifier.py"),
     ],
 )
 def test_a_model_that_a_set_lacks_is_a_hint_of_one_line(
@@ -505,7 +505,7 @@ def test_updates_of_an_adapter_are_those_of_the_model(file: str, all_models: Pat
     for name, layer in layers.items():
         update, r = layer.delta_weight().detach(), len(updates[name][1])
         assert updates[name][1] == pytest.approx(torch.linalg.svdvals(update)[:r], abs=1e-5)
-        norm = dequantize(layer.base_layer).weight.norm()
+        norm = dequantized(layer.base_layer).weight.norm()
         assert updates[name][0] == pytest.approx((update.norm() / norm).item(), rel=0.05)
     norms = [norm for norm, _ in updates.values()]
     assert norms == sorted(norms, reverse=True) and norms[-1] > 0

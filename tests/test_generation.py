@@ -23,7 +23,7 @@ from generation import (
     sample_next_token,
     token_probabilities,
 )
-from lora import is_quantized, lora_layers
+from lora import lora_layers, quantized_weight
 from model import GPTClassificationModel, GPTModel
 from tokenizer import END_OF_TEXT, BPETokenizer
 
@@ -299,7 +299,7 @@ def test_for_inference_a_model_has_no_adapters_and_no_4_bit_weights(
     trained, _, _ = generation.load_model(all_models / name)
     merged, _, checkpoint = generation.load_for_inference(all_models / name)
     assert lora_layers(trained) and not lora_layers(merged) and "weights" not in checkpoint
-    assert not any(map(is_quantized, merged.modules()))
+    assert not any(map(quantized_weight, merged.modules()))
     assert not any(p.requires_grad for p in merged.parameters())
     ids = torch.arange(20)[None]
     inputs = (ids, torch.tensor([20])) if name == LORA_CLASSIFIER else (ids,)

@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit as bitsandbytes_dequantize
 from bitsandbytes.functional import quantize_4bit as bitsandbytes_quantize
 from bitsandbytes.nn import Linear4bit
-from conftest import TINY_INSTRUCTIONS, randomised, run_under_torchrun, tiny_config, unsaved
+from conftest import (
+    TINY_INSTRUCTIONS,
+    dequantized,
+    randomised,
+    run_under_torchrun,
+    tiny_config,
+    unsaved,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -47,15 +54,14 @@ from lora import (
     NF4Linear,
     apply_lora,
     count_parameters,
-    dequantize,
     dequantize_nf4,
     dynamic_levels,
-    is_quantized,
     lora_state_dict,
     merge_lora,
     nf4_levels,
     quantize_4bit,
     quantize_nf4,
+    quantized_weight,
     stored_bytes,
 )
 from model import GPTConfig, GPTModel
@@ -547,7 +553,7 @@ def test_layers_of_the_blocks_take_over_the_trained_weights():
             assert (
                 module.weight.quant_state.quant_type == "nf4" and module.weight.quant_state.nested
             )
-            error = (dequantize(module).weight - trained[name]).norm() / trained[name].norm()
+            error = (dequantized(module).weight - trained[name]).norm() / trained[name].norm()
             assert 0.01 < error < 0.15, "four bits of these weights, and not of random ones"
         else:
             assert torch.equal(module.weight, trained[name])
@@ -564,7 +570,7 @@ def test_at_most_4_2_bits_for_a_parameter_of_the_default_model():
     bits = 8 * (stored_bytes(model) - (before - 4 * n)) / n
     assert 4 < bits <= 4.2
     tensors: dict[int, int] = {}
-    for layer in filter(is_quantized, model.modules()):
+    for layer in filter(quantized_weight, model.modules()):
         state = layer.weight.quant_state
         inner = state.state2
         for t in (layer.weight, state.absmax, state.code, state.offset, inner.absmax, inner.code):
@@ -603,7 +609,7 @@ def test_rows_that_bitsandbytes_would_misread_run_in_plain_pytorch():
             rounded.get_submodule(name).weight = torch.nn.Parameter(weight)
     with pytest.warns(UserWarning, match=r"misread rows of 16 weights.*plain PyTorch"):
         quantize_4bit(model)
-    kinds = {layer.in_features: type(layer) for layer in filter(is_quantized, model.modules())}
+    kinds = {layer.in_features: type(layer) for layer in filter(quantized_weight, model.modules())}
     assert kinds == {16: NF4Linear, 64: Linear4bit}
     torch.testing.assert_close(model(ids), rounded(ids), rtol=1e-3, atol=1e-3)
 
@@ -629,7 +635,7 @@ def test_without_bitsandbytes_plain_pytorch_takes_over(monkeypatch: pytest.Monke
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-2, atol=1e-3)
     before = model(ids)
     merge_lora(model)
-    assert not any(map(is_quantized, model.modules()))
+    assert not any(map(quantized_weight, model.modules()))
     torch.testing.assert_close(model(ids), before, rtol=1e-3, atol=1e-3)
 
 
@@ -665,7 +671,7 @@ def test_an_evaluation_does_not_change_the_gradients_after_it(dtype: torch.dtype
         model(ids)
     after = gradients()
     assert before and all(torch.equal(before[name], after[name]) for name in before)
-    for layer in filter(is_quantized, model.modules()):
+    for layer in filter(quantized_weight, model.modules()):
         assert not layer.support_avx512bf16_for_cpu
 
 
@@ -675,7 +681,7 @@ def test_gradients_are_those_of_the_dequantised_model():
     apply_lora(model, ALL)
     plain = copy.deepcopy(model)
     for _, layer in lora.lora_layers(plain):
-        layer.base_layer = dequantize(layer.base_layer)
+        layer.base_layer = dequantized(layer.base_layer)
     ids = torch.arange(24).reshape(2, 12)
     for net in (model, plain):
         next_token_loss(net, (ids[:, :-1], ids[:, 1:]))[0].backward()
@@ -702,7 +708,7 @@ def test_adapters_of_a_4bit_base_start_as_the_best_correction_of_its_outputs():
     for name, layer in lora.lora_layers(model):
         x = torch.cat(inputs[name])
         torch.testing.assert_close(moments[name], x.T @ x, rtol=1e-3, atol=1e-3)
-        error = weights[f"{name}.weight"] - dequantize(layer.base_layer).weight
+        error = weights[f"{name}.weight"] - dequantized(layer.base_layer).weight
         best = torch.linalg.svdvals(x @ error.T)[ALL.r :].square().sum()  # Eckart and Young 1936
         left = (x @ (error - layer.delta_weight()).T).square().sum()
         assert best <= left * 1.0001 and left < 1.1 * best
@@ -717,7 +723,7 @@ def test_merging_dequantises_and_keeps_the_logits():
             torch.nn.init.normal_(parameter, std=0.1)
     before = model(ids)
     merge_lora(model)
-    assert not any(map(is_quantized, model.modules()))
+    assert not any(map(quantized_weight, model.modules()))
     torch.testing.assert_close(model(ids), before, rtol=1e-3, atol=1e-3)
 
 
@@ -787,7 +793,7 @@ def test_a_run_saves_what_reloads_to_the_same_logits(
     row = f"| {path.name} | {test['n']} | {test['response_bits_per_byte']:.4f} |"
     assert row in shown.out and 0 <= test["stops"] <= 1
     assert checkpoint["chat_template"] == CHAT_TEMPLATE
-    assert any(map(is_quantized, model.modules())) == (method == "qlora")
+    assert any(map(quantized_weight, model.modules())) == (method == "qlora")
     ids = torch.arange(30).reshape(2, 15)
     assert torch.equal(model(ids), trained[0](ids))
     if method != "full":
@@ -858,7 +864,7 @@ def test_two_processes_train_and_one_finishes(base_checkpoint: Path, run: Callab
 def test_a_base_in_another_folder(run: Callable[..., int], tmp_path: Path, runtime: Runtime):
     assert run("--out-dir", str(tmp_path / "new")) == 0
     model, _, _ = load_model(tmp_path / "new" / "qlora_instruction_weights.pth", runtime=runtime)
-    assert any(map(is_quantized, model.modules()))
+    assert any(map(quantized_weight, model.modules()))
 
 
 def test_another_base_is_refused(run: Callable[..., int], base_checkpoint: Path, runtime: Runtime):
