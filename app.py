@@ -41,7 +41,11 @@ CLASSIFIERS = dict(REPORT["sentiment"][:3])  # files by name; the last row only 
 ASSISTANTS = dict(REPORT["instructions"][:0:-1])  # without the first row, the untouched base
 PARTS = {"base": BASE, "LoRA classifier": LORA_CLASSIFIER, "QLoRA instruction model": QLORA}
 ADAPTERS = (LORA_CLASSIFIER, generation.LORA, QLORA)
-COSTS = ("trained parameters", "peak memory bytes", "seconds")  # of a training, in the report
+COSTS = {  # of a training: name in the report, unit and format
+    "trained parameters": ("trained_parameters", 1, "~s"),
+    "peak memory (GiB)": ("peak_memory_bytes", 2**30, ".2f"),
+    "training (s)": ("seconds", 1, ",.0f"),
+}
 COLORS = ("blue", "green", "orange", "violet", "red")
 
 
@@ -509,9 +513,12 @@ def training_page() -> None:
             st.markdown(f"**{task.capitalize()}**")
             st.dataframe(pd.DataFrame(lines, columns=header), hide_index=True)
             tuned = [r for r in rows[task] if r["model"] in ASSISTANTS and "seconds" in r]
-            costs = pd.DataFrame(tuned).rename(columns=lambda name: name.replace("_", " "))
-            for column, name in zip(st.columns(3), COSTS if tuned else ()):
-                column.altair_chart(bars(costs[["model", name]], "~s"))
+            if not tuned:
+                continue
+            names = [row["model"] for row in tuned]
+            for column, (title, (key, unit, x_format)) in zip(st.columns(3), COSTS.items()):
+                costs = {"model": names, title: [row[key] / unit for row in tuned]}
+                column.altair_chart(bars(costs, x_format))
     except FileNotFoundError:
         st.info(f"There is no {path.name} yet: create it with `{command}`.")
     except (KeyError, TypeError, AttributeError, ValueError):

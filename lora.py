@@ -420,7 +420,12 @@ def convert_weights(model: nn.Module, weights: str) -> None:
             if tied := embeddings.get(layer.weight):
                 model.set_submodule(tied, packed)
     model.to(torch.float32 if weights == "fp32" else torch.bfloat16).requires_grad_(False)
-    with contextlib.suppress(OSError, AttributeError):  # Linux keeps freed memory, else
+    return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Gives the system back what Linux would otherwise keep for this process."""
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
