@@ -50,11 +50,7 @@ Metrics = dict[str, Any]
 
 
 def measure(
-    model: GPTModel | GPTClassificationModel,
-    tokenizer: BPETokenizer,
-    checkpoint: dict[str, Any],
-    examples: Corpus | list[Review] | list[Instruction],
-    runtime: Runtime,
+    model: Any, tokenizer: BPETokenizer, checkpoint: dict, examples: Corpus | list, runtime: Runtime
 ) -> Metrics:
     """Metrics of what `load_model` returns: of a classifier on labelled reviews, or of a language
     model on a corpus, on reviews as text, or on responses to instructions."""
@@ -254,16 +250,8 @@ REPORT = {  # rows of each task: model, file, and what it is measured on, if not
 }
 
 
-def report(models: str | Path, data_dir: str | Path, runtime: Runtime) -> dict[str, list[Metrics]]:
-    """Measures every checkpoint of a model set on its held-out data: for each task a row per model,
-    with metrics and costs, or with a "problem" that names the command to run."""
-    return {
-        task: [_measure_row(Path(models), Path(data_dir), runtime, *row) for row in rows]
-        for task, rows in REPORT.items()
-    }
-
-
 def _measure_row(models, data_dir, runtime, name, file, measured_on="") -> Metrics:
+    """Metrics and costs of a checkpoint, or a "problem" that names the command to run."""
     path = models / file
     try:
         if file == LINEAR_BASELINE:
@@ -306,8 +294,8 @@ def rebuild_split(checkpoint: dict[str, Any], data_dir: str | Path) -> Split:
     """The splits of the data set that a checkpoint was trained on."""
     is_tasks = checkpoint["kind"] in generation.INSTRUCTION_MODELS
     sources = data_loader.INSTRUCTION_SOURCES if is_tasks else data_loader.REVIEW_SOURCES
+    load = data_loader.load_instructions if is_tasks else data_loader.load_reviews
     if (name := checkpoint["dataset"]) in sources:
-        load = data_loader.load_instructions if is_tasks else data_loader.load_reviews
         rows = load(name, None, data_dir, checkpoint["rows"])
         if rows.metadata["data_sha256"] == checkpoint["data_sha256"]:
             return data_utils.split_examples(rows)
@@ -381,18 +369,12 @@ def sentiment_tables(rows: dict[str, Metrics]) -> str:
 
 # ---- command line
 
-_RESPONDING = ("base", *generation.INSTRUCTION_MODELS)
+ANSWER = ("base", *generation.INSTRUCTION_MODELS)
 TASKS = {  # what is measured; files of what; the default checkpoint; the kinds of checkpoints
     "perplexity": ("a base model on a text", "text, or a folder of .txt files", BASE, ("base",)),
     "sentiment": ("a classifier on reviews", "labelled texts", FULL_CLASSIFIER, CLASSIFIERS),
-    "instructions": (
-        "an instruction model, or a base, on tasks with responses",
-        *("instructions or conversations", QLORA, _RESPONDING),
-    ),
-    "questions": (
-        "an instruction model, or a base, on questions with checkable answers",
-        *("questions (default: 80 that come with this repository)", QLORA, _RESPONDING),
-    ),
+    "instructions": ("responses to tasks", "instructions or conversations", QLORA, ANSWER),
+    "questions": ("answers to questions", "questions (default: our 80)", QLORA, ANSWER),
 }
 
 
@@ -433,8 +415,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.task is None:
             _write_report(args, runtime)
             return 0
-        path = args.checkpoint or (args.models and args.models / TASKS[args.task][2])
-        path = path or generation.default_path(TASKS[args.task][2])
+        path = args.checkpoint or generation.default_path(TASKS[args.task][2], args.models)
         if args.text is not None:
             metrics = classify_text(path, args.text, runtime)
         else:
@@ -456,7 +437,8 @@ def main(argv: list[str] | None = None) -> int:
 def _write_report(args: argparse.Namespace, runtime: Runtime) -> None:
     models = args.models or generation.default_model_set()
     log0(f"measuring {models}")
-    rows = report(models, data_loader.find_data_dir(args.data_dir), runtime)
+    where = models, data_loader.find_data_dir(args.data_dir), runtime
+    rows = {task: [_measure_row(*where, *row) for row in rows] for task, rows in REPORT.items()}
     if args.models or models.name != "shipped":  # which no default command changes
         with data_loader.atomic_write(models / "report.json") as file:
             file.write(json.dumps(rows, indent=1).encode() + b"\n")

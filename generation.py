@@ -456,18 +456,17 @@ def open_base(
 ) -> tuple[GPTModel, BPETokenizer, dict[str, Any]]:
     """Opens `args.base` and copies its tokenizer to `args.out_dir`. Returns the model, its
     tokenizer, and the path and hashes by which checkpoints identify the base."""
-    path, out_dir = args.base, args.out_dir
-    log0(f"using {path}")
+    log0(f"using {args.base}")
     if args.public_recipe:
         defaults = ", ".join(f"{name} {value!r}" for name, value in args.public_recipe.items())
         log0(f"defaults for a public base: {defaults}")
-    model, tokenizer, checkpoint = load_model(path, "base", dtype=dtype)
+    model, tokenizer, checkpoint = load_model(args.base, "base", dtype=dtype)
     length = model.config.context_length
     if model.config.position == "learned" and context_length > length:
         raise ValueError(f"the base has {length} learned positions: lower --context-length")
-    place_tokenizer(tokenizer, out_dir)
+    place_tokenizer(tokenizer, args.out_dir)
     origin = {
-        "base": Path(os.path.relpath(path.resolve(), out_dir.resolve())).as_posix(),
+        "base": Path(os.path.relpath(args.base.resolve(), args.out_dir.resolve())).as_posix(),
         "base_sha256": checkpoint["weights_sha256"],
         "tokenizer_sha256": tokenizer.sha256,
     }
@@ -659,8 +658,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     task.add_argument("--prompt", default="", help="text to continue; empty starts a new text")
     task.add_argument("--instruct", help="instruction to follow, instead of a prompt")
     add("--context", default="", help="text that the instruction is about")
-    text = f"base or instruction model (default: {BASE}, or {QLORA} with --instruct, of models/"
-    add("--checkpoint", type=Path, help=f"{text} if it has a base, else of models/shipped)")
+    add("--checkpoint", type=Path, help="model file (default: the base; with --instruct, QLoRA)")
     add("--max-new-tokens", type=int, default=300, help="maximum number of tokens to generate")
     add("--temperature", type=float, default=TEMPERATURE, help="0 is greedy")
     add("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0 means all")
