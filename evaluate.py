@@ -80,13 +80,9 @@ def language_model_metrics(
     windows = data_utils.scoring_windows(ids, length, tokenizer.end_id, BATCH_TOKENS // length)
     nats_per_token = training.mean_loss(model, windows, training.next_token_loss, runtime)
     nats_per_byte = nats_per_token * len(ids) / n_bytes
-    return {
-        "bits_per_byte": nats_per_byte / math.log(2),
-        "nats_per_byte": nats_per_byte,
-        "perplexity": math.exp(min(nats_per_token, 700)),  # e^710 exceeds a float
-        "tokens": len(ids),
-        "bytes": n_bytes,
-    }
+    perplexity = math.exp(min(nats_per_token, 700))  # e^710 exceeds a float
+    metrics = {"bits_per_byte": nats_per_byte / math.log(2), "nats_per_byte": nats_per_byte}
+    return {**metrics, "perplexity": perplexity, "tokens": len(ids), "bytes": n_bytes}
 
 
 def validation_metrics(
@@ -105,12 +101,9 @@ def response_metrics(
     nats = training.mean_loss(model, batches, training.next_token_loss, runtime)
     targets = np.concatenate([np.array(example.targets) for example in examples])
     responses = targets[targets != data_utils.IGNORE]
-    n_bytes = data_utils.count_bytes(responses, tokenizer)
-    return {
-        "response_bits_per_byte": nats * len(responses) / n_bytes / math.log(2),
-        "response_perplexity": math.exp(min(nats, 700)),
-        "n": len(examples),
-    }
+    n_bytes, perplexity = data_utils.count_bytes(responses, tokenizer), math.exp(min(nats, 700))
+    bits = nats * len(responses) / n_bytes / math.log(2)
+    return {"response_bits_per_byte": bits, "response_perplexity": perplexity, "n": len(examples)}
 
 
 def classification_metrics(
@@ -124,14 +117,10 @@ def classification_metrics(
     n, n_right, classes = len(labels), int((predicted == labels).sum()), range(len(names))
     interval = binomtest(n_right, n).proportion_ci(method="wilson")
     macro_f1 = f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)
-    return {
-        "accuracy": n_right / n,
-        "ci95": [float(interval.low), float(interval.high)],
-        "macro_f1": float(macro_f1),
-        "labels": list(names),
-        "confusion": confusion_matrix(labels, predicted, labels=classes).tolist(),
-        "n": n,
-    }
+    confusion = confusion_matrix(labels, predicted, labels=classes).tolist()
+    metrics = {"accuracy": n_right / n, "ci95": [float(interval.low), float(interval.high)]}
+    metrics |= {"macro_f1": float(macro_f1), "labels": list(names), "confusion": confusion, "n": n}
+    return metrics
 
 
 def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction]) -> float:
@@ -187,15 +176,11 @@ def fit_linear_baseline(split: Split[Review], names: Sequence[str]) -> tuple[dic
     provenance = training.provenance(training.CPU, time.perf_counter() - started)
     metrics = baseline_metrics(linear, split, names)
     features, model = linear[0], linear[1]
+    words = "\n".join(features.get_feature_names_out())
     arrays = {"idf": features.idf_, "coef": model.coef_, "intercept": model.intercept_}
-    return metrics, {
-        "kind": "linear",
-        "words": "\n".join(features.get_feature_names_out()),
-        "labels": list(names),
-        "metrics": {"test": metrics[LINEAR]},
-        "provenance": provenance,
-        "weights": {name: torch.tensor(a, dtype=torch.float32) for name, a in arrays.items()},
-    }
+    weights = {name: torch.tensor(a, dtype=torch.float32) for name, a in arrays.items()}
+    contents = {"kind": "linear", "words": words, "labels": list(names), "weights": weights}
+    return metrics, {**contents, "metrics": {"test": metrics[LINEAR]}, "provenance": provenance}
 
 
 def baseline_metrics(linear: Any, split: Split[Review], names: Sequence[str]) -> dict[str, Metrics]:
@@ -274,9 +259,8 @@ def _measure_row(models, data_dir, runtime, name, file, measured_on="") -> Metri
                 metrics["right"] = question_metrics(model, tokenizer, QUESTIONS)["right"]
     except (ValueError, OSError) as error:
         return {"model": name, "problem": str(error)}
-    made = checkpoint["provenance"]
     costs = {"trained_parameters": trained, "parameters": total, "file_bytes": path.stat().st_size}
-    costs |= {name: made[name] for name in ("seconds", "peak_memory_bytes")}
+    costs |= {name: checkpoint["provenance"][name] for name in ("seconds", "peak_memory_bytes")}
     if name == MAJORITY:
         costs = dict.fromkeys(costs, 0)  # a guess costs nothing
     return {"model": name, "measured_on": measured_on or checkpoint["dataset"], **metrics, **costs}
@@ -304,32 +288,17 @@ def rebuild_split(checkpoint: dict[str, Any], data_dir: str | Path) -> Split:
 
 # ---- tables
 
-ACCURACY_COLUMNS = {
-    "accuracy": "{accuracy:.1%}",
-    "95 % interval": "{ci95[0]:.1%} to {ci95[1]:.1%}",
-    "macro F1": "{macro_f1:.3f}",
-}
-RESPONSE_COLUMNS = {
-    "bits per byte of response": "{response_bits_per_byte:.4f}",
-    "perplexity": "{response_perplexity:.2f}",
-    "responses that stop": "{stops:.0%}",
-    "right answers": "{right:.0%}",
-}
-COSTS = {
-    "trained parameters": "{trained_parameters:,}",
-    "of": "{parameters:,}",
-    "file": "{kb:,.0f} kB",
-    "training": "{seconds:,.0f} s",
-    "peak memory": "{gib:.2f} GiB",
-}
+ACCURACY_COLUMNS = {"accuracy": "{accuracy:.1%}", "95 % interval": "{ci95[0]:.1%} to {ci95[1]:.1%}"}
+ACCURACY_COLUMNS |= {"macro F1": "{macro_f1:.3f}"}
+RESPONSE_COLUMNS = {"bits per byte of response": "{response_bits_per_byte:.4f}"}
+RESPONSE_COLUMNS |= {"perplexity": "{response_perplexity:.2f}"}
+RESPONSE_COLUMNS |= {"responses that stop": "{stops:.0%}", "right answers": "{right:.0%}"}
+LANGUAGE_COLUMNS = {"bits per byte": "{bits_per_byte:.4f}", "nats per byte": "{nats_per_byte:.4f}"}
+LANGUAGE_COLUMNS |= {"perplexity": "{perplexity:.2f}"}
+COSTS = {"trained parameters": "{trained_parameters:,}", "of": "{parameters:,}"}
+COSTS |= {"file": "{kb:,.0f} kB", "training": "{seconds:,.0f} s", "peak memory": "{gib:.2f} GiB"}
 REPORT_COLUMNS = {
-    "language": {
-        "measured on": "{measured_on}",
-        "bits per byte": "{bits_per_byte:.4f}",
-        "nats per byte": "{nats_per_byte:.4f}",
-        "perplexity": "{perplexity:.2f}",
-        **COSTS,
-    },
+    "language": {"measured on": "{measured_on}"} | LANGUAGE_COLUMNS | COSTS,
     "sentiment": {"measured on": "{measured_on}, {n:,} texts"} | ACCURACY_COLUMNS | COSTS,
     "instructions": {"measured on": "{measured_on}, {n:,} responses"} | RESPONSE_COLUMNS | COSTS,
 }
@@ -438,7 +407,7 @@ def _write_report(args: argparse.Namespace, runtime: Runtime) -> None:
     models = args.models or generation.default_model_set()
     log0(f"measuring {models}")
     where = models, data_loader.find_data_dir(args.data_dir), runtime
-    rows = {task: [_measure_row(*where, *row) for row in rows] for task, rows in REPORT.items()}
+    rows = {task: [_measure_row(*where, *row) for row in part] for task, part in REPORT.items()}
     if args.models or models.name != "shipped":  # which no default command changes
         with data_loader.atomic_write(models / "report.json") as file:
             file.write(json.dumps(rows, indent=1).encode() + b"\n")
@@ -451,8 +420,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     text = "model set (default: models if it has a base, else models/shipped)"
     shared.add_argument("--models", type=Path, help=text)
     parser = training.new_parser("Measure the checkpoints of a model set.", parents=[shared])
-    text = "folder of data sets (default: $GPT_DATA_DIR, else data)"
-    parser.add_argument("--data-dir", type=Path, help=text)
+    parser.add_argument("--data-dir", type=Path, help="downloads (default: $GPT_DATA_DIR, else data)")
     tasks = parser.add_subparsers(dest="task", metavar="TASK")
     for name, (text, data_text, file, _) in TASKS.items():
         one = tasks.add_parser(name, help=text, parents=[shared], formatter_class=HelpFormatter)

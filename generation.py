@@ -265,16 +265,11 @@ BASE, REVIEW_LM = "model_weights.pth", "review_lm_weights.pth"
 FULL_CLASSIFIER, LORA_CLASSIFIER = "finetuned_classifier_weights.pth", "lora_classifier_weights.pth"
 LINEAR_BASELINE = "linear_baseline.pth"
 QLORA, LORA, FULL = (f"{name}_instruction_weights.pth" for name in ("qlora", "lora", "full"))
-COMMANDS = {  # the files of a model set, and what creates them
-    BASE: "python main.py",
-    REVIEW_LM: "python finetune_classifier.py",
-    FULL_CLASSIFIER: "python finetune_classifier.py",
-    LINEAR_BASELINE: "python finetune_classifier.py",
-    LORA_CLASSIFIER: "python finetune_lora_classifier.py",
-    QLORA: "python finetune_qlora_instructions.py",
-    LORA: "python finetune_qlora_instructions.py --no-quantize",
-    FULL: "python finetune_qlora_instructions.py --full",
-}
+# The files of a model set, and what creates them.
+COMMANDS = {BASE: "python main.py", LORA_CLASSIFIER: "python finetune_lora_classifier.py"}
+_CLASSIFY, _INSTRUCT = "python finetune_classifier.py", "python finetune_qlora_instructions.py"
+COMMANDS |= {REVIEW_LM: _CLASSIFY, FULL_CLASSIFIER: _CLASSIFY, LINEAR_BASELINE: _CLASSIFY}
+COMMANDS |= {QLORA: _INSTRUCT, LORA: f"{_INSTRUCT} --no-quantize", FULL: f"{_INSTRUCT} --full"}
 CLASSIFIERS = ("classifier", "lora_classifier")  # kinds of checkpoints
 INSTRUCTION_MODELS = ("qlora_instruction", "lora_instruction", "full_instruction")
 LARGE_MODEL = 20_000_000  # parameters; smaller ones gain nothing from fewer bits
@@ -465,12 +460,9 @@ def open_base(
     if model.config.position == "learned" and context_length > length:
         raise ValueError(f"the base has {length} learned positions: lower --context-length")
     place_tokenizer(tokenizer, args.out_dir)
-    origin = {
-        "base": Path(os.path.relpath(args.base.resolve(), args.out_dir.resolve())).as_posix(),
-        "base_sha256": checkpoint["weights_sha256"],
-        "tokenizer_sha256": tokenizer.sha256,
-    }
-    return model, tokenizer, origin
+    origin = {"base_sha256": checkpoint["weights_sha256"], "tokenizer_sha256": tokenizer.sha256}
+    base = Path(os.path.relpath(args.base.resolve(), args.out_dir.resolve())).as_posix()
+    return model, tokenizer, {"base": base, **origin}
 
 
 def place_tokenizer(tokenizer: BPETokenizer, folder: str | Path) -> None:
@@ -520,13 +512,10 @@ def export_hf(path: str | Path, folder: str | Path) -> None:
     tensors = weights_to_hf(gpt.state_dict(), config)
     stops, vocab = stop_ids(tokenizer), tokenizer.vocab
     special = {"bos_token_id": None, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.context_length,
-        "eos_token": vocab[stops[0]].decode(),
-        "pad_token": vocab[tokenizer.pad_id].decode(),
-        "clean_up_tokenization_spaces": False,
-    }
+    tokens = {"eos_token": vocab[stops[0]].decode(), "pad_token": vocab[tokenizer.pad_id].decode()}
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+    tokenizer_config["model_max_length"] = config.context_length
+    tokenizer_config["clean_up_tokenization_spaces"] = False
     if checkpoint["kind"] in INSTRUCTION_MODELS or tokenizer.chat_template:
         tokenizer_config["chat_template"] = tokenizer.chat_template or CHAT_TEMPLATE
     files = {"tokenizer_config": tokenizer_config}
@@ -564,14 +553,10 @@ def export_peft(path: str | Path, folder: str | Path) -> None:
         for theirs, rows in hf_tensors(f"{layer}.lora_B", module.lora_B, config).items():
             tensors[f"{theirs}.weight"] = rows
             tensors[f"{theirs.removesuffix('B')}A.weight"] = module.lora_A
-    settings = {
-        **checkpoint["lora_config"],
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if labels else "CAUSAL_LM",
-        "target_modules": sorted({n.partition(".lora_")[0] for n in tensors if ".lora_" in n}),
-        "modules_to_save": saved or None,
-        "fan_in_fan_out": config.position == "learned",  # GPT-2 has its matrices transposed
-    }
+    targets = sorted({n.partition(".lora_")[0] for n in tensors if ".lora_" in n})
+    settings = {**checkpoint["lora_config"], "peft_type": "LORA", "target_modules": targets}
+    task, is_gpt2 = "SEQ_CLS" if labels else "CAUSAL_LM", config.position == "learned"
+    settings |= {"task_type": task, "modules_to_save": saved or None, "fan_in_fan_out": is_gpt2}
     tensors = {f"base_model.model.{n}": t.detach().clone() for n, t in tensors.items()}
     _write_folder(folder, tensors, "adapter_model.safetensors", adapter_config=settings)
 
