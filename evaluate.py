@@ -420,7 +420,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     text = "model set (default: models if it has a base, else models/shipped)"
     shared.add_argument("--models", type=Path, help=text)
     parser = training.new_parser("Measure the checkpoints of a model set.", parents=[shared])
-    parser.add_argument("--data-dir", type=Path, help="downloads (default: $GPT_DATA_DIR, else data)")
+    parser.add_argument("--data-dir", type=Path, help="folder (default: $GPT_DATA_DIR, else data)")
     tasks = parser.add_subparsers(dest="task", metavar="TASK")
     for name, (text, data_text, file, _) in TASKS.items():
         one = tasks.add_parser(name, help=text, parents=[shared], formatter_class=HelpFormatter)
