@@ -245,13 +245,13 @@ def _measure_row(models, data_dir, runtime, name, file, measured_on="") -> Metri
             metrics = baseline_metrics(linear, split, checkpoint["labels"])[name]
             trained = total = sum(tensor.numel() for tensor in checkpoint["weights"].values())
         else:
-            model, tokenizer, checkpoint = generation.load_model(path, runtime=runtime)
-            examples = _held_out(measured_on, checkpoint, data_dir)
+            with generation.open_checkpoint(path) as checkpoint:
+                path = models / checkpoint["base"] if name == UNTOUCHED else path
+                examples = _held_out(measured_on, checkpoint, data_dir)
+            model, tokenizer, opened = generation.load_model(path, runtime=runtime)
             if name == UNTOUCHED:
-                path, context_length = models / checkpoint["base"], model.config.context_length
-                model, tokenizer, base = generation.load_model(path, "base", runtime)
-                generation.reconfigure(model, context_length)
-                checkpoint["provenance"] = base["provenance"]
+                generation.reconfigure(model, checkpoint["model_config"]["context_length"])
+                checkpoint["provenance"] = opened["provenance"]
             metrics = measure(model, tokenizer, checkpoint, examples, runtime)
             trained, total = count_parameters(model)
             if "response_perplexity" in metrics:
