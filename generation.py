@@ -451,11 +451,11 @@ def open_base(
 ) -> tuple[GPTModel, BPETokenizer, dict[str, Any]]:
     """Opens `args.base` and copies its tokenizer to `args.out_dir`. Returns the model, its
     tokenizer, and the path and hashes by which checkpoints identify the base."""
-    log0(f"using {args.base}")
     if args.public_recipe:
         defaults = ", ".join(f"{name} {value!r}" for name, value in args.public_recipe.items())
         log0(f"defaults for a public base: {defaults}")
     model, tokenizer, checkpoint = load_model(args.base, "base", dtype=dtype)
+    log0(f"using {args.base}")
     length = model.config.context_length
     if model.config.position == "learned" and context_length > length:
         raise ValueError(f"the base has {length} learned positions: lower --context-length")
