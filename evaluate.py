@@ -33,7 +33,7 @@ import training
 from data_loader import Corpus, Instruction, Review, log0
 from data_utils import EncodedInstruction, Split
 from generation import BASE, CLASSIFIERS, FULL_CLASSIFIER, LINEAR_BASELINE, QLORA
-from lora import count_parameters, merge_lora
+from lora import count_parameters
 from model import GPTClassificationModel, GPTModel
 from tokenizer import BPETokenizer
 from training import HelpFormatter, Runtime
@@ -50,11 +50,7 @@ Metrics = dict[str, Any]
 
 
 def measure(
-    model: GPTModel | GPTClassificationModel,
-    tokenizer: BPETokenizer,
-    checkpoint: dict[str, Any],
-    examples: Corpus | list[Review] | list[Instruction],
-    runtime: Runtime,
+    model: Any, tokenizer: BPETokenizer, checkpoint: dict, examples: Corpus | list, runtime: Runtime
 ) -> Metrics:
     """Metrics of what `load_model` returns: of a classifier on labelled reviews, or of a language
     model on a corpus, on reviews as text, or on responses to instructions."""
@@ -84,13 +80,9 @@ def language_model_metrics(
     windows = data_utils.scoring_windows(ids, length, tokenizer.end_id, BATCH_TOKENS // length)
     nats_per_token = training.mean_loss(model, windows, training.next_token_loss, runtime)
     nats_per_byte = nats_per_token * len(ids) / n_bytes
-    return {
-        "bits_per_byte": nats_per_byte / math.log(2),
-        "nats_per_byte": nats_per_byte,
-        "perplexity": math.exp(min(nats_per_token, 700)),  # e^710 exceeds a float
-        "tokens": len(ids),
-        "bytes": n_bytes,
-    }
+    perplexity = math.exp(min(nats_per_token, 700))  # e^710 exceeds a float
+    metrics = {"bits_per_byte": nats_per_byte / math.log(2), "nats_per_byte": nats_per_byte}
+    return {**metrics, "perplexity": perplexity, "tokens": len(ids), "bytes": n_bytes}
 
 
 def validation_metrics(
@@ -109,12 +101,9 @@ def response_metrics(
     nats = training.mean_loss(model, batches, training.next_token_loss, runtime)
     targets = np.concatenate([np.array(example.targets) for example in examples])
     responses = targets[targets != data_utils.IGNORE]
-    n_bytes = data_utils.count_bytes(responses, tokenizer)
-    return {
-        "response_bits_per_byte": nats * len(responses) / n_bytes / math.log(2),
-        "response_perplexity": math.exp(min(nats, 700)),
-        "n": len(examples),
-    }
+    n_bytes, perplexity = data_utils.count_bytes(responses, tokenizer), math.exp(min(nats, 700))
+    bits = nats * len(responses) / n_bytes / math.log(2)
+    return {"response_bits_per_byte": bits, "response_perplexity": perplexity, "n": len(examples)}
 
 
 def classification_metrics(
@@ -128,25 +117,20 @@ def classification_metrics(
     n, n_right, classes = len(labels), int((predicted == labels).sum()), range(len(names))
     interval = binomtest(n_right, n).proportion_ci(method="wilson")
     macro_f1 = f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)
-    return {
-        "accuracy": n_right / n,
-        "ci95": [float(interval.low), float(interval.high)],
-        "macro_f1": float(macro_f1),
-        "labels": list(names),
-        "confusion": confusion_matrix(labels, predicted, labels=classes).tolist(),
-        "n": n,
-    }
+    confusion = confusion_matrix(labels, predicted, labels=classes).tolist()
+    metrics = {"accuracy": n_right / n, "ci95": [float(interval.low), float(interval.high)]}
+    metrics |= {"macro_f1": float(macro_f1), "labels": list(names), "confusion": confusion, "n": n}
+    return metrics
 
 
 def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction]) -> float:
-    """Fraction of sampled responses that end by themselves within `MAX_RESPONSE_TOKENS`. A merged
-    copy samples them: equivalent and several times faster than 4 bits."""
-    merged = copy.deepcopy(model)
-    merge_lora(merged)
+    """Fraction of sampled responses that end by themselves within `MAX_RESPONSE_TOKENS`. A copy of
+    the model, prepared for inference, samples them several times faster than 4 bits."""
     is_large = count_parameters(model)[1] > generation.LARGE_MODEL
     judged = rows[: JUDGED_OF_LARGE if is_large else JUDGED_RESPONSES]
+    model = generation.prepare_for_inference(copy.deepcopy(model))
     lengths = [
-        len(list(generation.generate_response(merged, tokenizer, row, seed=seed)))
+        len(list(generation.generate_response(model, tokenizer, row, seed=seed)))
         for seed, row in enumerate(tqdm(judged, "responses"))
     ]
     return float(np.mean(np.array(lengths) < generation.MAX_RESPONSE_TOKENS))
@@ -155,12 +139,12 @@ def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction])
 def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path) -> Metrics:
     """Fraction of greedy answers to the questions of a file that are right: they contain one of the
     "answers" as a word of its own and none of the "wrong" ones; also for each "category". Leaves
-    the model merged."""
+    the model prepared for inference."""
     rows = [row for _, row in data_loader.read_records(path, ("instruction", "answers"))]
     lists = [row.get("answers") for row in rows if isinstance(row, dict) and "instruction" in row]
     if not rows or [type(answers) for answers in lists] != [list] * len(rows):
         raise ValueError(f"{path}: each row needs an instruction and a list of answers")
-    merge_lora(model)  # 4-bit weights would be dequantised for each token
+    generation.prepare_for_inference(model)
     answers, right = [], defaultdict(list)  # the latter also by category
     options = {"temperature": 0.0, "max_new_tokens": ANSWER_TOKENS}
     for row in tqdm(rows, "questions"):
@@ -192,15 +176,11 @@ def fit_linear_baseline(split: Split[Review], names: Sequence[str]) -> tuple[dic
     provenance = training.provenance(training.CPU, time.perf_counter() - started)
     metrics = baseline_metrics(linear, split, names)
     features, model = linear[0], linear[1]
+    words = "\n".join(features.get_feature_names_out())
     arrays = {"idf": features.idf_, "coef": model.coef_, "intercept": model.intercept_}
-    return metrics, {
-        "kind": "linear",
-        "words": "\n".join(features.get_feature_names_out()),
-        "labels": list(names),
-        "metrics": {"test": metrics[LINEAR]},
-        "provenance": provenance,
-        "weights": {name: torch.tensor(a, dtype=torch.float32) for name, a in arrays.items()},
-    }
+    weights = {name: torch.tensor(a, dtype=torch.float32) for name, a in arrays.items()}
+    contents = {"kind": "linear", "words": words, "labels": list(names), "weights": weights}
+    return metrics, {**contents, "metrics": {"test": metrics[LINEAR]}, "provenance": provenance}
 
 
 def baseline_metrics(linear: Any, split: Split[Review], names: Sequence[str]) -> dict[str, Metrics]:
@@ -213,9 +193,7 @@ def baseline_metrics(linear: Any, split: Split[Review], names: Sequence[str]) ->
 
 def load_linear_baseline(path: str | Path) -> tuple[Any, None, dict[str, Any]]:
     """The baseline of a checkpoint file, no tokenizer, and the checkpoint."""
-    hint = generation.command_for(path)
-    checkpoint = training.load_checkpoint(path, "linear", hint)
-    with generation.checkpoint_errors(path, hint):
+    with generation.open_checkpoint(path, "linear") as checkpoint:
         arrays = {name: t.double().numpy() for name, t in checkpoint["weights"].items()}
         linear = _new_linear_model(checkpoint["words"].split("\n"))
         linear[0].idf_ = arrays["idf"]
@@ -257,16 +235,8 @@ REPORT = {  # rows of each task: model, file, and what it is measured on, if not
 }
 
 
-def report(models: str | Path, data_dir: str | Path, runtime: Runtime) -> dict[str, list[Metrics]]:
-    """Measures every checkpoint of a model set on its held-out data: for each task a row per model,
-    with metrics and costs, or with a "problem" that names the command to run."""
-    return {
-        task: [_measure_row(Path(models), Path(data_dir), runtime, *row) for row in rows]
-        for task, rows in REPORT.items()
-    }
-
-
 def _measure_row(models, data_dir, runtime, name, file, measured_on="") -> Metrics:
+    """Metrics and costs of a checkpoint, or a "problem" that names the command to run."""
     path = models / file
     try:
         if file == LINEAR_BASELINE:
@@ -275,13 +245,13 @@ def _measure_row(models, data_dir, runtime, name, file, measured_on="") -> Metri
             metrics = baseline_metrics(linear, split, checkpoint["labels"])[name]
             trained = total = sum(tensor.numel() for tensor in checkpoint["weights"].values())
         else:
-            model, tokenizer, checkpoint = generation.load_model(path, runtime=runtime)
-            examples = _held_out(measured_on, checkpoint, data_dir)
+            with generation.open_checkpoint(path) as checkpoint:
+                path = models / checkpoint["base"] if name == UNTOUCHED else path
+                examples = _held_out(measured_on, checkpoint, data_dir)
+            model, tokenizer, opened = generation.load_model(path, runtime=runtime)
             if name == UNTOUCHED:
-                path, context_length = models / checkpoint["base"], model.config.context_length
-                model, tokenizer, base = generation.load_model(path, "base", runtime)
-                generation.reconfigure(model, context_length)
-                checkpoint["provenance"] = base["provenance"]
+                generation.reconfigure(model, checkpoint["model_config"]["context_length"])
+                checkpoint["provenance"] = opened["provenance"]
             metrics = measure(model, tokenizer, checkpoint, examples, runtime)
             trained, total = count_parameters(model)
             if "response_perplexity" in metrics:
@@ -289,9 +259,8 @@ def _measure_row(models, data_dir, runtime, name, file, measured_on="") -> Metri
                 metrics["right"] = question_metrics(model, tokenizer, QUESTIONS)["right"]
     except (ValueError, OSError) as error:
         return {"model": name, "problem": str(error)}
-    made = checkpoint["provenance"]
     costs = {"trained_parameters": trained, "parameters": total, "file_bytes": path.stat().st_size}
-    costs |= {name: made[name] for name in ("seconds", "peak_memory_bytes")}
+    costs |= {name: checkpoint["provenance"][name] for name in ("seconds", "peak_memory_bytes")}
     if name == MAJORITY:
         costs = dict.fromkeys(costs, 0)  # a guess costs nothing
     return {"model": name, "measured_on": measured_on or checkpoint["dataset"], **metrics, **costs}
@@ -309,8 +278,8 @@ def rebuild_split(checkpoint: dict[str, Any], data_dir: str | Path) -> Split:
     """The splits of the data set that a checkpoint was trained on."""
     is_tasks = checkpoint["kind"] in generation.INSTRUCTION_MODELS
     sources = data_loader.INSTRUCTION_SOURCES if is_tasks else data_loader.REVIEW_SOURCES
+    load = data_loader.load_instructions if is_tasks else data_loader.load_reviews
     if (name := checkpoint["dataset"]) in sources:
-        load = data_loader.load_instructions if is_tasks else data_loader.load_reviews
         rows = load(name, None, data_dir, checkpoint["rows"])
         if rows.metadata["data_sha256"] == checkpoint["data_sha256"]:
             return data_utils.split_examples(rows)
@@ -319,32 +288,17 @@ def rebuild_split(checkpoint: dict[str, Any], data_dir: str | Path) -> Split:
 
 # ---- tables
 
-ACCURACY_COLUMNS = {
-    "accuracy": "{accuracy:.1%}",
-    "95 % interval": "{ci95[0]:.1%} to {ci95[1]:.1%}",
-    "macro F1": "{macro_f1:.3f}",
-}
-RESPONSE_COLUMNS = {
-    "bits per byte of response": "{response_bits_per_byte:.4f}",
-    "perplexity": "{response_perplexity:.2f}",
-    "responses that stop": "{stops:.0%}",
-    "right answers": "{right:.0%}",
-}
-COSTS = {
-    "trained parameters": "{trained_parameters:,}",
-    "of": "{parameters:,}",
-    "file": "{kb:,.0f} kB",
-    "training": "{seconds:,.0f} s",
-    "peak memory": "{gib:.2f} GiB",
-}
+ACCURACY_COLUMNS = {"accuracy": "{accuracy:.1%}", "95 % interval": "{ci95[0]:.1%} to {ci95[1]:.1%}"}
+ACCURACY_COLUMNS |= {"macro F1": "{macro_f1:.3f}"}
+RESPONSE_COLUMNS = {"bits per byte of response": "{response_bits_per_byte:.4f}"}
+RESPONSE_COLUMNS |= {"perplexity": "{response_perplexity:.2f}"}
+RESPONSE_COLUMNS |= {"responses that stop": "{stops:.0%}", "right answers": "{right:.0%}"}
+LANGUAGE_COLUMNS = {"bits per byte": "{bits_per_byte:.4f}", "nats per byte": "{nats_per_byte:.4f}"}
+LANGUAGE_COLUMNS |= {"perplexity": "{perplexity:.2f}"}
+COSTS = {"trained parameters": "{trained_parameters:,}", "of": "{parameters:,}"}
+COSTS |= {"file": "{kb:,.0f} kB", "training": "{seconds:,.0f} s", "peak memory": "{gib:.2f} GiB"}
 REPORT_COLUMNS = {
-    "language": {
-        "measured on": "{measured_on}",
-        "bits per byte": "{bits_per_byte:.4f}",
-        "nats per byte": "{nats_per_byte:.4f}",
-        "perplexity": "{perplexity:.2f}",
-        **COSTS,
-    },
+    "language": {"measured on": "{measured_on}"} | LANGUAGE_COLUMNS | COSTS,
     "sentiment": {"measured on": "{measured_on}, {n:,} texts"} | ACCURACY_COLUMNS | COSTS,
     "instructions": {"measured on": "{measured_on}, {n:,} responses"} | RESPONSE_COLUMNS | COSTS,
 }
@@ -384,18 +338,12 @@ def sentiment_tables(rows: dict[str, Metrics]) -> str:
 
 # ---- command line
 
-_RESPONDING = ("base", *generation.INSTRUCTION_MODELS)
+ANSWER = ("base", *generation.INSTRUCTION_MODELS)
 TASKS = {  # what is measured; files of what; the default checkpoint; the kinds of checkpoints
     "perplexity": ("a base model on a text", "text, or a folder of .txt files", BASE, ("base",)),
     "sentiment": ("a classifier on reviews", "labelled texts", FULL_CLASSIFIER, CLASSIFIERS),
-    "instructions": (
-        "an instruction model, or a base, on tasks with responses",
-        *("instructions or conversations", QLORA, _RESPONDING),
-    ),
-    "questions": (
-        "an instruction model, or a base, on questions with checkable answers",
-        *("questions (default: 80 that come with this repository)", QLORA, _RESPONDING),
-    ),
+    "instructions": ("responses to tasks", "instructions or conversations", QLORA, ANSWER),
+    "questions": ("answers to questions", "questions (default: our 80)", QLORA, ANSWER),
 }
 
 
@@ -436,8 +384,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.task is None:
             _write_report(args, runtime)
             return 0
-        path = args.checkpoint or (args.models and args.models / TASKS[args.task][2])
-        path = path or generation.default_path(TASKS[args.task][2])
+        path = args.checkpoint or generation.default_path(TASKS[args.task][2], args.models)
         if args.text is not None:
             metrics = classify_text(path, args.text, runtime)
         else:
@@ -459,7 +406,8 @@ def main(argv: list[str] | None = None) -> int:
 def _write_report(args: argparse.Namespace, runtime: Runtime) -> None:
     models = args.models or generation.default_model_set()
     log0(f"measuring {models}")
-    rows = report(models, data_loader.find_data_dir(args.data_dir), runtime)
+    where = models, data_loader.find_data_dir(args.data_dir), runtime
+    rows = {task: [_measure_row(*where, *row) for row in part] for task, part in REPORT.items()}
     if args.models or models.name != "shipped":  # which no default command changes
         with data_loader.atomic_write(models / "report.json") as file:
             file.write(json.dumps(rows, indent=1).encode() + b"\n")
@@ -472,8 +420,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     text = "model set (default: models if it has a base, else models/shipped)"
     shared.add_argument("--models", type=Path, help=text)
     parser = training.new_parser("Measure the checkpoints of a model set.", parents=[shared])
-    text = "folder of data sets (default: $GPT_DATA_DIR, else data)"
-    parser.add_argument("--data-dir", type=Path, help=text)
+    parser.add_argument("--data-dir", type=Path, help="folder (default: $GPT_DATA_DIR, else data)")
     tasks = parser.add_subparsers(dest="task", metavar="TASK")
     for name, (text, data_text, file, _) in TASKS.items():
         one = tasks.add_parser(name, help=text, parents=[shared], formatter_class=HelpFormatter)

@@ -8,12 +8,12 @@ Shapes: B batch, T time (tokens), V vocabulary; N texts.
 
 import argparse
 import contextlib
-import dataclasses
 import json
+import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,30 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import lora
 import training
-from data_loader import PRETRAINED, Instruction, log0
+from data_loader import PRETRAINED, Instruction, atomic_write, log0
 from data_utils import CHAT_TEMPLATE, encode_instruction, text_batches
-from lora import (
-    HEAD,
-    WEIGHTS,
-    LoRAConfig,
-    LoRAEmbedding,
-    apply_lora,
-    convert_weights,
-    count_parameters,
-    fastest_weights,
-    load_lora_state_dict,
-    lora_layers,
-    merge_lora,
-    quantize_4bit,
-)
 from model import (
-    FastDropout,
     GPTClassificationModel,
     GPTConfig,
     GPTModel,
     config_to_hf,
-    find_family,
     hf_tensors,
     weights_to_hf,
 )
@@ -60,26 +45,20 @@ MAX_RESPONSE_TOKENS = 200
 
 
 def generate(
-    model: GPTModel,
-    prompt: Tensor,
-    max_new_tokens: int,
-    *,
-    stop_tokens: Sequence[int] = (),
-    **sampling: Any,
+    model: GPTModel, prompt: Tensor, max_new_tokens: int, stops: Sequence[int] = (), **sampling: Any
 ) -> Iterator[Tensor]:
     """Yields the next token of each row (B,) of a prompt (B, T), one step after the other.
 
     The model is in evaluation mode; the prompt may be longer than the context. A row ends where it
-    samples one of `stop_tokens`: it yields the first of these as padding while others continue, and
-    costs nothing more. When all rows have ended, nothing is yielded. `sampling` goes to
-    `sample_next_token`.
+    samples one of the tokens in `stops`: it yields the first of these as padding while others
+    continue, and costs nothing more. `sampling` goes to `sample_next_token`.
     """
     if prompt.shape[1] == 0 or max_new_tokens < 0:
         raise ValueError("the prompt needs at least one token, and max-new-tokens 0 or more")
     cache = KVCache(model, len(prompt), prompt.shape[1] + max_new_tokens)
     tokens, start, n_seen, rows = prompt, 0, 0, torch.arange(len(prompt), device=prompt.device)
-    stops = torch.tensor(stop_tokens, device=prompt.device)
-    padding = torch.full_like(rows, stop_tokens[0] if stop_tokens else 0)
+    padding = torch.full_like(rows, stops[0] if stops else 0)
+    stops = torch.tensor(stops, device=prompt.device)
     for _ in range(max_new_tokens):
         new_start = window_start(tokens.shape[1], model.config.context_length)
         if new_start != start:
@@ -108,32 +87,26 @@ class KVCache:
         self.keys, self.values = weight.new_zeros(shape), weight.new_zeros(shape)
         self.length = 0
 
-    def extend(self, T: int) -> list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    def extend(self, T: int) -> list[Callable[[Tensor, Tensor], tuple[Tensor, ...]]]:
         """Makes room for T tokens. Returns for each layer a function that stores their keys and
         values (B, K, T, D) and returns those of all S tokens."""
         start, self.length = self.length, self.length + T
         new = (x[..., start : self.length, :].unbind() for x in (self.keys, self.values))
         seen = (x[..., : self.length, :].unbind() for x in (self.keys, self.values))
-        return [partial(self._store, *views) for views in zip(*new, *seen)]
+        return [partial(self._store, views) for views in zip(*new, *seen)]
 
     @staticmethod
     @torch.no_grad()
-    def _store(
-        new_keys: Tensor, new_values: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        new_keys.copy_(k)
-        new_values.copy_(v)
-        return keys, values
+    def _store(views: tuple[Tensor, ...], k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        views[0].copy_(k)
+        views[1].copy_(v)
+        return views[2:]
 
 
 def window_start(n_tokens: int, context_length: int) -> int:
-    """Index of the first token that the model sees of a text of n tokens.
-
-    A text that outgrows the context continues from its last half context or more, so the window
-    moves once every half context, and keys and values are reused in between.
-    """
-    excess = max(0, n_tokens - context_length)
-    step = max(1, context_length // 2)
+    """Index of the first token that the model sees of a text of n tokens. The window moves by half
+    a context when the text outgrows it, and keys and values are reused in between."""
+    excess, step = max(0, n_tokens - context_length), max(1, context_length // 2)
     return -(-excess // step) * step
 
 
@@ -147,24 +120,19 @@ def sample_next_token(
     repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Samples a token (B,) from each row of logits (B, V).
+    """Samples a token (B,) from each row of logits (B, V); at temperature 0, the most probable one.
 
-    Args:
-        temperature: Divides the logits; 0 takes the most probable token.
-        top_k: Sample from the k most probable tokens only; 0 means all.
-        top_p: Sample from the fewest tokens whose probabilities add up to this (nucleus sampling,
-            Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
-        repetition_penalty: Divides the logits of the `previous` token ids (B, T), or multiplies the
-            negative ones (Keskar et al. 2019, https://arxiv.org/abs/1909.05858).
-        generator: On the logits' device.
+    `top_p` is nucleus sampling (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751), and the
+    penalty divides logits of `previous` tokens (B, T), or multiplies negative ones (Keskar et al.
+    2019, https://arxiv.org/abs/1909.05858).
     """
-    if not 0 <= temperature < float("inf"):
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more, not {temperature}")
     if top_k is not None and top_k < 0:
         raise ValueError(f"top-k must be 0 or more, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top-p must lie in (0, 1], not {top_p}")
-    if not 0 < repetition_penalty < float("inf"):
+    if not 0 < repetition_penalty < math.inf:
         raise ValueError(f"repetition-penalty must be above 0, not {repetition_penalty}")
     if repetition_penalty != 1 and previous is not None:
         x = logits.gather(1, previous)
@@ -199,23 +167,18 @@ def continue_prompt(
     tokenizer: BPETokenizer,
     prompt: str | list[int],
     max_new_tokens: int,
-    *,
-    temperature: float = TEMPERATURE,
-    top_p: float | None = TOP_P,
     seed: int = 0,
     **sampling: Any,
 ) -> Iterator[int]:
-    """Yields the token ids that follow a prompt, up to the end of the text or of the turn.
-
-    `tokenizer.decode_stream` turns them into text as they arrive. An empty prompt starts a new
-    text; the same seed gives the same tokens. For `sampling` see `sample_next_token`.
-    """
-    device, stops = model.final_norm.weight.device, stop_ids(tokenizer)
+    """Yields the token ids that follow a prompt, up to the end of the text or of the turn;
+    `tokenizer.decode_stream` turns them into text. An empty prompt starts a new text. `sampling`
+    goes to `sample_next_token`."""
+    device = model.final_norm.weight.device
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     tokens = torch.tensor([ids or [tokenizer.end_id]], device=device)
-    sampling |= {"temperature": temperature, "top_p": top_p}
+    sampling = {"temperature": TEMPERATURE, "top_p": TOP_P, **sampling}
     sampling["generator"] = torch.Generator(device).manual_seed(seed)
-    stream = generate(model, tokens, max_new_tokens, stop_tokens=stops, **sampling)
+    stream = generate(model, tokens, max_new_tokens, stop_ids(tokenizer), **sampling)
     return (token.item() for token in stream)
 
 
@@ -230,7 +193,7 @@ def generate_response(
 ) -> Iterator[int]:
     """Yields the token ids of a response to the last turn of a task; see `continue_prompt`. A
     prompt over half the model's context is shortened as in training."""
-    task = dataclasses.replace(task, response="")
+    task = replace(task, response="")
     prompt = encode_instruction(task, tokenizer, model.config.context_length // 2 - 1).ids
     sampling = {"max_new_tokens": MAX_RESPONSE_TOKENS, **sampling}
     return continue_prompt(model, tokenizer, prompt, **sampling)
@@ -240,10 +203,8 @@ def generate_response(
 def class_probabilities(
     model: GPTClassificationModel, tokenizer: BPETokenizer, texts: list[str], runtime: Runtime = CPU
 ) -> np.ndarray:
-    """Probabilities (N, classes) of texts, in their order; model in evaluation mode.
-
-    Texts longer than the context lose their middle; an empty one is an error.
-    """
+    """Probabilities (N, classes) of texts, in their order. Texts longer than the context lose their
+    middle; an empty one is an error."""
     if "" in texts:
         raise ValueError(f"text {texts.index('') + 1} of {len(texts)} is empty: leave it out")
     probabilities = np.empty((len(texts), model.classifier_head.out_features))
@@ -284,10 +245,9 @@ def adapter_updates(path: str | Path) -> dict[str, tuple[float, list[float]]]:
 
     B A has the singular values of the small product of the R factors of B and A^T (QR).
     """
-    path, hint, updates = Path(path), command_for(path), {}
-    with checkpoint_errors(path, hint):
-        checkpoint = load_checkpoint(path, ANY_KIND, hint)
-        base, config = _base_weights(path, checkpoint, hint), checkpoint["lora_config"]
+    updates = {}
+    with open_checkpoint(path) as checkpoint:
+        base, config = _base_weights(path, checkpoint), checkpoint["lora_config"]
         adapter = {name: tensor.float() for name, tensor in checkpoint["weights"].items()}
         for name in (name for name in adapter if name.endswith("_A")):
             layer = name.rpartition(".")[0].removeprefix("backbone.")
@@ -302,20 +262,14 @@ def adapter_updates(path: str | Path) -> dict[str, tuple[float, list[float]]]:
 # ---- from a checkpoint to a model
 
 BASE, REVIEW_LM = "model_weights.pth", "review_lm_weights.pth"
-FULL_CLASSIFIER = "finetuned_classifier_weights.pth"
-LORA_CLASSIFIER = "lora_classifier_weights.pth"
+FULL_CLASSIFIER, LORA_CLASSIFIER = "finetuned_classifier_weights.pth", "lora_classifier_weights.pth"
 LINEAR_BASELINE = "linear_baseline.pth"
 QLORA, LORA, FULL = (f"{name}_instruction_weights.pth" for name in ("qlora", "lora", "full"))
-COMMANDS = {  # the files of a model set, and what creates them
-    BASE: "python main.py",
-    REVIEW_LM: "python finetune_classifier.py",
-    FULL_CLASSIFIER: "python finetune_classifier.py",
-    LINEAR_BASELINE: "python finetune_classifier.py",
-    LORA_CLASSIFIER: "python finetune_lora_classifier.py",
-    QLORA: "python finetune_qlora_instructions.py",
-    LORA: "python finetune_qlora_instructions.py --no-quantize",
-    FULL: "python finetune_qlora_instructions.py --full",
-}
+# The files of a model set, and what creates them.
+COMMANDS = {BASE: "python main.py", LORA_CLASSIFIER: "python finetune_lora_classifier.py"}
+_CLASSIFY, _INSTRUCT = "python finetune_classifier.py", "python finetune_qlora_instructions.py"
+COMMANDS |= {REVIEW_LM: _CLASSIFY, FULL_CLASSIFIER: _CLASSIFY, LINEAR_BASELINE: _CLASSIFY}
+COMMANDS |= {QLORA: _INSTRUCT, LORA: f"{_INSTRUCT} --no-quantize", FULL: f"{_INSTRUCT} --full"}
 CLASSIFIERS = ("classifier", "lora_classifier")  # kinds of checkpoints
 INSTRUCTION_MODELS = ("qlora_instruction", "lora_instruction", "full_instruction")
 LARGE_MODEL = 20_000_000  # parameters; smaller ones gain nothing from fewer bits
@@ -335,26 +289,20 @@ def load_model(
     exactly the same values. `dtype` is that of the base's weights; with None they stay as in the
     file, which is mapped into memory. Mismatched files, or other `kinds`, raise a ValueError.
     """
-    path = Path(path)
-    hint = command_for(path)
-    with checkpoint_errors(path, hint):
-        checkpoint = load_checkpoint(path, kinds, hint)
-        lora_config, weights = checkpoint.get("lora_config"), checkpoint["weights"]
-        if lora_config:
-            weights = _base_weights(path, checkpoint, hint)
-        tokenizer_path = path.with_name("tokenizer.json")
+    with open_checkpoint(path, kinds) as checkpoint:
+        lora_config = checkpoint.get("lora_config")
+        weights = _base_weights(path, checkpoint) if lora_config else checkpoint["weights"]
+        tokenizer_path = Path(path).with_name("tokenizer.json")
         tokenizer = BPETokenizer.load(tokenizer_path)
         if tokenizer.sha256 != checkpoint.get("tokenizer_sha256"):
-            raise ValueError(
-                f"{path} was trained with another tokenizer than {tokenizer_path}: put the right "
-                "one back, or train again with `python main.py`"
-            )
+            text = f"{path} was trained with another tokenizer than {tokenizer_path}: put the"
+            raise ValueError(f"{text} right one back, or train again with `python main.py`")
         weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
-        head = {name: weights.pop(name) for name in list(weights) if name.startswith(HEAD)}
+        head = {name: weights.pop(name) for name in list(weights) if name.startswith(lora.HEAD)}
         is_quantized = checkpoint["kind"] == "qlora_instruction"
         if is_quantized:  # from weights of the same type, to the same values
             dtype = getattr(torch, checkpoint.get("base_dtype", "float32").split(".")[-1])
-        model = build_model(GPTConfig(**checkpoint["model_config"]), weights, dtype)
+        model = _build_model(GPTConfig(**checkpoint["model_config"]), weights, dtype)
         if checkpoint["kind"] in CLASSIFIERS:
             model = GPTClassificationModel(model, len(checkpoint["labels"]))
             model.load_state_dict(head, strict=False)
@@ -362,47 +310,66 @@ def load_model(
         tokenizer.text_template = checkpoint.get("review_config", {}).get("text_template", "{}")
         model.to(runtime.device)
         if is_quantized:
-            quantize_4bit(model, getattr(torch, checkpoint["compute_dtype"].split(".")[-1]))
+            lora.quantize_4bit(model, getattr(torch, checkpoint["compute_dtype"].split(".")[-1]))
         if lora_config:
-            apply_lora(model, LoRAConfig(**lora_config))
-            load_lora_state_dict(model, checkpoint["weights"])
+            lora.apply_lora(model, lora.LoRAConfig(**lora_config))
+            lora.load_lora_state_dict(model, checkpoint["weights"])
     return model.eval(), tokenizer, checkpoint
 
 
-def _base_weights(path: Path, checkpoint: dict[str, Any], hint: str) -> dict[str, Tensor]:
+@contextlib.contextmanager
+def open_checkpoint(path: str | Path, kinds: str | tuple[str, ...] = ANY_KIND) -> Iterator[dict]:
+    """Reads a checkpoint. Errors in building a model of it become a ValueError that names the file
+    and the command that creates it."""
+    hint = command_for(path)
+    checkpoint = load_checkpoint(path, kinds, hint)
+    try:
+        yield checkpoint
+    except (KeyError, TypeError, RuntimeError) as error:
+        first_line = str(error).replace(":\n\t", ": ").split("\n")[0]
+        text = f"{path} does not fit this program's model ({first_line})"
+        raise ValueError(f"{text}: recreate it with `{hint}`") from None
+
+
+def _base_weights(path: str | Path, checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """The weights that an adapter was trained on."""
-    base_path = path.parent / checkpoint["base"]
+    base_path = Path(path).parent / checkpoint["base"]
     base = load_checkpoint(base_path, "base", command_for(base_path))
     if base["weights_sha256"] != checkpoint["base_sha256"]:
-        text = f"{path} was trained on another base than {base_path}"
-        raise ValueError(f"{text}: put the right one back, or train again with `{hint}`")
+        text = f"{path} was trained on another base than {base_path}: put the right one back"
+        raise ValueError(f"{text}, or train again with `{command_for(path)}`")
     return base["weights"]
 
 
 def load_for_inference(
     path: str | Path, runtime: Runtime = CPU, weights: str | None = None
 ) -> tuple[Any, BPETokenizer, dict[str, Any]]:
-    """As `load_model`, for a model that is not trained further: adapters are merged, 4-bit weights
-    dequantised, and the result stored as one of `WEIGHTS`; by default the fastest of a large model,
-    and float32 of a small one. The checkpoint comes without weights."""
+    """As `load_model`, for a model that is not trained further; see `prepare_for_inference`. The
+    checkpoint comes without weights."""
     model, tokenizer, checkpoint = load_model(path, runtime=runtime, dtype=None)
     del checkpoint["weights"]
+    return prepare_for_inference(model, weights), tokenizer, checkpoint
+
+
+def prepare_for_inference(model: nn.Module, weights: str | None = None) -> nn.Module:
+    """Merges the adapters of a model in place, dequantises 4-bit weights, and stores the result as
+    one of `lora.WEIGHTS`; by default the fastest of a large model, and float32 of a small one."""
     if weights is None:
-        config = getattr(model, "backbone", model).config
-        is_large = count_parameters(model)[1] > LARGE_MODEL
-        layer = nn.Linear(config.n_embd, config.n_ff, device=runtime.device)
-        weights = fastest_weights(layer) if is_large else "fp32"
-        if is_large:
+        weights = "fp32"
+        if lora.count_parameters(model)[1] > LARGE_MODEL:
+            gpt = getattr(model, "backbone", model)
+            sizes, device = (gpt.config.n_embd, gpt.config.n_ff), gpt.final_norm.weight.device
+            weights = lora.fastest_weights(nn.Linear(*sizes, device=device))
             log0(f"weights: {weights}, the fastest here")
     if weights == "fp32":  # before adapters are added, so that the sums are not rounded
         model.float()
-    merge_lora(model)
+    lora.merge_lora(model)
     try:
-        convert_weights(model, weights)
+        lora.convert_weights(model, weights)
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"no {weights} on this machine ({reason}): use --weights bf16") from None
-    return model, tokenizer, checkpoint
+    return model
 
 
 def command_for(path: str | Path) -> str:
@@ -417,16 +384,12 @@ def command_for(path: str | Path) -> str:
     return f"{command} --pretrained {folder.name}" if is_public else f"{command} --out-dir {folder}"
 
 
-def build_model(
-    config: GPTConfig, weights: dict[str, Tensor], dtype: torch.dtype | None = torch.float32
-) -> GPTModel:
+def _build_model(config, weights, dtype) -> GPTModel:
     """A model with these weights; none are initialised first."""
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     if config.position == "learned":
         positions = weights["position_embedding.weight"]
         weights["position_embedding.weight"] = positions[: config.context_length].clone()
-    if config.tie_weights:
-        weights["head.weight"] = weights["token_embedding.weight"]
     with torch.device("meta"), _NoInitialisation():
         model = GPTModel(config)
     model.load_state_dict(weights, assign=True)
@@ -462,57 +425,44 @@ def cached_model(path: str | Path, metadata: dict[str, Any]) -> tuple | None:
 
 
 def parse_for_base(
-    parser: argparse.ArgumentParser,
-    argv: list[str] | None,
-    recipe: dict[str, Any],
-    public_recipe: dict[str, Any],
+    parser: argparse.ArgumentParser, argv: list[str] | None, recipe: dict, public_recipe: dict
 ) -> argparse.Namespace:
     """The options of a fine-tuning, with the defaults for a base that is a public model, or for one
     trained from scratch. `--base NAME` finds `models/NAME/`; the folder to write to is the base's.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--base", type=Path)
-    base = first.parse_known_args(argv)[0].base
-    if base and Path("models", base, BASE).is_file():
-        base = Path("models", base, BASE)
+    path = first.parse_known_args(argv)[0].base or default_model_set() / BASE
+    if Path("models", path, BASE).is_file():
+        path = Path("models", path, BASE)
     is_public = False
     with contextlib.suppress(Exception):  # `load_model` says what is wrong with a file
-        path = base or default_model_set() / BASE
         is_public = "pretrained" in torch.load(path, "cpu", weights_only=True, mmap=True)
-    recipe = public_recipe if is_public else recipe
-    parser.set_defaults(**recipe)
+    parser.set_defaults(**(public_recipe if is_public else recipe))
     args = parser.parse_args(argv)
-    args.base, args.public_recipe = base, recipe if is_public else {}
-    default = base.parent if base else Path("models")
+    args.base, args.public_recipe = path, public_recipe if is_public else {}
     if args.out_dir is None:  # what comes with the clone is never written to by default
-        args.out_dir = Path("models") if default.name == "shipped" else default
+        args.out_dir = Path("models") if path.parent.name == "shipped" else path.parent
     return args
 
 
 def open_base(
     args: argparse.Namespace, context_length: int, dtype: torch.dtype = torch.float32
 ) -> tuple[GPTModel, BPETokenizer, dict[str, Any]]:
-    """Opens `args.base`, or the base of the default model set, and copies its tokenizer to
-    `args.out_dir`.
-
-    Returns:
-        The model, its tokenizer, and the path and hashes by which checkpoints identify the base.
-    """
-    path, out_dir = args.base or default_path(BASE), args.out_dir
+    """Opens `args.base` and copies its tokenizer to `args.out_dir`. Returns the model, its
+    tokenizer, and the path and hashes by which checkpoints identify the base."""
     if args.public_recipe:
         defaults = ", ".join(f"{name} {value!r}" for name, value in args.public_recipe.items())
         log0(f"defaults for a public base: {defaults}")
-    model, tokenizer, checkpoint = load_model(path, "base", dtype=dtype)
+    model, tokenizer, checkpoint = load_model(args.base, "base", dtype=dtype)
+    log0(f"using {args.base}")
     length = model.config.context_length
     if model.config.position == "learned" and context_length > length:
         raise ValueError(f"the base has {length} learned positions: lower --context-length")
-    place_tokenizer(tokenizer, out_dir)
-    origin = {
-        "base": _relative_path(path.resolve(), out_dir.resolve()),
-        "base_sha256": checkpoint["weights_sha256"],
-        "tokenizer_sha256": tokenizer.sha256,
-    }
-    return model, tokenizer, origin
+    place_tokenizer(tokenizer, args.out_dir)
+    origin = {"base_sha256": checkpoint["weights_sha256"], "tokenizer_sha256": tokenizer.sha256}
+    base = Path(os.path.relpath(args.base.resolve(), args.out_dir.resolve())).as_posix()
+    return model, tokenizer, {"base": base, **origin}
 
 
 def place_tokenizer(tokenizer: BPETokenizer, folder: str | Path) -> None:
@@ -524,36 +474,15 @@ def place_tokenizer(tokenizer: BPETokenizer, folder: str | Path) -> None:
         raise ValueError(f"{path} differs from the base's tokenizer: choose another --out-dir")
 
 
-def _relative_path(path: Path, folder: Path) -> str:
-    try:
-        return Path(os.path.relpath(path, folder)).as_posix()
-    except ValueError:  # on another drive of Windows
-        return path.as_posix()
-
-
-@contextlib.contextmanager
-def checkpoint_errors(path: str | Path, hint: str) -> Iterator[None]:
-    """Turns errors in building a model into a ValueError that names the file and `hint`, the
-    command that creates it."""
-    try:
-        yield
-    except (KeyError, TypeError, RuntimeError) as error:
-        first_line = str(error).replace(":\n\t", ": ").split("\n")[0]
-        raise ValueError(
-            f"{path} does not fit this program's model ({first_line}): recreate it with `{hint}`"
-        ) from None
-
-
 def reconfigure(model: GPTModel, context_length: int, dropout: float = 0.0) -> GPTModel:
     """Changes the context length and, for training, the dropout rate of a model in place. Learned
     positions can only become fewer."""
-    changes = {"context_length": context_length, "dropout": dropout}
-    model.config = dataclasses.replace(model.config, **changes)
+    model.config = replace(model.config, context_length=context_length, dropout=dropout)
     if model.config.position == "learned":
         table = model.position_embedding
         table.weight = nn.Parameter(table.weight[:context_length].detach())
     for module in model.modules():
-        if isinstance(module, FastDropout):
+        if isinstance(module, nn.Dropout):
             module.p = dropout
     return model
 
@@ -563,9 +492,9 @@ def default_model_set(root: str | Path = "models") -> Path:
     return Path(root) if Path(root, BASE).is_file() else Path(root, "shipped")
 
 
-def default_path(file: str) -> Path:
-    """A file of the default model set; says which on stderr."""
-    path = default_model_set() / file
+def default_path(file: str, folder: str | Path | None = None) -> Path:
+    """A file of a model set, by default of the default one; says which on stderr."""
+    path = Path(folder or default_model_set(), file)
     log0(f"using {path}")
     return path
 
@@ -576,36 +505,31 @@ def default_path(file: str) -> Path:
 def export_hf(path: str | Path, folder: str | Path) -> None:
     """Writes a checkpoint as `transformers` opens it, in float32 and with adapters merged."""
     model, tokenizer, checkpoint = load_model(path)
-    merge_lora(model)
+    lora.merge_lora(model)
     labels, gpt = checkpoint.get("labels"), getattr(model, "backbone", model)
     is_tied = gpt.head.weight is gpt.token_embedding.weight  # no longer after adapters of the head
-    config = dataclasses.replace(gpt.config, tie_weights=is_tied)
+    config = replace(gpt.config, tie_weights=is_tied)
     tensors = weights_to_hf(gpt.state_dict(), config)
     stops, vocab = stop_ids(tokenizer), tokenizer.vocab
     special = {"bos_token_id": None, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
-    task = "SequenceClassification" if labels else "CausalLM"
-    settings = {**config_to_hf(config, task), **special, "dtype": "float32"}
+    tokens = {"eos_token": vocab[stops[0]].decode(), "pad_token": vocab[tokenizer.pad_id].decode()}
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+    tokenizer_config["model_max_length"] = config.context_length
+    tokenizer_config["clean_up_tokenization_spaces"] = False
+    if checkpoint["kind"] in INSTRUCTION_MODELS or tokenizer.chat_template:
+        tokenizer_config["chat_template"] = tokenizer.chat_template or CHAT_TEMPLATE
+    files = {"tokenizer_config": tokenizer_config}
     if labels:
-        settings |= {"id2label": dict(enumerate(labels)), "eos_token_id": stops[0]}
-        settings["label2id"] = {name: i for i, name in enumerate(labels)}
         tensors.pop("lm_head.weight", None)
         tensors |= _classifier_tensors(model)
-    tokenizer_settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.context_length,
-        "eos_token": vocab[stops[0]].decode(),
-        "pad_token": vocab[tokenizer.pad_id].decode(),
-        "clean_up_tokenization_spaces": False,
-    }
-    if checkpoint["kind"] in INSTRUCTION_MODELS or tokenizer.chat_template:
-        tokenizer_settings["chat_template"] = tokenizer.chat_template or CHAT_TEMPLATE
-    with _new_folder(folder) as part:
-        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-        tokenizer.save(part / "tokenizer.json")
-        _write_json(part / "config.json", settings)
-        _write_json(part / "tokenizer_config.json", tokenizer_settings)
-        if not labels:
-            _write_json(part / "generation_config.json", special)
+        special |= {"eos_token_id": stops[0], "id2label": dict(enumerate(labels))}
+        special["label2id"] = {name: i for i, name in enumerate(labels)}
+    else:
+        files["generation_config"] = special
+    task = "SequenceClassification" if labels else "CausalLM"
+    files["config"] = {**config_to_hf(config, task), **special, "dtype": "float32"}
+    _write_folder(folder, tensors, "model.safetensors", **files)
+    tokenizer.save(Path(folder, "tokenizer.json"))
 
 
 def export_peft(path: str | Path, folder: str | Path) -> None:
@@ -617,35 +541,24 @@ def export_peft(path: str | Path, folder: str | Path) -> None:
     model, _, checkpoint = load_model(path)
     if not checkpoint.get("lora_config"):
         raise ValueError(f"{path} has no adapter: use --export-hf")
-    labels = checkpoint.get("labels")
-    config = model.backbone.config if labels else model.config
-    kind, _ = find_family(config)
+    labels, config = checkpoint.get("labels"), getattr(model, "backbone", model).config
     tensors = _classifier_tensors(model) if labels else {}
     saved = sorted({name.rpartition(".")[0] for name in tensors})
-    for name, module in lora_layers(model):
+    for name, module in lora.lora_layers(model):
         layer = name.removeprefix("backbone.")
-        if isinstance(module, LoRAEmbedding):
+        if isinstance(module, lora.LoRAEmbedding):
             for matrix in ("lora_embedding_A", "lora_embedding_B"):
                 tensors |= hf_tensors(f"{layer}.{matrix}", getattr(module, matrix), config)
             continue
         for theirs, rows in hf_tensors(f"{layer}.lora_B", module.lora_B, config).items():
             tensors[f"{theirs}.weight"] = rows
             tensors[f"{theirs.removesuffix('B')}A.weight"] = module.lora_A
-    targets = sorted({name.partition(".lora_")[0] for name in tensors if ".lora_" in name})
+    targets = sorted({n.partition(".lora_")[0] for n in tensors if ".lora_" in n})
+    settings = {**checkpoint["lora_config"], "peft_type": "LORA", "target_modules": targets}
+    task, is_gpt2 = "SEQ_CLS" if labels else "CAUSAL_LM", config.position == "learned"
+    settings |= {"task_type": task, "modules_to_save": saved or None, "fan_in_fan_out": is_gpt2}
     tensors = {f"base_model.model.{n}": t.detach().clone() for n, t in tensors.items()}
-    settings = {
-        **checkpoint["lora_config"],
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if labels else "CAUSAL_LM",
-        "target_modules": targets,
-        "modules_to_save": saved or None,
-        "fan_in_fan_out": kind == "gpt2",
-        "bias": "none",
-        "inference_mode": True,
-    }
-    with _new_folder(folder) as part:
-        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-        _write_json(part / "adapter_config.json", settings)
+    _write_folder(folder, tensors, "adapter_model.safetensors", adapter_config=settings)
 
 
 def _classifier_tensors(model: GPTClassificationModel) -> dict[str, Tensor]:
@@ -671,24 +584,18 @@ def prepare_export(folder: str | Path) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def _new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that replaces the empty `folder` when all is written."""
+def _write_folder(folder, tensors: dict[str, Tensor], file: str, **settings: dict) -> None:
+    """Writes tensors as `file`, and JSON files; an empty folder stays so if tensors do not fit."""
     folder = prepare_export(folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+    with atomic_write(folder / file) as target:
         try:
-            yield Path(part)
+            save_file(tensors, target.name, metadata={"format": "pt"})
         except SafetensorError as error:  # such as a full disk
-            raise OSError(f"cannot write {folder}: {error}") from None
-        folder.rmdir()
-        Path(part).chmod(0o755)  # a temporary folder is for its owner alone
-        Path(part).rename(folder)
-        Path(part).mkdir()  # for the context manager to delete
+            raise OSError(error) from None
+    for name, values in settings.items():
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+        Path(folder, f"{name}.json").write_text(text + "\n", encoding="utf-8")
     log0(f"wrote {folder}")
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ---- command line
@@ -736,8 +643,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     task.add_argument("--prompt", default="", help="text to continue; empty starts a new text")
     task.add_argument("--instruct", help="instruction to follow, instead of a prompt")
     add("--context", default="", help="text that the instruction is about")
-    text = f"base or instruction model (default: {BASE}, or {QLORA} with --instruct, of models/"
-    add("--checkpoint", type=Path, help=f"{text} if it has a base, else of models/shipped)")
+    add("--checkpoint", type=Path, help="model file (default: the base; with --instruct, QLoRA)")
     add("--max-new-tokens", type=int, default=300, help="maximum number of tokens to generate")
     add("--temperature", type=float, default=TEMPERATURE, help="0 is greedy")
     add("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0 means all")
@@ -745,7 +651,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--repetition-penalty", type=float, default=1.0, help="above 1 discourages repetition")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
     text = "how weights are stored (default: fp32; if large, the fastest of the first three)"
-    add("--weights", choices=WEIGHTS, help=text)
+    add("--weights", choices=lora.WEIGHTS, help=text)
     add("--json", action="store_true", help="print one JSON object at the end")
     add("--export-hf", type=Path, metavar="DIR", help="instead, write a copy for transformers")
     add("--export-peft", type=Path, metavar="DIR", help="instead, write the adapter for peft")

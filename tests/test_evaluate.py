@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from torch import nn
 import data_loader
 import evaluate
 import generation
+import lora
 from model import GPTModel
 from tokenizer import BPETokenizer
 from training import Runtime, load_checkpoint
@@ -182,6 +184,40 @@ def test_a_right_answer_has_the_word_and_no_wrong_one(
     path.write_text('{"instruction": "?"}\n')
     with pytest.raises(ValueError, match="each row needs an instruction and a list of answers"):
         evaluate.question_metrics(model, tokenizer, path)
+
+
+def test_a_large_model_answers_with_the_fastest_weights_and_is_measured_in_float32(
+    all_models: Path,
+    tmp_path: Path,
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Decoding 80 answers in float32 would take many times as long."""
+    questions, answering = tmp_path / "questions.jsonl", []
+    questions.write_text('{"instruction": "Name a fish.", "answers": ["cod"]}\n')
+    monkeypatch.setattr(evaluate, "QUESTIONS", questions)
+    monkeypatch.setattr(evaluate, "JUDGED_OF_LARGE", 2)
+    monkeypatch.setattr(evaluate, "JUDGED_RESPONSES", 2)
+    monkeypatch.setattr(lora, "fastest_weights", lambda _: "bf16")
+    answer = generation.generate_response
+
+    def spy(model: GPTModel, *args: object, **options: object) -> Iterator[int]:
+        answering.append({p.dtype for p in model.parameters()})
+        return answer(model, *args, **options)
+
+    monkeypatch.setattr(generation, "generate_response", spy)
+    where = all_models, tmp_path, runtime
+    row = ("QLoRA", generation.QLORA)
+    expected = evaluate._measure_row(*where, *row)
+    assert answering == [{torch.float32}] * 3 and "weights:" not in capsys.readouterr().err
+    monkeypatch.setattr(generation, "LARGE_MODEL", 1)
+    found = evaluate._measure_row(*where, *row)
+    evaluate.measure_file("questions", all_models / generation.QLORA, None, runtime)
+    assert answering[3:] == [{torch.bfloat16}] * 4
+    assert "weights: bf16, the fastest here" in capsys.readouterr().err
+    for name in ("response_bits_per_byte", "parameters", "trained_parameters"):
+        assert found[name] == expected[name]
 
 
 def test_the_bundled_questions_are_eighty_in_five_kinds():

@@ -169,7 +169,8 @@ def test_a_failed_export_is_one_line_and_leaves_no_file(
     monkeypatch.setattr(generation, "save_file", full_disk)
     checkpoint, out = tmp_path / "models" / BASE, tmp_path / "out"
     assert generation.main(["--checkpoint", str(checkpoint), "--export-hf", str(out)]) == 2
-    assert capsys.readouterr().err == f"error: cannot write {out}: No space left on device\n"
+    file = out / "model.safetensors"
+    assert capsys.readouterr().err == f"error: cannot write {file}: No space left on device\n"
     assert not list(out.iterdir()) and {p.name for p in tmp_path.iterdir()} == {"models", "out"}
 
 

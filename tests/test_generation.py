@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 import generation
+import lora
 from data_loader import Instruction
 from generation import (
     LORA_CLASSIFIER,
@@ -132,9 +133,7 @@ def test_the_window_keeps_at_least_half_a_context(context: int):
 def test_the_stop_token_ends_the_text(model: GPTModel):
     prompt = torch.tensor([[1, 2, 3]])
     tokens = [t.item() for t in generate(model, prompt, 30, temperature=0)]
-    stopped = [
-        t.item() for t in generate(model, prompt, 30, temperature=0, stop_tokens=[tokens[4]])
-    ]
+    stopped = [t.item() for t in generate(model, prompt, 30, temperature=0, stops=[tokens[4]])]
     assert stopped == tokens[: tokens.index(tokens[4])]
 
 
@@ -159,7 +158,7 @@ def test_a_row_that_ended_is_padded_and_costs_nothing_more(
     assert len(set(ends)) > 1 and ends[2] <= 3
     computed, hidden = [], model.hidden
     monkeypatch.setattr(model, "hidden", lambda i, c: computed.append(len(i)) or hidden(i, c))
-    rows = torch.stack([*generate(model, prompt, 30, temperature=0, stop_tokens=[stop])], dim=1)
+    rows = torch.stack([*generate(model, prompt, 30, temperature=0, stops=[stop])], dim=1)
     assert rows.shape == (4, max(ends))
     for row, expected, end in zip(rows.tolist(), alone, ends):
         assert row == expected[:end] + [stop] * (max(ends) - end)
@@ -309,7 +308,7 @@ def test_for_inference_a_model_has_no_adapters_and_no_4_bit_weights(
     torch.testing.assert_close(merged(*inputs), expected, rtol=1e-4, atol=atol)
     monkeypatch.setattr(generation, "LARGE_MODEL", 1)
     for fastest, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        monkeypatch.setattr(generation, "fastest_weights", lambda _, fastest=fastest: fastest)
+        monkeypatch.setattr(lora, "fastest_weights", lambda _, fastest=fastest: fastest)
         model, _, _ = generation.load_for_inference(all_models / name)
         assert {p.dtype for p in model.parameters()} == {dtype}
         torch.testing.assert_close(model(*inputs).float(), expected, rtol=0.1, atol=0.3)

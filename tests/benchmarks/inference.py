@@ -32,11 +32,11 @@ from evaluate import language_model_metrics, measure, rebuild_split  # noqa: E40
 from generation import (  # noqa: E402
     BASE,
     FULL_CLASSIFIER,
-    WEIGHTS,
     export_hf,
     generate,
     load_for_inference,
 )
+from lora import WEIGHTS  # noqa: E402
 from training import CPU  # noqa: E402
 
 RESULTS = Path(__file__).with_name("inference.json")
