@@ -422,8 +422,8 @@ def weights_to_hf(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Te
 
 
 def weights_from_hf(tensors: Mapping[str, Callable], config: GPTConfig) -> dict[str, Tensor]:
-    """The weights of a `GPTModel` from functions that read one tensor each of a Hugging Face file, so
-    it is never held twice. A ValueError names a tensor that does not fit."""
+    """The weights of a `GPTModel` from functions that read one tensor of a Hugging Face file each:
+    no model is held twice. A ValueError names a tensor that does not fit."""
     prefix = re.compile(r"^(model|transformer)\.")  # which some files omit
     unread, weights = {prefix.sub("", name): read for name, read in tensors.items()}, {}
     with torch.device("meta"):
