@@ -368,7 +368,7 @@ def _encode_turns(system, turns, tokenizer, n):
     options["eos_token"] = tokenizer.vocab[tokenizer.end_id].decode()
     filled = TEMPLATES.get_template(template).render(messages=messages, **options)
     parts = [  # of the template, and at odd positions the numbers of texts
-        texts[int(part)] if i % 2 else (tokenizer.encode(part, "all"), False)
+        texts[int(part)] if i % 2 else (tokenizer.encode(part, allow_special=True), False)
         for i, part in enumerate(re.split("\ue000(\\d+)\ue001", filled))
     ]
     if len(turns) == 1 and (excess := sum(len(ids) for ids, _ in parts) - n) > 0:

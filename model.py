@@ -1,5 +1,4 @@
-"""A GPT decoder in plain PyTorch (Radford et al. 2019, "Language Models are Unsupervised Multitask
-Learners").
+"""A decoder in plain PyTorch as in GPT-2 (Radford et al. 2019), Llama and Qwen3.
 
 Shapes: B batch, T time (tokens), C channels (`n_embd`), H query heads, K key/value heads, D head
 size, V vocabulary, L layers, S tokens seen so far (those in the cache and the T new ones).
@@ -9,7 +8,6 @@ and output projections that start at zero, so that each block starts as the iden
 settings it is GPT-2, Llama (also SmolLM2) or Qwen3, whose files the end of this file reads.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -40,31 +38,25 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, rotary: Rotary, store: Store = None) -> Tensor:
         """(B, T, C) to (B, T, C); `mask` (T, S) is 0 where a token may attend and -inf elsewhere.
-
         Each key/value head serves H / K query heads (Ainslie et al. 2023,
         https://arxiv.org/abs/2305.13245). On a CPU attention is spelled out, which in bf16 is
-        several times faster than PyTorch's kernel; a GPU, and a single token, use the kernel.
-        """
-        B, T, _ = x.shape
+        faster than PyTorch's kernel; a GPU, one token, and a prompt in fp32 use the kernel."""
+        (B, T, _), K = x.shape, self.n_kv_head
         q, k, v = self.project(x, rotary)
-        if store:
-            k, v = store(k, v)
+        k, v = store(k, v) if store else (k, v)
+        S = k.shape[2]
         if T == 1:  # it sees all: queries that share keys act as tokens, with one product for all
-            grouped = q.reshape(B, self.n_kv_head, -1, q.shape[-1])
-            y = F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
-        elif x.is_cuda:
-            options = {"is_causal": not store, "enable_gqa": self.n_kv_head < self.n_head}
-            mask = mask.to(q.dtype) if store else None
-            y = F.scaled_dot_product_attention(q, k, v, mask, **options)
+            y = F.scaled_dot_product_attention(q.reshape(B, K, -1, q.shape[-1]), k, v)
+        elif x.is_cuda or (store and q.dtype == torch.float32):
+            mask, gqa = None if S == T else mask.to(q.dtype), self.n_head > K
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=S == T, enable_gqa=gqa)
         else:
-            weights = self.weights(q, k, mask).view(B, self.n_kv_head, -1, k.shape[2])
-            y = (weights @ v).view(q.shape)
-        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # from (B, H, T, D)
+            y = self.weights(q, k, mask).view(B, K, -1, S) @ v
+        return self.proj(y.reshape(q.shape).transpose(1, 2).reshape(B, T, -1))
 
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, ...]:
         """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
-        B, T, _ = x.shape
-        H, K = self.n_head, self.n_kv_head
+        (B, T, _), H, K = x.shape, self.n_head, self.n_kv_head
         heads = self.qkv(x).view(B, T, H + 2 * K, -1).transpose(1, 2)
         qk, v = heads.split([H + K, K], dim=1)
         if hasattr(self, "q_norm"):
@@ -77,11 +69,10 @@ class CausalSelfAttention(nn.Module):
 
     def weights(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
         """Attention weights (B, H, T, S): softmax of q k^T / sqrt(D) plus the mask (T, S)."""
-        B, H, T, D = q.shape
-        K = self.n_kv_head
+        (B, H, T, D), K = q.shape, self.n_kv_head
         q, k = q.reshape(B * K, -1, D), k.reshape(B * K, -1, D)  # (B K, H / K * T, D): grouped
         mask = mask.to(q.dtype).repeat(H // K, 1)
-        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D**-0.5)
         return scores.softmax(dim=-1).view(B, H, T, -1)
 
 
@@ -100,16 +91,11 @@ class FeedForward(nn.Module):
         return self.proj(self.activation(self.fc(x)))
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """Half of the channels gate the other half (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
 ACTIVATIONS = {
     "gelu": partial(F.gelu, approximate="tanh"),  # GPT-2's form
     "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, https://arxiv.org/abs/2109.08668
-    "swiglu": swiglu,
+    # half of the channels gate the other half: Shazeer 2020, https://arxiv.org/abs/2002.05202
+    "swiglu": lambda x: F.silu(x.chunk(2, dim=-1)[0]) * x.chunk(2, dim=-1)[1],
 }
 
 
@@ -118,9 +104,9 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: "GPTConfig"):
         super().__init__()
-        self.norm1 = make_norm(config)
+        self.norm1 = NORMS[config.norm](config)
         self.attn = CausalSelfAttention(config)
-        self.norm2 = make_norm(config)
+        self.norm2 = NORMS[config.norm](config)
         self.mlp = FeedForward(config)
         self.dropout = FastDropout(config.dropout)
 
@@ -189,8 +175,8 @@ class GPTConfig:
         for name, (minimum, below) in limits.items():
             if not minimum <= (value := getattr(self, name)) < below:
                 raise ValueError(f"{name} must lie in [{minimum}, {below}), not {value}")
-        choices = {"position": ("learned", "rotary"), "norm": ("layer", "rms")}
-        for name, values in {**choices, "activation": ACTIVATIONS}.items():
+        choices = {"activation": ACTIVATIONS, "position": ("learned", "rotary"), "norm": NORMS}
+        for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be {' or '.join(values)}")
         if self.n_head % self.n_kv_head:
@@ -207,11 +193,10 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def make_norm(config: GPTConfig) -> nn.Module:
-    """A normalisation of the C channels of each token."""
-    if config.norm == "rms":
-        return RMSNorm(config.n_embd, config.norm_eps)
-    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+NORMS = {
+    "layer": lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
+    "rms": lambda config: RMSNorm(config.n_embd, config.norm_eps),
+}
 
 
 class GPTModel(nn.Module):
@@ -225,7 +210,7 @@ class GPTModel(nn.Module):
             self.position_embedding = nn.Embedding(config.context_length, config.n_embd)
         self.dropout = FastDropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
-        self.final_norm = make_norm(config)
+        self.final_norm = NORMS[config.norm](config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.head.weight = self.token_embedding.weight
@@ -240,13 +225,8 @@ class GPTModel(nn.Module):
         return self.head(self.hidden(ids, cache))
 
     def hidden(self, ids: Tensor, cache: Any = None) -> Tensor:
-        """Normalised last hidden states (B, T, C) of token ids (B, T), which follow those in the
-        cache (`generation.KVCache`), if there is one."""
-        start = 0 if cache is None else cache.length
-        end = start + ids.shape[1]
-        if end > self.config.context_length:
-            raise ValueError(f"{end} tokens exceed the context of {self.config.context_length}")
-        x, mask, rotary = self.embed(ids, start)
+        """Normalised last hidden states (B, T, C) of `ids` (B, T) after those in a `KVCache`."""
+        x, mask, rotary = self.embed(ids, 0 if cache is None else cache.length)
         stores = [None] * len(self.blocks) if cache is None else cache.extend(ids.shape[1])
         for block, store in zip(self.blocks, stores):
             x = block(x, mask, rotary, store)
@@ -255,14 +235,14 @@ class GPTModel(nn.Module):
     def embed(self, ids: Tensor, start: int) -> tuple[Tensor, Tensor, Rotary]:
         """Block inputs (B, T, C), causal mask (T, S) and rotary table of tokens from `start` on."""
         config, T, end = self.config, ids.shape[1], start + ids.shape[1]
+        if end > config.context_length:
+            raise ValueError(f"{end} tokens exceed the context of {config.context_length}")
         x, rotary = self.token_embedding(ids), None
         if config.position == "learned":
             x = x + self.position_embedding(torch.arange(start, end, device=ids.device))
         else:
-            sizes = (config.context_length, config.head_size, config.rotary_base)
-            tables = rotary_table(*sizes, ids.device)
-            rotary = tuple(table[start:end].to(x.dtype) for table in tables)
-        mask = torch.full((T, end), -math.inf, device=ids.device).triu(start + 1)
+            rotary = tuple(t[start:end].to(x.dtype) for t in rotary_table(config, ids.device))
+        mask = torch.full((T, end), -torch.inf, device=ids.device).triu(start + 1)
         if torch.is_autocast_enabled(x.device.type):  # bfloat16 between the blocks, too
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return self.dropout(x), mask, rotary
@@ -270,8 +250,7 @@ class GPTModel(nn.Module):
 
 class GPTClassificationModel(nn.Module):
     """A GPT with a linear head on the hidden state of the last real token, which alone has seen the
-    whole text. The padding after it is never read, so a prediction does not depend on the rest of
-    the batch. The backbone's own head is not read either, and frozen."""
+    whole text. The padding after it and the backbone's own head, which is frozen, are not read."""
 
     def __init__(self, backbone: GPTModel, n_classes: int):
         super().__init__()
@@ -287,18 +266,16 @@ class GPTClassificationModel(nn.Module):
         """Class logits (B, classes) of right-padded token ids (B, T) and their lengths (B,)."""
         if lengths.min() < 1 or lengths.max() > ids.shape[1]:
             raise ValueError(f"lengths must lie between 1 and {ids.shape[1]}")
-        hidden = self.backbone.hidden(ids)
-        last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
-        return self.classifier_head(last)
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.classifier_head(self.backbone.hidden(ids)[rows, lengths - 1])
 
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # a table made while generating also serves training
-def rotary_table(context_length: int, head_size: int, base: float, device: Any = "cpu") -> Rotary:
-    """Cosines and signed sines (context_length, D) of the angles that `rotate` turns by: pair i at
-    position t by t * base^(-2 i / D) (Su et al. 2021, https://arxiv.org/abs/2104.09864)."""
-    frequencies = base ** (-torch.arange(0, head_size, 2) / head_size)
-    angles = torch.outer(torch.arange(context_length), frequencies)
+def rotary_table(config: GPTConfig, device: Any = "cpu") -> Rotary:
+    """Cosines, signed sines (positions, D): pair i turns at position t by t * base^(-2 i / D)."""
+    frequencies = config.rotary_base ** (-torch.arange(0, config.head_size, 2) / config.head_size)
+    angles = torch.outer(torch.arange(config.context_length), frequencies)
     cos, sin = angles.cos().to(device), angles.sin().to(device)
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
@@ -314,10 +291,8 @@ class FastDropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x."""
-        if not self.training or not self.p:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
+        if not (self.training and self.p and x.device.type == "cpu"):
+            return super().forward(x)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         keep = bits.view(torch.int16)[: x.numel()] >= round(self.p * 2**16) - 2**15
         return x * keep.view(x.shape).to(x.dtype).mul_(1 / (1 - self.p))
@@ -386,28 +361,23 @@ def config_from_hf(data: dict[str, Any]) -> GPTConfig:
             raise ValueError(f"{name} {found!r} is not supported: only {value!r}")
     values = {"tie_weights": kind == "gpt2", "dropout": 0.0, **dict(zip(OURS, ours))}
     optional = () if kind == "qwen3" else ("n_kv_head", "head_size", "n_ff", "rotary_base")
-    for name, theirs in settings(column).items():
-        if data.get(theirs) is not None:
-            values[name] = data[theirs]
+    for name, row in SETTINGS.items():
+        if data.get(row[column]) is not None:
+            values[name] = data[row[column]]
         elif name not in (*values, *optional):
-            raise ValueError(f"{theirs} is missing")
+            raise ValueError(f"{row[column]} is missing")
     return GPTConfig(**values)
 
 
-def config_to_hf(config: GPTConfig, task: str = "CausalLM") -> dict[str, Any]:
+def config_to_hf(config: GPTConfig, task: str) -> dict[str, Any]:
     """The `config.json` with which `transformers` computes the same; a ValueError if it cannot."""
     kind, column = find_family(config)
     architecture = kind.title().replace("Gpt", "GPT") + "For" + task
     data = {"model_type": kind, "architectures": [architecture], **FAMILIES[kind][2]}
-    data |= {theirs: getattr(config, name) for name, theirs in settings(column).items()}
+    data |= {row[column]: getattr(config, name) for name, row in SETTINGS.items() if row[column]}
     if config.position == "rotary":  # where new versions of transformers look
         data["rope_parameters"] = {**_ROPE, "rope_theta": config.rotary_base}
     return data
-
-
-def settings(column: int) -> dict[str, str]:
-    """Names of our fields and of a family's."""
-    return {name: theirs[column] for name, theirs in SETTINGS.items() if theirs[column]}
 
 
 def find_family(config: GPTConfig) -> tuple[str, int]:
@@ -437,14 +407,13 @@ def hf_tensors(name: str, tensor: Tensor, config: GPTConfig) -> dict[str, Tensor
 
 def weights_to_hf(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """The tensors of a `GPTModel`, as `transformers` names and arranges them."""
-    weights, is_persimmon = dict(weights), find_family(config)[0] == "persimmon"
-    if config.tie_weights:
-        weights.pop("head.weight", None)
-    if is_persimmon:  # which normalises queries and keys with weights
+    weights, theirs = dict(weights), {}
+    if is_persimmon := find_family(config)[0] == "persimmon":  # where these norms have weights
         layers = [f"blocks.{i}.attn.{x}_norm" for i in range(config.n_layer) for x in "qk"]
         weights |= {f"{layer}.weight": torch.ones(config.head_size) for layer in layers}
-    theirs = {}
     for name, tensor in weights.items():
+        if name == "head.weight" and config.tie_weights:
+            continue
         parts = hf_tensors(name, tensor, config)
         theirs |= {their: part.contiguous() for their, part in parts.items()}
         if is_persimmon and name not in ("token_embedding.weight", "head.weight"):  # it has biases
@@ -453,9 +422,8 @@ def weights_to_hf(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Te
 
 
 def weights_from_hf(tensors: Mapping[str, Callable], config: GPTConfig) -> dict[str, Tensor]:
-    """The weights of a `GPTModel` from functions that read the tensors of a Hugging Face file, so
-    that the model is never held twice. Rows of the embedding beyond the vocabulary are left out;
-    a tensor that is missing, unexpected, or of another shape or type is a ValueError."""
+    """The weights of a `GPTModel` from functions that read one tensor of a Hugging Face file each:
+    no model is held twice. A ValueError names a tensor that does not fit."""
     prefix = re.compile(r"^(model|transformer)\.")  # which some files omit
     unread, weights = {prefix.sub("", name): read for name, read in tensors.items()}, {}
     with torch.device("meta"):
@@ -468,7 +436,7 @@ def weights_from_hf(tensors: Mapping[str, Callable], config: GPTConfig) -> dict[
                 raise ValueError(f"the tensor {theirs} is missing")
             part = unread.pop(theirs)()
             if name in ("token_embedding.weight", "head.weight"):
-                part = part[: config.vocab_size]
+                part = part[: config.vocab_size]  # without the rows that no token has
             if part.shape != expected.shape or not part.is_floating_point():
                 found = f"{part.dtype} of shape {tuple(part.shape)}, not {tuple(expected.shape)}"
                 raise ValueError(f"the tensor {theirs} is {found}")

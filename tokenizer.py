@@ -6,8 +6,8 @@ the vocabulary is full (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; 
 al. 2019, "Language Models are Unsupervised Multitask Learners"). Decoding restores every string.
 
 `plain_bpe` is the whole idea; `BPETokenizer` learns the same merges a hundred times faster. It
-reads and writes the `tokenizer.json` of Hugging Face `tokenizers`, which gives the same ids: ours,
-and those of GPT-2, SmolLM2, Llama 3 and Qwen, which split text differently.
+reads and writes the `tokenizer.json` of Hugging Face `tokenizers`, with the same ids: of ours, and
+of GPT-2, SmolLM2, Llama 3 and Qwen, which split text differently.
 
     tokenizer = BPETokenizer.train([text], vocab_size=1024)
     assert tokenizer.decode(tokenizer.encode("To be, or not to be")) == "To be, or not to be"
@@ -23,7 +23,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
@@ -33,12 +33,7 @@ from data_loader import atomic_write
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
-_OUR_SPECIALS = (END_OF_TEXT, PAD)
 Merges = list[tuple[int, int, int]]  # (left id, right id, merged id), in the order learned
-
-
-class UnsupportedError(ValueError):
-    """A tokenizer whose ids would differ from those of `tokenizers`."""
 
 
 def plain_bpe(text: str, n_tokens: int) -> tuple[list[bytes], Merges]:
@@ -79,29 +74,24 @@ class BPETokenizer:
         end_id: The token that ends a text and separates it from the next; None in some layouts.
         pad_id: The token that pads rows: `end_id` where there is no other.
         end_of_turn_id: The token that ends a message of a chat, or None.
-
-    A public vocabulary may lack rare bytes (SmolLM2's: U+0004 and other control characters).
-    Encoding skips them, as in `tokenizers`. With Qwen's, it first normalises text to NFC.
     """
 
     def __init__(self, layout: dict):
         """`layout` is the content of a `tokenizer.json`."""
         self._family = _check_support(layout)
-        model, ids = layout["model"], layout["model"]["vocab"]
+        model, vocab = layout["model"], layout["model"]["vocab"]
         added = sorted(layout["added_tokens"], key=lambda token: token["id"])
         self.special_tokens = special = {token["content"]: token["id"] for token in added}
-        if not {chr(byte) for byte in range(0x21, 0x7F)} <= ids.keys() - special.keys():
-            raise UnsupportedError("a printable ASCII character has no token")
+        if not {chr(byte) for byte in range(0x21, 0x7F)} <= vocab.keys() - special.keys():
+            raise NotImplementedError("a printable ASCII character has no token")
         merges = [m.split(" ") if isinstance(m, str) else [*m] for m in model["merges"]]
         if both := {left + right for left, right in merges} & special.keys():
-            raise UnsupportedError(f"merges also produce special tokens: {sorted(both)}")
-        names = {i: name for name, i in {**ids, **special}.items()}
-        if names.keys() != set(range(len(ids.keys() | special.keys()))):
-            raise UnsupportedError("token ids are not 0, 1, 2, ... without gaps")
-        names = [names[i] for i in range(len(names))]
-        self.vocab = [
-            n.encode() if n in special else bytes([_TO_BYTE[c] for c in n]) for n in names
-        ]
+            raise NotImplementedError(f"merges also produce special tokens: {sorted(both)}")
+        ids = {**vocab, **special}
+        names = sorted(ids, key=ids.get)
+        if [ids[name] for name in names] != [*range(len(names))]:
+            raise NotImplementedError("token ids are not 0, 1, 2, ... without gaps")
+        self.vocab = [n.encode() if n in special else bytes(_TO_BYTE[c] for c in n) for n in names]
         self.vocab_size = len(self.vocab)
         self.merges = [(ids[left], ids[right], ids[left + right]) for left, right in merges]
         self.end_id = special.get(END_OF_TEXT, special.get("<|end_of_text|>"))
@@ -120,38 +110,32 @@ class BPETokenizer:
         self._layout["model"] = {**model, "vocab": vocab, "merges": merges}
 
     @classmethod
-    def train(
-        cls, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = _OUR_SPECIALS
-    ) -> "BPETokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """Learns merges from texts (none crosses from one into the next) until there are
-        `vocab_size` tokens, 256 bytes and special tokens included, or no pairs, with a warning.
+        `vocab_size` tokens, 256 bytes and 2 special tokens included, or no pairs, with a warning.
         Ties go to the smaller left id, then to the smaller right id, as in `tokenizers`."""
-        if vocab_size < (least := 256 + len(special_tokens)):
-            raise ValueError(f"vocab_size {vocab_size}: the bytes and special tokens need {least}")
-        counts: Counter[str] = Counter()
-        for text in texts:
-            counts.update(_pre_tokens(text))
-        learned, merges = _learn_merges(counts, vocab_size - len(special_tokens))
-        tokens = ["".join([_TO_CHAR[b] for b in token]) for token in learned] + [*special_tokens]
+        if vocab_size < 258:
+            raise ValueError(f"vocab_size {vocab_size}: the bytes and special tokens need 258")
+        counts = Counter(itertools.chain.from_iterable(map(_pre_tokens, texts)))
+        learned, merges = _learn_merges(counts, vocab_size - 2)
+        tokens = ["".join([_TO_CHAR[b] for b in token]) for token in learned] + [END_OF_TEXT, PAD]
         if len(tokens) < vocab_size:
             few = f"the text has only {len(merges)} merges: {len(tokens)} tokens, not {vocab_size}"
             warnings.warn(few, stacklevel=2)
         vocab = {token: i for i, token in enumerate(tokens)}
         pairs = [(tokens[left], tokens[right]) for left, right, _ in merges]
-        return cls(_new_layout("gpt-2", vocab, pairs, special_tokens))
+        return cls(_new_layout("gpt-2", vocab, pairs, [END_OF_TEXT, PAD]))
 
-    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """Turns text without lone surrogates into token ids. The names of special tokens are text,
-        too, but for those in `allowed_special` ("all": each), which become their single id."""
-        allowed = self.special_tokens if allowed_special == "all" else allowed_special
-        if unknown := sorted({*allowed} - self.special_tokens.keys()):
-            raise ValueError(f"not special tokens of this tokenizer: {', '.join(unknown)}")
-        names = map(regex.escape, sorted(allowed, key=len, reverse=True))
-        chunks = regex.split(f"({'|'.join(names)})", text) if allowed else [text]
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Turns text without lone surrogates into token ids. Names of special tokens are text, too,
+        unless allowed: then each becomes its id. Bytes that a public vocabulary lacks (SmolLM2's:
+        U+0004 and other control characters) are skipped, as in `tokenizers`."""
+        special = self.special_tokens if allow_special else {}
+        names = map(regex.escape, sorted(special, key=len, reverse=True))
         ids: list[int] = []
-        for chunk in chunks:
-            if chunk in allowed:
-                ids.append(self.special_tokens[chunk])
+        for chunk in regex.split(f"({'|'.join(names)})", text) if special else [text]:
+            if chunk in special:
+                ids.append(special[chunk])
             else:
                 ids.extend(itertools.chain.from_iterable(map(self._cached, self._words(chunk))))
         return ids
@@ -213,9 +197,8 @@ class BPETokenizer:
         return [symbol for symbol in symbols if symbol >= 0]
 
     def merge_steps(self, text: str) -> Iterator[tuple[int | None, list[int]]]:
-        """Encodes the first pre-token of a text merge by merge: yields the rank of each merge and
-        the token ids after it. The rank is None for the bytes at first, and for a last step that
-        looks up the whole pre-token, as in Llama 3 (`ignore_merges`)."""
+        """Yields the rank of each merge of a text's first pre-token, and the token ids after it.
+        Rank None marks the bytes at first and, as in Llama 3, a final look-up of the whole."""
         word = next(iter(self._words(text)), "")
         ids, ranks = self._symbols(word), self._ranks
         yield None, ids
@@ -241,10 +224,9 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
-        """Reads a `tokenizer.json` written by `save` or by Hugging Face `tokenizers`: the ids equal
-        theirs but for added tokens, truncation and padding, and `save` keeps what they depend on.
-        Without one, reads the `vocab.json` and `merges.txt` of GPT-2's form beside it. Raises
-        ValueError with the reason if other ids would differ."""
+        """Reads a `tokenizer.json`, ours or of `tokenizers`, else the `vocab.json` and `merges.txt`
+        of GPT-2's form beside it. The ids equal those of `tokenizers` but for added tokens,
+        truncation and padding; where they would differ, a ValueError has the reason."""
         path, advice = Path(path), ": create it with `python main.py`"
         with _refusing(str(path), advice):
             if path.exists():
@@ -324,8 +306,7 @@ def _learn_merges(counts: Counter[str], n_tokens: int) -> tuple[list[bytes], Mer
     changed = [(i, [_BYTE_IDS[byte] for byte in word.encode()]) for i, word in enumerate(counts)]
     frequencies, pair_counts = list(counts.values()), Counter[tuple[int, int]]()
     words_with: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
-    heap: list[tuple[int, tuple[int, int]]] = []
-    merges: Merges = []
+    heap, merges = [], []  # of (-count, pair)
     while True:
         changes: defaultdict[tuple[int, int], int] = defaultdict(int)
         for i, new in changed:
@@ -357,7 +338,7 @@ def _refusing(source: str, advice: str = "") -> Iterator[None]:
     """Turns the errors of unsupported and of malformed content into ValueErrors of one line."""
     try:
         yield
-    except UnsupportedError as error:
+    except NotImplementedError as error:
         raise ValueError(f"{source}: this tokenizer is not supported: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{source}: no byte-level BPE, or damaged ({error}){advice}") from None
@@ -383,35 +364,30 @@ def _new_layout(family: str, vocab: dict[str, int], merges: Sequence, special: S
     """A `tokenizer.json` of that family; `special` are names."""
     steps = _STEPS.get(family, [{"type": family}])  # which `_check_support` refuses
     flags = {**dict.fromkeys(_FLAGS, False), "special": True}
+    added = [{"id": vocab[name], "content": name, **flags} for name in special]
+    layout = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+    layout["normalizer"] = {"type": "NFC"} if family == "qwen2" else None
+    sequence = {"type": "Sequence", "pretokenizers": steps}
+    layout |= {"pre_tokenizer": sequence if len(steps) > 1 else steps[0], "post_processor": None}
     model = {"type": "BPE", **dict.fromkeys(_OPTIONS), "fuse_unk": False, "byte_fallback": False}
     model |= {"ignore_merges": family == "llama-bpe", "vocab": vocab, "merges": merges}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": vocab[name], "content": name, **flags} for name in special],
-        "normalizer": {"type": "NFC"} if family == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if steps[1:] else steps[0],
-        "post_processor": None,
-        "decoder": {**_BYTE_LEVEL, "add_prefix_space": True},
-        "model": model,
-    }
+    return {**layout, "decoder": {**_BYTE_LEVEL, "add_prefix_space": True}, "model": model}
 
 
 def _check_support(layout: dict) -> str:
     """The family of a layout. Rejects features that we lack: better no ids than wrong ids."""
     model, normalizer = layout["model"], layout.get("normalizer")
     if (kind := model.get("type", "BPE")) != "BPE":
-        raise UnsupportedError(f"the model is {kind}, not BPE")
+        raise NotImplementedError(f"the model is {kind}, not BPE")
     if normalizer not in (None, {"type": "NFC"}):
-        raise UnsupportedError(f"the normalizer is {normalizer['type']}, not NFC")
+        raise NotImplementedError(f"the normalizer is {normalizer['type']}, not NFC")
     if on := [n for n in (*_OPTIONS, "byte_fallback") if model.get(n)]:
-        raise UnsupportedError(f"the model has {', '.join(on)}")
+        raise NotImplementedError(f"the model has {', '.join(on)}")
     for token in layout["added_tokens"]:
         name, is_special = token["content"], token.get("special")
         flags = [n for n in _FLAGS if token.get(n) and (n != "normalized" or normalizer)]
         if flags or not (name if is_special else re.fullmatch(r"<.+>|\[.+\]", name)):
-            raise UnsupportedError(f"the added token {name!r} would change ordinary text")
+            raise NotImplementedError(f"the added token {name!r} would change ordinary text")
     pre_tokenizer = layout.get("pre_tokenizer") or {"type": "None"}
     steps = [  # `trim_offsets` changes no ids
         {**_BYTE_LEVEL, **step, "trim_offsets": True} if step["type"] == "ByteLevel" else step
@@ -421,4 +397,4 @@ def _check_support(layout: dict) -> str:
         if steps == known:
             return family
     kinds = ", ".join(step["type"] for step in steps)
-    raise UnsupportedError(f"the pre-tokenizer {kinds} is not that of {', '.join(_STEPS)}")
+    raise NotImplementedError(f"the pre-tokenizer {kinds} is not that of {', '.join(_STEPS)}")

@@ -30,6 +30,7 @@ from conftest import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 import data_loader
@@ -413,7 +414,10 @@ def test_the_kept_turns_have_the_ids_of_transformers(
 ):
     """At every length of the context, with a prompt to answer and with a response to learn; what
     is learned is each kept response and the token that ends it, and nothing else."""
-    tokenizer = BPETokenizer.train([play[:20_000]], 300, special)
+    byte_level = ByteLevelBPETokenizer()
+    byte_level.train_from_iterator([play[:20_000]], 300, special_tokens=[*special])
+    byte_level.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = BPETokenizer.load(tmp_path / "tokenizer.json")
     tokenizer.save(tmp_path / "tokenizer.json")
     tokenizer.chat_template = template
     theirs = PreTrainedTokenizerFast(

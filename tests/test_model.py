@@ -126,7 +126,7 @@ def test_attention_maps_are_the_weights_the_model_uses():
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
-    cos, sin = rotary_table(16, 16, 1e4)
+    cos, sin = rotary_table(GPTConfig(context_length=16, head_size=16))
     q, k = torch.randn(2, 1, 1, 16)
     rotated_q, rotated_k = rotate(q, cos, sin), rotate(k, cos, sin)  # (16, 1, 16), one a position
     scores = rotated_q[:, 0] @ rotated_k[:, 0].T
@@ -141,7 +141,8 @@ def test_rotary_angles_are_those_of_transformers():
     expected = LlamaRotaryEmbedding(config)(torch.ones(1, 16, 32), positions)
     x = torch.randn(1, 2, 16, 16)
     theirs, _ = apply_rotary_pos_emb(x, x, *expected)
-    torch.testing.assert_close(rotate(x, *rotary_table(16, 16, 1e4)), theirs, atol=1e-5, rtol=1e-4)
+    ours = rotate(x, *rotary_table(GPTConfig(context_length=16, head_size=16)))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_a_fresh_model_guesses_evenly():

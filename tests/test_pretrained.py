@@ -47,7 +47,7 @@ import main
 import training
 from generation import generate, load_model
 from model import weights_to_hf
-from tokenizer import END_OF_TEXT, PAD, BPETokenizer
+from tokenizer import END_OF_TEXT, BPETokenizer
 from training import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -501,9 +501,12 @@ def loop(name: str) -> Callable[[Path], None]:
     return damage
 
 
-def other_tokenizer(vocab_size: int, special: tuple = (END_OF_TEXT, PAD)) -> Callable:
+def other_tokenizer(vocab_size: int, end: str = END_OF_TEXT) -> Callable:
     def damage(folder: Path) -> None:
-        BPETokenizer.train([PLAY], vocab_size, special).save(folder / "tokenizer.json")
+        path = folder / "tokenizer.json"
+        BPETokenizer.train([PLAY], vocab_size).save(path)
+        text = path.read_text(encoding="utf-8").replace(END_OF_TEXT, end)
+        path.write_text(text, encoding="utf-8")
 
     return damage
 
@@ -547,7 +550,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a shard cut": (shards(lambda files: os.truncate(files[1], 99)), "model-00002-of-00002"),
     "fewer tokens": (other_tokenizer(300), "300 tokens"),
     "more tokens": (other_tokenizer(401), "401 tokens"),
-    "no end": (other_tokenizer(400, ("<a>", "<b>")), "no token <|endoftext|> or"),
+    "no end": (other_tokenizer(400, "<a>"), "no token <|endoftext|> or"),
     "no tokens": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json"),
     "a template of bytes": (
         lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xff"),

@@ -242,15 +242,13 @@ def test_lone_surrogates_are_refused(tokenizer: BPETokenizer, text: str):
         BPETokenizer.train([text], 300)
 
 
-def test_text_becomes_a_special_token_only_by_name(tokenizer: BPETokenizer):
+def test_text_becomes_a_special_token_only_where_allowed(tokenizer: BPETokenizer):
     text = f"one{END_OF_TEXT}two{PAD}"
     end, pad = tokenizer.special_tokens[END_OF_TEXT], tokenizer.special_tokens[PAD]
     assert not {end, pad} & set(tokenizer.encode(text))
-    allowed = tokenizer.encode(text, allowed_special=[END_OF_TEXT])
-    assert allowed.count(end) == 1 and pad not in allowed
+    allowed = tokenizer.encode(text, allow_special=True)
+    assert allowed == [*tokenizer.encode("one"), end, *tokenizer.encode("two"), pad]
     assert tokenizer.decode(allowed) == text
-    with pytest.raises(ValueError, match="not special tokens"):
-        tokenizer.encode(text, allowed_special=["<|user|>"])
 
 
 def test_ids_outside_the_vocabulary_are_refused(tokenizer: BPETokenizer):
@@ -261,17 +259,18 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer: BPETokenizer):
             list(tokenizer.decode_stream([65, bad]))
 
 
-def test_all_special_tokens_are_allowed_by_one_word(tokenizer: BPETokenizer):
-    text = f"one{END_OF_TEXT}two{PAD}"
-    assert tokenizer.encode(text, "all") == tokenizer.encode(text, [END_OF_TEXT, PAD])
-    with pytest.raises(ValueError, match="not special tokens of this tokenizer: a, l"):
-        tokenizer.encode(text, "al")
+def with_special_tokens(*names: str) -> BPETokenizer:
+    """Bytes, three merges and these."""
+    alphabet, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), ["h e", "t he", "\u0120 the"]
+    tokens = [*alphabet, *(merge.replace(" ", "") for merge in merges), *names]
+    types = [1] * (len(tokens) - len(names)) + [3] * len(names)
+    return BPETokenizer.from_gguf(tokens, merges, types, "gpt-2")
 
 
 @pytest.mark.parametrize("names", [("the", "<pad>"), ("<a>", "<a>"), ("\u0120the",), ("!",)])
 def test_special_tokens_that_text_has_anyway_are_refused(names: tuple[str, ...]):
     with pytest.raises(ValueError, match=r"gaps|ASCII|merges also"):
-        BPETokenizer.train(["the the the"], 259 + len(names), special_tokens=names)
+        with_special_tokens(*names)
 
 
 @pytest.mark.parametrize(
@@ -289,14 +288,14 @@ def test_special_tokens_that_text_has_anyway_are_refused(names: tuple[str, ...])
 def test_the_tokens_that_end_and_pad_go_by_the_names_of_the_families(
     names: list[str], end: str, pad: str, turn: str | None
 ):
-    tokenizer = BPETokenizer.train(["the the"], 258 + len(names), special_tokens=names)
+    tokenizer = with_special_tokens(*names)
     ids = tokenizer.special_tokens
     assert (tokenizer.end_id, tokenizer.pad_id) == (ids[end], ids[pad])
     assert tokenizer.end_of_turn_id == (None if turn is None else ids[turn])
 
 
 def test_a_tokenizer_may_have_no_end():
-    tokenizer = BPETokenizer.train(["the the"], 259, special_tokens=["<x>"])
+    tokenizer = with_special_tokens("<x>")
     assert tokenizer.end_id is tokenizer.pad_id is None
 
 
@@ -363,7 +362,7 @@ def test_each_family_comes_out_of_gguf_metadata(family, play: str, tmp_path: Pat
     ours.save(tmp_path / "tokenizer.json")
     other = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     chat = "<|im_start|>user\n" + text + "<|im_end|>"
-    assert plain_ids(other, chat) == ours.encode(chat, "all")
+    assert plain_ids(other, chat) == ours.encode(chat, allow_special=True)
 
 
 def test_gguf_metadata_of_another_kind_are_refused():
@@ -412,14 +411,14 @@ def test_special_tokens_are_found_only_where_allowed(
     ours = loaded(oracle, tmp_path)
     assert ours.special_tokens["<|im_end|>"] == (2 if first else 302)
     text = "<|im_start|>user\n <think>x</think>e<|im_end|>\u0338<|im_end|>  <|endoftext|>"
-    assert ours.encode(text, "all") == plain_ids(oracle, text)
+    assert ours.encode(text, allow_special=True) == plain_ids(oracle, text)
     assert not set(ours.encode(text)) & set(ours.special_tokens.values())
     if name != "qwen2":
         assert ours.decode(ours.encode(text)) == text
     again = Tokenizer.from_str(ours._to_json())
     assert plain_ids(again, text) == plain_ids(oracle, text)
-    skipped = oracle.decode(ours.encode(text, "all"), skip_special_tokens=True)
-    assert again.decode(ours.encode(text, "all"), skip_special_tokens=True) == skipped
+    skipped = oracle.decode(ours.encode(text, allow_special=True), skip_special_tokens=True)
+    assert again.decode(ours.encode(text, allow_special=True), skip_special_tokens=True) == skipped
 
 
 def test_the_settings_of_a_call_are_no_part_of_a_tokenizer(play: str, tmp_path: Path):
@@ -485,7 +484,7 @@ def test_tokenizers_reads_our_file(tokenizer: BPETokenizer, play: str, tmp_path:
     assert other.encode(play).ids == tokenizer.encode(play)
     assert other.decode(other.encode(TRICKY).ids) == TRICKY
     with_special = f"a{END_OF_TEXT}b"
-    ids = tokenizer.encode(with_special, allowed_special=[END_OF_TEXT])
+    ids = tokenizer.encode(with_special, allow_special=True)
     assert other.encode(with_special).ids == ids
 
 

@@ -157,7 +157,7 @@ def benchmark_tokenizer(table: Table, shakespeare: str) -> None:
                 1,
                 "s",
                 repeats=0 if size == "1.1 MB" else 1,
-                ours=lambda t=text, m=merges: BPETokenizer.train([t], m + 256, special_tokens=()),
+                ours=lambda t=text, m=merges: BPETokenizer.train([t], m + 258),
                 tokenizers=lambda t=text, m=merges: train_with_tokenizers(t, m + 256),
             )
     part = shakespeare if table.repeats > 1 else shakespeare[:100_000]  # the textbook is slow
@@ -166,12 +166,12 @@ def benchmark_tokenizer(table: Table, shakespeare: str) -> None:
         1,
         "s",
         repeats=1,
-        ours=lambda: BPETokenizer.train([part], 1024 + 256, special_tokens=()),
+        ours=lambda: BPETokenizer.train([part], 1024 + 258),
         textbook=lambda: plain_bpe(part, 1024 + 256),
     )
     for size, text in sizes.items():
         text = text[:4_000_000]
-        ours = BPETokenizer.train([text], 4096, special_tokens=())
+        ours = BPETokenizer.train([text], 4096 + 2)
         theirs, tik = train_with_tokenizers(text, 4096), as_tiktoken(ours)
         ids, peer_ids, tik_ids = ours.encode(text), theirs.encode(text).ids, tik.encode(text)
         spelled = [ours.vocab[i] for i in ids]
