@@ -32,7 +32,7 @@ from generation import FULL_CLASSIFIER, LORA_CLASSIFIER, REVIEW_LM, class_probab
 from lora import LoRAConfig, apply_lora, describe_training, lora_state_dict, resolve_targets
 from model import GPTClassificationModel
 from tokenizer import BPETokenizer
-from training import Runtime, TrainConfig
+from training import Runtime, TrainConfig, next_token_loss, train
 
 # Of the language model. Its seed is not --seed: classifiers of all seeds start from one model.
 LM_BATCHES = {"batch_size": 32, "seed": 0, "resegment_probability": 0.1, "max_epochs": 6}
@@ -108,8 +108,8 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
     config = training.from_options(ReviewConfig, vars(args))
     path = args.out_dir / (LORA_CLASSIFIER if lora else FULL_CLASSIFIER)
     with training.start_runtime() as runtime, training.lock_output_dir(args.out_dir, runtime):
-        training.check_output(args, runtime, path.name, LINEAR_BASELINE, start=REVIEW_LM)
         with training.rank_zero_first(runtime):
+            training.check_output(args, path.name, LINEAR_BASELINE, start=REVIEW_LM)
             data_dir = find_data_dir(args.data_dir)
             columns = {"text_column": args.text_column, "label_column": args.label_column}
             reviews = load_reviews(args.dataset, args.data, data_dir, args.max_examples, **columns)
@@ -157,24 +157,14 @@ def _review_lm(base, tokenizer, split, config, origin, args, runtime):
     path, steps = args.out_dir / REVIEW_LM, config.review_lm_steps
     metadata = {"model_config": asdict(base.config), **origin, "review_lm_steps": steps}
     if not (cached := generation.cached_model(path, metadata)):
-        model, state = base.to(runtime.device), training.state_path(path)
-        if args.resume and not state.is_file():
-            raise ValueError(f"{path} is missing or differs: give equal options, or --overwrite")
-        splits = (split.train, split.validation)
-        train_ids, validation_ids = (reviews_as_text(rows, tokenizer) for rows in splits)
-        length = base.config.context_length
+        model, length = base.to(runtime.device), base.config.context_length
+        train_ids, ids = (reviews_as_text(x, tokenizer) for x in (split.train, split.validation))
         batches = TokenBatches(train_ids, tokenizer, length, steps=steps, **LM_BATCHES)
         log0(f"language model of the reviews: {batches.steps} steps on {len(train_ids):,} tokens")
-        best, provenance = training.train(
-            model,
-            batches,
-            training.next_token_loss,
-            TrainConfig(steps=batches.steps, seed=LM_BATCHES["seed"]),
-            runtime=runtime,
-            validate=lambda: evaluate.validation_metrics(model, tokenizer, validation_ids, runtime),
-            path=path,
-            metadata=metadata,
-            resume=args.resume,
+        recipe = TrainConfig(steps=batches.steps, seed=LM_BATCHES["seed"])
+        validate = partial(evaluate.validation_metrics, model, tokenizer, ids, runtime)
+        best, provenance = train(
+            model, batches, next_token_loss, recipe, runtime, validate, path, metadata, args.resume
         )
         if runtime.rank == 0:
             contents = {**metadata, "metrics": best, "provenance": provenance}
@@ -208,21 +198,13 @@ def _train(model, tokenizer, split, config, metadata, path, args, runtime):
             "val_auc": float(roc_auc_score(labels, scores, multi_class="ovr")),
         }
 
-    batches = review_batches(
-        split.train, tokenizer, config.context_length, config.batch_size, args.seed
-    )
-    return training.train(
-        model,
-        batches,
-        partial(prefix_classification_loss, weight=config.prefix_loss),
-        training.fine_tuning_config(vars(args), batches.steps_per_epoch),
-        runtime=runtime,
-        validate=validate,
-        path=path,
-        metadata=metadata,
-        monitor="val_auc",
-        maximize=True,
-        resume=args.resume and training.state_path(path).is_file(),
+    length, size = config.context_length, config.batch_size
+    batches = review_batches(split.train, tokenizer, length, size, args.seed)
+    loss_fn = partial(prefix_classification_loss, weight=config.prefix_loss)
+    recipe = training.fine_tuning_config(vars(args), batches.steps_per_epoch)
+    resume = args.resume and training.state_path(path).is_file()
+    return train(
+        model, batches, loss_fn, recipe, runtime, validate, path, metadata, resume, "val_auc"
     )
 
 

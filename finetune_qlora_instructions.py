@@ -85,7 +85,6 @@ def main(argv: list[str] | None = None) -> int:
     """Trains, saves and measures; returns the exit code (130 or 143 when interrupted)."""
     args = _parse(argv)
     with training.start_runtime() as runtime, training.lock_output_dir(args.out_dir, runtime):
-        training.check_output(args, runtime, f"{args.method}_instruction_weights.pth")
         run(args, runtime)
     return 0
 
@@ -95,7 +94,9 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
     config = training.from_options(InstructionConfig, vars(args))
     adapter = None if args.method == "full" else training.from_options(LoRAConfig, vars(args))
     length, kind = config.context_length, f"{args.method}_instruction"
+    path = args.out_dir / f"{kind}_weights.pth"
     with training.rank_zero_first(runtime):
+        training.check_output(args, path.name)
         is_frozen = args.public_recipe and args.method != "full"
         dtype = runtime.dtype if is_frozen else torch.float32
         base, tokenizer, origin = generation.open_base(args, length, dtype)
@@ -118,7 +119,6 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
         "base_dtype": str(dtype),
     }
     _prepare_model(model, encoded.train[:CALIBRATION], args, adapter, runtime)
-    path = args.out_dir / f"{kind}_weights.pth"
     best, provenance = _train(model, tokenizer, encoded, config, args, runtime, path, metadata)
     if runtime.rank == 0:
         runtime = Runtime(runtime.device, runtime.dtype)  # the other processes have left
@@ -168,16 +168,13 @@ def _train(model, tokenizer, encoded, config, args, runtime, path, metadata):
 
     batches = ExampleBatches(map(len, encoded.train), collate, config.batch_size, args.seed)
     validation = data_utils.instruction_batches(encoded.validation, tokenizer, T)
+    recipe = training.fine_tuning_config(vars(args), batches.steps_per_epoch)
+
+    def validate():
+        return {"val_loss": training.mean_loss(model, validation, loss_fn, runtime)}
+
     return training.train(
-        model,
-        batches,
-        loss_fn,
-        training.fine_tuning_config(vars(args), batches.steps_per_epoch),
-        runtime=runtime,
-        validate=lambda: {"val_loss": training.mean_loss(model, validation, loss_fn, runtime)},
-        path=path,
-        metadata=metadata,
-        resume=args.resume,
+        model, batches, loss_fn, recipe, runtime, validate, path, metadata, args.resume
     )
 
 

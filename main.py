@@ -30,7 +30,7 @@ from evaluate import validation_metrics
 from generation import BASE, continue_prompt, load_model, place_tokenizer, reconfigure
 from model import GPTConfig, GPTModel, config_from_hf, weights_from_hf
 from tokenizer import BPETokenizer
-from training import TrainConfig, from_options
+from training import TrainConfig, from_options, next_token_loss, train
 
 MAX_VALIDATION_TOKENS = 100_000  # of a large corpus; TinyShakespeare's validation split is smaller
 SAMPLE_TOKENS = 250
@@ -84,8 +84,6 @@ def main(argv: list[str] | None = None) -> int:
             args.init_from = path = import_pretrained(args, runtime)
         if args.steps is not None:
             with training.lock_output_dir(args.out_dir, runtime):
-                training.check_output(args, runtime, BASE, "tokenizer.json")
-                log0(f"runtime: {runtime.describe()}")
                 path = run(args, runtime)
         if runtime.rank == 0:
             _show_sample(path)
@@ -96,6 +94,8 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
     """Trains a base model and saves the weights with the lowest validation loss."""
     data_config, config = (from_options(kind, vars(args)) for kind in (DataConfig, TrainConfig))
     with training.rank_zero_first(runtime):
+        training.check_output(args, BASE, "tokenizer.json")
+        log0(f"runtime: {runtime.describe()}")
         corpus = load_corpus(args.dataset, args.data, find_data_dir(args.data_dir))
         cache, splits = args.out_dir / "cache", zip(("train", "validation"), corpus.split())
         model, tokenizer, origin = _open_model(args, corpus, cache)
@@ -120,16 +120,9 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
         **origin,
     }
     path = args.out_dir / BASE
-    best, provenance = training.train(
-        model,
-        batches,
-        training.next_token_loss,
-        config,
-        runtime=runtime,
-        validate=partial(validation_metrics, model, tokenizer, validation_ids, runtime),
-        path=path,
-        metadata=metadata,
-        resume=args.resume,
+    validate = partial(validation_metrics, model, tokenizer, validation_ids, runtime)
+    best, provenance = train(
+        model, batches, next_token_loss, config, runtime, validate, path, metadata, args.resume
     )
     if runtime.rank == 0:
         metadata |= {"metrics": best, "provenance": provenance}
