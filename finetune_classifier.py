@@ -37,32 +37,16 @@ from training import Runtime, TrainConfig, next_token_loss, train
 # Of the language model. Its seed is not --seed: classifiers of all seeds start from one model.
 LM_BATCHES = {"batch_size": 32, "seed": 0, "resegment_probability": 0.1, "max_epochs": 6}
 
-RECIPE = {
-    "steps": 450,
-    "learning_rate": 0.0004,  # a tenth of the base's, so that the embeddings do not memorise
-    "muon_learning_rate": 0.007,
-    "warmup_steps": 30,
-    "decay_fraction": 0.9,
-    "eval_every": 0,
-}
+RECIPE = {"steps": 450, "warmup_steps": 30, "decay_fraction": 0.9, "eval_every": 0}
+# AdamW's is a tenth of the base's, so that the embeddings do not memorise.
+RECIPE |= {"learning_rate": 0.0004, "muon_learning_rate": 0.007}
 # For a public base, which knows the words: one pass, no further pretraining, a loss on the last
 # token alone, after a text that asks for the label.
-PUBLIC_RECIPE = {
-    "steps": 100_000,
-    "epochs": 1,
-    "batch_size": 16,
-    "grad_accumulation": 4,
-    "dropout": 0.0,
-    "optimizer": "adamw",
-    "learning_rate": 2e-5,
-    "weight_decay": 0.0,
-    "warmup_steps": 20,
-    "decay_fraction": 0.9,
-    "eval_every": 0,
-    "review_lm_steps": 0,
-    "prefix_loss": 0.0,
-    "text_template": "Review: {}\nSentiment:",
-}
+PUBLIC_RECIPE = {"steps": 100_000, "epochs": 1, "batch_size": 16, "grad_accumulation": 4}
+PUBLIC_RECIPE |= {"warmup_steps": 20, "decay_fraction": 0.9, "eval_every": 0, "dropout": 0.0}
+PUBLIC_RECIPE |= {"optimizer": "adamw", "learning_rate": 2e-5, "weight_decay": 0.0}
+PUBLIC_RECIPE |= {"review_lm_steps": 0, "prefix_loss": 0.0}
+PUBLIC_RECIPE |= {"text_template": "Review: {}\nSentiment:"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +115,8 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
         if lora:
             apply_lora(model, lora)
         log0(f"{describe_training(model)}; runtime: {runtime.describe()}")
-        metadata = {
-            "model_config": asdict(backbone.config),
-            **origin,
-            "labels": labels,
-            "review_config": asdict(config),
-            "lora_config": lora and asdict(lora),
-        }
+        metadata = {"model_config": asdict(backbone.config), **origin, "labels": labels}
+        metadata |= {"review_config": asdict(config), "lora_config": lora and asdict(lora)}
         best, provenance = _train(model, tokenizer, split, config, metadata, path, args, runtime)
         if runtime.rank == 0:
             calibrate(model, tokenizer, split.validation, runtime)
@@ -190,8 +169,7 @@ def _train(model, tokenizer, split, config, metadata, path, args, runtime):
         probabilities = class_probabilities(model, tokenizer, texts, runtime)
         if not np.isfinite(probabilities).all():
             return {"val_auc": math.nan}
-        is_pair = probabilities.shape[1] == 2
-        scores = probabilities[:, 1] if is_pair else probabilities
+        scores = probabilities[:, 1] if probabilities.shape[1] == 2 else probabilities
         return {
             "val_loss": log_loss(labels, probabilities),
             "val_accuracy": float((probabilities.argmax(1) == labels).mean()),

@@ -30,32 +30,15 @@ from lora import LoRAConfig
 from tokenizer import BPETokenizer
 from training import Runtime, TrainConfig
 
-RECIPE = {
-    "steps": 450,
-    "learning_rate": 0.004,
-    "muon_learning_rate": 0.01,
-    "decay_fraction": 0.9,
-    "eval_every": 0,
-    "r": 16,
-    "lora_alpha": 32.0,
-    # The head, too: it has never had to predict <|endoftext|> or modern words.
-    "target_modules": ("qkv", "fc", "proj", "head"),
-}
-PUBLIC_RECIPE = {  # for a public base, which answers already
-    "steps": 240,
-    "batch_size": 8,
-    "grad_accumulation": 4,
-    "dropout": 0.0,
-    "optimizer": "adamw",
-    "learning_rate": 3e-4,
-    "weight_decay": 0.0,
-    "warmup_steps": 10,
-    "decay_fraction": 0.9,
-    "eval_every": 40,
-    "r": 16,
-    "lora_alpha": 32.0,
-    "target_modules": ("qkv", "fc", "proj"),
-}
+RECIPE = {"steps": 450, "learning_rate": 0.004, "muon_learning_rate": 0.01}
+RECIPE |= {"decay_fraction": 0.9, "eval_every": 0}
+# The head, too: it has never had to predict <|endoftext|> or modern words.
+RECIPE |= {"r": 16, "lora_alpha": 32.0, "target_modules": ("qkv", "fc", "proj", "head")}
+# For a public base, which answers already.
+PUBLIC_RECIPE = {"steps": 240, "warmup_steps": 10, "decay_fraction": 0.9, "eval_every": 40}
+PUBLIC_RECIPE |= {"optimizer": "adamw", "learning_rate": 3e-4, "weight_decay": 0.0, "dropout": 0.0}
+PUBLIC_RECIPE |= {"batch_size": 8, "grad_accumulation": 4}
+PUBLIC_RECIPE |= {"r": 16, "lora_alpha": 32.0, "target_modules": ("qkv", "fc", "proj")}
 SHOWN_RESPONSES = 3
 CALIBRATION = 64  # examples whose activations say which errors of quantising matter
 
@@ -108,16 +91,10 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
         log0(f"instructions: {tasks.name}, {encoded.sizes()}; runtime: {runtime.describe()}")
     model = generation.reconfigure(base, length, config.dropout).to(runtime.device)
     before = response_metrics(model, tokenizer, encoded.test, runtime)
-    metadata = {
-        "model_config": asdict(model.config),
-        **origin,
-        **tasks.metadata,
-        "chat_template": tokenizer.chat_template or CHAT_TEMPLATE,
-        "instruction_config": asdict(config),
-        "lora_config": adapter and asdict(adapter),
-        "compute_dtype": str(runtime.dtype),
-        "base_dtype": str(dtype),
-    }
+    metadata = {"model_config": asdict(model.config), **origin, **tasks.metadata}
+    metadata |= {"instruction_config": asdict(config), "lora_config": adapter and asdict(adapter)}
+    metadata |= {"chat_template": tokenizer.chat_template or CHAT_TEMPLATE}
+    metadata |= {"compute_dtype": str(runtime.dtype), "base_dtype": str(dtype)}
     _prepare_model(model, encoded.train[:CALIBRATION], args, adapter, runtime)
     best, provenance = _train(model, tokenizer, encoded, config, args, runtime, path, metadata)
     if runtime.rank == 0:

@@ -33,7 +33,7 @@ from tokenizer import BPETokenizer
 from training import TrainConfig, from_options, next_token_loss, train
 
 MAX_VALIDATION_TOKENS = 100_000  # of a large corpus; TinyShakespeare's validation split is smaller
-SAMPLE_TOKENS = 250
+PUBLIC_PROMPT, SAMPLE_TOKENS = "The capital of France is", 250
 BEST = (
     "best at step {step}: {val_bits_per_byte:.4f} bits per byte, {val_nats_per_byte:.4f} nats per "
     "byte, perplexity {val_perplexity:.2f} on {val_bytes:,} bytes of validation text\n"
@@ -110,15 +110,10 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
     if (n := len(validation_ids)) > MAX_VALIDATION_TOKENS:
         log0(f"validation: the first {MAX_VALIDATION_TOKENS:,} of {n:,} tokens")
         validation_ids = validation_ids[:MAX_VALIDATION_TOKENS]
-    metadata = {
-        "model_config": asdict(model.config),
-        "tokenizer_sha256": tokenizer.sha256,
-        "dataset": corpus.name,
-        "data_sha256": corpus.sha256,
-        "data_config": windows,
-        "sample_prompt": tokenizer.decode(validation_ids[:8].tolist()) if args.data else "ROMEO:",
-        **origin,
-    }
+    prompt = tokenizer.decode(validation_ids[:8].tolist()) if args.data else "ROMEO:"
+    metadata = {"model_config": asdict(model.config), "tokenizer_sha256": tokenizer.sha256}
+    metadata |= {"dataset": corpus.name, "data_sha256": corpus.sha256, "data_config": windows}
+    metadata |= {"sample_prompt": prompt, **origin}
     path = args.out_dir / BASE
     validate = partial(validation_metrics, model, tokenizer, validation_ids, runtime)
     best, provenance = train(
@@ -179,17 +174,10 @@ def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Pa
         if n_rows > n_tokens:
             log0(f"leaving out {n_rows - n_tokens} rows of the embedding, which stand for no token")
         place_tokenizer(tokenizer, path.parent)
-        contents = {
-            "kind": "base",
-            "model_config": asdict(config),
-            "weights": weights,
-            "tokenizer_sha256": tokenizer.sha256,
-            "pretrained": source,
-            "chat_template": published.chat_template,
-            "sample_prompt": "The capital of France is",
-            "metrics": {},
-            "provenance": training.provenance(runtime, time.perf_counter() - started),
-        }
+        contents = {"kind": "base", "model_config": asdict(config), "weights": weights}
+        contents |= {"tokenizer_sha256": tokenizer.sha256, "pretrained": source, "metrics": {}}
+        contents |= {"provenance": training.provenance(runtime, time.perf_counter() - started)}
+        contents |= {"chat_template": published.chat_template, "sample_prompt": PUBLIC_PROMPT}
         training.save_checkpoint(path, contents)
         log0(f"wrote {path}: {path.stat().st_size:,} bytes")
     return path
@@ -217,9 +205,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="Presets: " + "; ".join(f"{name}: {text}" for name, text in PRESETS.items()),
         parents=[first],
     )
-    training.add_run_flags(
-        parser, ("tinyshakespeare", "sample"), "a text file, or a folder of them"
-    )
+    training.add_run_flags(parser, ("tinyshakespeare", "sample"), "a text file or a folder of them")
     for config_class in (DataConfig, GPTConfig, TrainConfig):
         training.add_config_flags(parser, config_class)
     chosen, _ = first.parse_known_args(argv)

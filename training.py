@@ -85,9 +85,8 @@ class TrainConfig:
         if self.optimizer not in ("muon", "adamw"):
             raise ValueError(f"optimizer must be muon or adamw, not {self.optimizer}")
         check_range(self, 1, math.inf, "steps", "grad_accumulation", "eval_every")
-        rates = ("learning_rate", "muon_learning_rate", "weight_decay")
-        check_range(self, 0, math.inf, *rates, "warmup_steps")
-        check_range(self, 0, 2**32, "seed")
+        check_range(self, 0, math.inf, "learning_rate", "muon_learning_rate", "weight_decay")
+        check_range(self, 0, 2**32, "warmup_steps", "seed")
         if not 0 <= self.decay_fraction <= 1 or not self.max_grad_norm > 0:
             raise ValueError("decay_fraction must lie in [0, 1] and max_grad_norm above 0")
 
@@ -233,8 +232,7 @@ def mean_loss(
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy in nats of the targets (B, T), and their number; those of -100 carry no
-    loss.
+    """Summed cross entropy in nats of the targets (B, T) other than -100, and their number.
 
     The plain equivalent is `F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")`
     with the logits (B * T, V). Here prompts and padding get none, and the others in slices that
@@ -381,9 +379,6 @@ def _stop_signals(runtime: "Runtime") -> Iterator[Callable[[], int]]:
         yield received_signal
 
 
-# ---- checkpoint files
-
-
 def state_path(path: str | Path, suffix: str = ".pth") -> Path:
     """The file of the resumable state, or the log, of an unfinished training that writes `path`."""
     return Path(path).with_suffix(f".resume{suffix}")
@@ -497,8 +492,8 @@ CPU = Runtime()  # default for small jobs
 def start_runtime() -> Iterator[Runtime]:
     """Chooses the device (CUDA, else MPS, else CPU) and the faster precision, bfloat16 or float32;
     under torchrun, joins the other processes."""
-    variables = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    rank, local_rank, world_size = (int(os.environ.get(name, x)) for name, x in variables)
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if torch.cuda.is_available():
         if local_rank >= (n_gpus := torch.cuda.device_count()):
@@ -506,17 +501,14 @@ def start_runtime() -> Iterator[Runtime]:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dtype = torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
-    if world_size == 1:
-        yield Runtime(device, dtype)
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # encoding a corpus takes long
-    try:
-        choice = [dtype]
-        dist.broadcast_object_list(choice, src=0)
-        yield Runtime(device, choice[0], rank, world_size)
-    finally:
-        dist.destroy_process_group()
+    with contextlib.ExitStack() as stack:
+        if world_size > 1:
+            backend, choice = "nccl" if device.type == "cuda" else "gloo", [dtype]
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # to encode a large corpus
+            stack.callback(dist.destroy_process_group)
+            dist.broadcast_object_list(choice, src=0)
+            dtype = choice[0]
+        yield Runtime(device, dtype, rank, world_size)
 
 
 @contextlib.contextmanager
@@ -720,5 +712,4 @@ def exit_process(code: int) -> NoReturn:
     """Ends a script at once: tearing down PyTorch takes a second on a busy machine, and threads of
     libraries occasionally abort a process that has done all its work."""
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
