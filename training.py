@@ -164,19 +164,20 @@ def own_batches(batches: Sequence[Batch], runtime: "Runtime") -> Iterator[Batch]
 
 
 def all_reduce_(parameters: list[nn.Parameter], totals: Tensor, world_size: int) -> list[float]:
-    """Sums gradients and totals (2,) over all processes; returns the totals."""
+    """Sums gradients and totals (2,) over all processes, in one message; returns the totals."""
     if world_size > 1:
-        dist.all_reduce(totals)
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+        tensors = [totals, *(parameter.grad for parameter in parameters)]
+        sums = nn.utils.parameters_to_vector(tensors)
+        dist.all_reduce(sums)
+        nn.utils.vector_to_parameters(sums, tensors)
     return totals.tolist()
 
 
 def scale_and_clip_(parameters: list[nn.Parameter], n_terms: float, max_norm: float) -> float:
-    """Turns gradients of the summed loss into those of the mean loss, with at most `max_norm`;
-    returns the norm that they had."""
+    """Divides gradients by `n_terms` and clips their norm to `max_norm`; returns it unclipped."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients).item() / n_terms
     torch._foreach_mul_(gradients, min(1.0, max_norm / (norm + 1e-6)) / n_terms)
@@ -358,14 +359,13 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 @contextlib.contextmanager
 def _stop_signals(runtime: "Runtime") -> Iterator[Callable[[], int]]:
-    """Catches the first Ctrl-C or SIGTERM; a second one acts as usual. Yields a function that
-    returns the number of a signal that any process has received, or 0."""
+    """Yields a function that returns the number of a SIGINT or SIGTERM to any process, or 0."""
     caught = [0]
     with contextlib.ExitStack() as original_handlers:
 
         def record(number: int, _frame: object) -> None:
             caught.append(number)
-            original_handlers.close()  # puts them back
+            original_handlers.close()  # puts them back: a second signal acts as usual
 
         def received_signal() -> int:
             number = torch.tensor(max(caught), device=runtime.device)
@@ -417,15 +417,14 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(
     path: str | Path, kinds: str | tuple[str, ...], hint: str = "python main.py"
 ) -> dict[str, Any]:
-    """Reads and verifies a checkpoint of one of these kinds, tensors and plain values only, onto
-    the CPU; but for resumable states, tensors stay in the file, mapped into memory. Errors name
-    `hint`, a command that creates one."""
+    """Reads and verifies a checkpoint of one of these kinds, tensors and plain values only. Tensors
+    stay in the file, mapped into memory. Errors name `hint`, a command that creates one."""
     path, kinds = Path(path), (kinds,) if isinstance(kinds, str) else kinds
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: create it with `{hint}`")
     written = path.stat().st_mtime_ns
     try:
-        is_state = "resume" in kinds  # which is replaced while it is in use
+        is_state = "resume" in kinds  # replaced while it is in use, therefore not mapped
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
             for name in archive.namelist():
                 if is_state or "/data/" not in name:  # weights have a SHA-256, too
@@ -490,8 +489,7 @@ CPU = Runtime()  # default for small jobs
 
 @contextlib.contextmanager
 def start_runtime() -> Iterator[Runtime]:
-    """Chooses the device (CUDA, else MPS, else CPU) and the faster precision, bfloat16 or float32;
-    under torchrun, joins the other processes."""
+    """Chooses device (CUDA, MPS, CPU) and precision; under torchrun, joins the other processes."""
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -709,7 +707,6 @@ def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends a script at once: tearing down PyTorch takes a second on a busy machine, and threads of
-    libraries occasionally abort a process that has done all its work."""
+    """Ends a script without tearing down PyTorch: slow, and threads of libraries may abort it."""
     sys.stdout.flush()
     os._exit(code)
