@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from tqdm import tqdm
 
-from data_loader import atomic_write, log0
+from data_loader import atomic_write, is_rank_zero, log0
 
 FORMAT_VERSION = 3
 LOG_EVERY = 10  # steps
@@ -547,6 +547,8 @@ def lock_output_dir(folder: str | Path, runtime: Runtime) -> Iterator[None]:
 def check_output(args: argparse.Namespace, *files: str, start: str = "") -> None:
     """Refuses to lose an unfinished run in `args.out_dir`, of this script or of the model `start`
     that it starts from; names the `files` that will be replaced, and the adapters on them."""
+    if not is_rank_zero():  # whose state may lie there by now
+        return
     states = [state_path(args.out_dir / file) for file in (*files, start or files[0])]
     unfinished = [path for path in states if path.is_file()]
     if args.resume and not unfinished:
@@ -651,8 +653,8 @@ def add_config_flags(parser: argparse.ArgumentParser, config_class: type) -> Non
 
 def from_options(config_class: type[T], options: dict[str, Any]) -> T:
     """A config dataclass from those of the options that are its fields."""
-    names = {f.name for f in fields(config_class)}
-    return config_class(**{name: options[name] for name in names & options.keys()})
+    names = [f.name for f in fields(config_class) if f.name in options]
+    return config_class(**{name: options[name] for name in names})
 
 
 def fine_tuning_config(options: dict[str, Any], steps_per_epoch: int) -> TrainConfig:

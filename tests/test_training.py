@@ -393,7 +393,9 @@ def output_options(folder: Path, resume: bool = False, overwrite: bool = False) 
     return Namespace(out_dir=folder, resume=resume, overwrite=overwrite)
 
 
-def test_an_unfinished_run_is_refused_by_name_and_stays(tmp_path: Path, runtime: Runtime):
+def test_an_unfinished_run_is_refused_by_name_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """So is a missing one, and all of this holds for the model that a script starts from."""
     state = tmp_path / "b.resume.pth"
     state.write_bytes(b"158 steps")
@@ -405,12 +407,14 @@ def test_an_unfinished_run_is_refused_by_name_and_stays(tmp_path: Path, runtime:
     check_output(output_options(tmp_path), "a.pth")  # another script's state
     with pytest.raises(FileNotFoundError, match=r"no .*a\.resume\.pth to resume: omit --resume"):
         check_output(output_options(tmp_path, resume=True), "a.pth")
+    monkeypatch.setenv("RANK", "1")  # the first process may have begun by now
+    check_output(output_options(tmp_path), "b.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["b.resume.pth"]
     assert state.read_bytes() == b"158 steps"
 
 
 def test_what_will_be_replaced_is_named_with_the_adapters_on_it(
-    tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     check_output(output_options(tmp_path), "base.pth", "tokenizer.json")
     assert capsys.readouterr().err == ""  # nothing there, nothing to say
