@@ -200,9 +200,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     """
     groups: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": [], "undecayed": []}
     for name, parameter in model.named_parameters():
-        owner = name.rpartition(".")[0]
-        layer = model.get_submodule(owner)
-        is_inner = isinstance(layer, nn.Linear) and not owner.endswith("head")
+        layer = model.get_submodule(name.rpartition(".")[0])
+        is_inner = isinstance(layer, nn.Linear) and not name.endswith("head.weight")
         is_adapter = isinstance(getattr(layer, "base_layer", None), nn.Linear)
         by_muon = config.optimizer == "muon" and (is_inner or is_adapter)
         kind = "undecayed" if parameter.ndim < 2 else "muon" if by_muon else "adamw"
@@ -640,15 +639,14 @@ def add_config_flags(parser: argparse.ArgumentParser, config_class: type) -> Non
     text under "Attributes:". `parser.set_defaults` changes defaults, and the help shows it."""
     group = parser.add_argument_group(config_class.__name__)
     texts = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(config_class), re.M))
-    for config_field in fields(config_class):
-        options = {"type": config_field.type, "metavar": config_field.type.__name__.upper()}
-        if config_field.type is bool:
+    for f in fields(config_class):
+        options = {"type": f.type, "metavar": f.type.__name__.upper()}
+        if f.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        elif config_field.type == tuple[str, ...]:
+        elif f.type == tuple[str, ...]:
             options = {"nargs": "+", "metavar": "NAME"}
-        flag = "--" + config_field.name.replace("_", "-")
-        text = " ".join(texts[config_field.name].split()).replace("%", "%%").rstrip(".")
-        group.add_argument(flag, default=config_field.default, help=text, **options)
+        text = " ".join(texts[f.name].split()).replace("%", "%%").rstrip(".")
+        group.add_argument(f"--{f.name}".replace("_", "-"), default=f.default, help=text, **options)
 
 
 def from_options(config_class: type[T], options: dict[str, Any]) -> T:
@@ -695,8 +693,7 @@ def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str
         except torch.OutOfMemoryError:
             message, code = "error: out of GPU memory: in a training, raise --grad-accumulation", 2
         except Interrupted as stop:
-            again = [a for a in sys.argv if a not in ("--resume", "--overwrite")]
-            sys.argv = [*again, "--resume"]
+            sys.argv = [*(a for a in sys.argv if a not in ("--resume", "--overwrite")), "--resume"]
             message, code = f"interrupted; continue with: {command_line()}", 128 + stop.args[0]
         except KeyboardInterrupt:
             message, code = "interrupted", 130
