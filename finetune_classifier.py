@@ -32,37 +32,21 @@ from generation import FULL_CLASSIFIER, LORA_CLASSIFIER, REVIEW_LM, class_probab
 from lora import LoRAConfig, apply_lora, describe_training, lora_state_dict, resolve_targets
 from model import GPTClassificationModel
 from tokenizer import BPETokenizer
-from training import Runtime, TrainConfig
+from training import Runtime, TrainConfig, next_token_loss, train
 
 # Of the language model. Its seed is not --seed: classifiers of all seeds start from one model.
 LM_BATCHES = {"batch_size": 32, "seed": 0, "resegment_probability": 0.1, "max_epochs": 6}
 
-RECIPE = {
-    "steps": 450,
-    "learning_rate": 0.0004,  # a tenth of the base's, so that the embeddings do not memorise
-    "muon_learning_rate": 0.007,
-    "warmup_steps": 30,
-    "decay_fraction": 0.9,
-    "eval_every": 0,
-}
+RECIPE = {"steps": 450, "warmup_steps": 30, "decay_fraction": 0.9, "eval_every": 0}
+# AdamW's is a tenth of the base's, so that the embeddings do not memorise.
+RECIPE |= {"learning_rate": 0.0004, "muon_learning_rate": 0.007}
 # For a public base, which knows the words: one pass, no further pretraining, a loss on the last
 # token alone, after a text that asks for the label.
-PUBLIC_RECIPE = {
-    "steps": 100_000,
-    "epochs": 1,
-    "batch_size": 16,
-    "grad_accumulation": 4,
-    "dropout": 0.0,
-    "optimizer": "adamw",
-    "learning_rate": 2e-5,
-    "weight_decay": 0.0,
-    "warmup_steps": 20,
-    "decay_fraction": 0.9,
-    "eval_every": 0,
-    "review_lm_steps": 0,
-    "prefix_loss": 0.0,
-    "text_template": "Review: {}\nSentiment:",
-}
+PUBLIC_RECIPE = {"steps": 100_000, "epochs": 1, "batch_size": 16, "grad_accumulation": 4}
+PUBLIC_RECIPE |= {"warmup_steps": 20, "decay_fraction": 0.9, "eval_every": 0, "dropout": 0.0}
+PUBLIC_RECIPE |= {"optimizer": "adamw", "learning_rate": 2e-5, "weight_decay": 0.0}
+PUBLIC_RECIPE |= {"review_lm_steps": 0, "prefix_loss": 0.0}
+PUBLIC_RECIPE |= {"text_template": "Review: {}\nSentiment:"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +92,8 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
     config = training.from_options(ReviewConfig, vars(args))
     path = args.out_dir / (LORA_CLASSIFIER if lora else FULL_CLASSIFIER)
     with training.start_runtime() as runtime, training.lock_output_dir(args.out_dir, runtime):
-        training.check_output(args, runtime, path.name, LINEAR_BASELINE, start=REVIEW_LM)
         with training.rank_zero_first(runtime):
+            training.check_output(args, path.name, LINEAR_BASELINE, start=REVIEW_LM)
             data_dir = find_data_dir(args.data_dir)
             columns = {"text_column": args.text_column, "label_column": args.label_column}
             reviews = load_reviews(args.dataset, args.data, data_dir, args.max_examples, **columns)
@@ -131,13 +115,8 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
         if lora:
             apply_lora(model, lora)
         log0(f"{describe_training(model)}; runtime: {runtime.describe()}")
-        metadata = {
-            "model_config": asdict(backbone.config),
-            **origin,
-            "labels": labels,
-            "review_config": asdict(config),
-            "lora_config": lora and asdict(lora),
-        }
+        metadata = {"model_config": asdict(backbone.config), **origin, "labels": labels}
+        metadata |= {"review_config": asdict(config), "lora_config": lora and asdict(lora)}
         best, provenance = _train(model, tokenizer, split, config, metadata, path, args, runtime)
         if runtime.rank == 0:
             calibrate(model, tokenizer, split.validation, runtime)
@@ -157,24 +136,14 @@ def _review_lm(base, tokenizer, split, config, origin, args, runtime):
     path, steps = args.out_dir / REVIEW_LM, config.review_lm_steps
     metadata = {"model_config": asdict(base.config), **origin, "review_lm_steps": steps}
     if not (cached := generation.cached_model(path, metadata)):
-        model, state = base.to(runtime.device), training.state_path(path)
-        if args.resume and not state.is_file():
-            raise ValueError(f"{path} is missing or differs: give equal options, or --overwrite")
-        splits = (split.train, split.validation)
-        train_ids, validation_ids = (reviews_as_text(rows, tokenizer) for rows in splits)
-        length = base.config.context_length
+        model, length = base.to(runtime.device), base.config.context_length
+        train_ids, ids = (reviews_as_text(x, tokenizer) for x in (split.train, split.validation))
         batches = TokenBatches(train_ids, tokenizer, length, steps=steps, **LM_BATCHES)
         log0(f"language model of the reviews: {batches.steps} steps on {len(train_ids):,} tokens")
-        best, provenance = training.train(
-            model,
-            batches,
-            training.next_token_loss,
-            TrainConfig(steps=batches.steps, seed=LM_BATCHES["seed"]),
-            runtime=runtime,
-            validate=lambda: evaluate.validation_metrics(model, tokenizer, validation_ids, runtime),
-            path=path,
-            metadata=metadata,
-            resume=args.resume,
+        recipe = TrainConfig(steps=batches.steps, seed=LM_BATCHES["seed"])
+        validate = partial(evaluate.validation_metrics, model, tokenizer, ids, runtime)
+        best, provenance = train(
+            model, batches, next_token_loss, recipe, runtime, validate, path, metadata, args.resume
         )
         if runtime.rank == 0:
             contents = {**metadata, "metrics": best, "provenance": provenance}
@@ -200,29 +169,20 @@ def _train(model, tokenizer, split, config, metadata, path, args, runtime):
         probabilities = class_probabilities(model, tokenizer, texts, runtime)
         if not np.isfinite(probabilities).all():
             return {"val_auc": math.nan}
-        is_pair = probabilities.shape[1] == 2
-        scores = probabilities[:, 1] if is_pair else probabilities
+        scores = probabilities[:, 1] if probabilities.shape[1] == 2 else probabilities
         return {
             "val_loss": log_loss(labels, probabilities),
             "val_accuracy": float((probabilities.argmax(1) == labels).mean()),
             "val_auc": float(roc_auc_score(labels, scores, multi_class="ovr")),
         }
 
-    batches = review_batches(
-        split.train, tokenizer, config.context_length, config.batch_size, args.seed
-    )
-    return training.train(
-        model,
-        batches,
-        partial(prefix_classification_loss, weight=config.prefix_loss),
-        training.fine_tuning_config(vars(args), batches.steps_per_epoch),
-        runtime=runtime,
-        validate=validate,
-        path=path,
-        metadata=metadata,
-        monitor="val_auc",
-        maximize=True,
-        resume=args.resume and training.state_path(path).is_file(),
+    length, size = config.context_length, config.batch_size
+    batches = review_batches(split.train, tokenizer, length, size, args.seed)
+    loss_fn = partial(prefix_classification_loss, weight=config.prefix_loss)
+    recipe = training.fine_tuning_config(vars(args), batches.steps_per_epoch)
+    resume = args.resume and training.state_path(path).is_file()
+    return train(
+        model, batches, loss_fn, recipe, runtime, validate, path, metadata, resume, "val_auc"
     )
 
 

@@ -17,19 +17,10 @@ from generation import LORA_CLASSIFIER, export_peft, parse_for_base, prepare_exp
 from lora import LoRAConfig
 from training import add_config_flags, exit_process, from_options, report_errors
 
-RECIPE = {
-    "steps": 600,
-    "epochs": 5,
-    "learning_rate": 0.002,
-    "muon_learning_rate": 0.017,
-    "warmup_steps": 30,
-    "decay_fraction": 0.9,
-    "eval_every": 0,
-    "dropout": 0.1,
-    "lora_alpha": 8.0,
-    # The embedding, to learn modern words, and one layer to combine them: all that 1 % allows.
-    "target_modules": ("token_embedding", "blocks.-1.attn.qkv"),
-}
+RECIPE = {"steps": 600, "epochs": 5, "learning_rate": 0.002, "muon_learning_rate": 0.017}
+RECIPE |= {"warmup_steps": 30, "decay_fraction": 0.9, "eval_every": 0, "dropout": 0.1}
+# The embedding, to learn modern words, and one layer to combine them: all that 1 % allows.
+RECIPE |= {"lora_alpha": 8.0, "target_modules": ("token_embedding", "blocks.-1.attn.qkv")}
 PUBLIC = {**PUBLIC_RECIPE, "learning_rate": 5e-4, "target_modules": ("qkv", "attn.proj")}
 
 

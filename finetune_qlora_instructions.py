@@ -30,32 +30,15 @@ from lora import LoRAConfig
 from tokenizer import BPETokenizer
 from training import Runtime, TrainConfig
 
-RECIPE = {
-    "steps": 450,
-    "learning_rate": 0.004,
-    "muon_learning_rate": 0.01,
-    "decay_fraction": 0.9,
-    "eval_every": 0,
-    "r": 16,
-    "lora_alpha": 32.0,
-    # The head, too: it has never had to predict <|endoftext|> or modern words.
-    "target_modules": ("qkv", "fc", "proj", "head"),
-}
-PUBLIC_RECIPE = {  # for a public base, which answers already
-    "steps": 240,
-    "batch_size": 8,
-    "grad_accumulation": 4,
-    "dropout": 0.0,
-    "optimizer": "adamw",
-    "learning_rate": 3e-4,
-    "weight_decay": 0.0,
-    "warmup_steps": 10,
-    "decay_fraction": 0.9,
-    "eval_every": 40,
-    "r": 16,
-    "lora_alpha": 32.0,
-    "target_modules": ("qkv", "fc", "proj"),
-}
+RECIPE = {"steps": 450, "learning_rate": 0.004, "muon_learning_rate": 0.01}
+RECIPE |= {"decay_fraction": 0.9, "eval_every": 0}
+# The head, too: it has never had to predict <|endoftext|> or modern words.
+RECIPE |= {"r": 16, "lora_alpha": 32.0, "target_modules": ("qkv", "fc", "proj", "head")}
+# For a public base, which answers already.
+PUBLIC_RECIPE = {"steps": 240, "warmup_steps": 10, "decay_fraction": 0.9, "eval_every": 40}
+PUBLIC_RECIPE |= {"optimizer": "adamw", "learning_rate": 3e-4, "weight_decay": 0.0, "dropout": 0.0}
+PUBLIC_RECIPE |= {"batch_size": 8, "grad_accumulation": 4}
+PUBLIC_RECIPE |= {"r": 16, "lora_alpha": 32.0, "target_modules": ("qkv", "fc", "proj")}
 SHOWN_RESPONSES = 3
 CALIBRATION = 64  # examples whose activations say which errors of quantising matter
 
@@ -85,7 +68,6 @@ def main(argv: list[str] | None = None) -> int:
     """Trains, saves and measures; returns the exit code (130 or 143 when interrupted)."""
     args = _parse(argv)
     with training.start_runtime() as runtime, training.lock_output_dir(args.out_dir, runtime):
-        training.check_output(args, runtime, f"{args.method}_instruction_weights.pth")
         run(args, runtime)
     return 0
 
@@ -95,7 +77,9 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
     config = training.from_options(InstructionConfig, vars(args))
     adapter = None if args.method == "full" else training.from_options(LoRAConfig, vars(args))
     length, kind = config.context_length, f"{args.method}_instruction"
+    path = args.out_dir / f"{kind}_weights.pth"
     with training.rank_zero_first(runtime):
+        training.check_output(args, path.name)
         is_frozen = args.public_recipe and args.method != "full"
         dtype = runtime.dtype if is_frozen else torch.float32
         base, tokenizer, origin = generation.open_base(args, length, dtype)
@@ -107,18 +91,11 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
         log0(f"instructions: {tasks.name}, {encoded.sizes()}; runtime: {runtime.describe()}")
     model = generation.reconfigure(base, length, config.dropout).to(runtime.device)
     before = response_metrics(model, tokenizer, encoded.test, runtime)
-    metadata = {
-        "model_config": asdict(model.config),
-        **origin,
-        **tasks.metadata,
-        "chat_template": tokenizer.chat_template or CHAT_TEMPLATE,
-        "instruction_config": asdict(config),
-        "lora_config": adapter and asdict(adapter),
-        "compute_dtype": str(runtime.dtype),
-        "base_dtype": str(dtype),
-    }
+    metadata = {"model_config": asdict(model.config), **origin, **tasks.metadata}
+    metadata |= {"instruction_config": asdict(config), "lora_config": adapter and asdict(adapter)}
+    metadata |= {"chat_template": tokenizer.chat_template or CHAT_TEMPLATE}
+    metadata |= {"compute_dtype": str(runtime.dtype), "base_dtype": str(dtype)}
     _prepare_model(model, encoded.train[:CALIBRATION], args, adapter, runtime)
-    path = args.out_dir / f"{kind}_weights.pth"
     best, provenance = _train(model, tokenizer, encoded, config, args, runtime, path, metadata)
     if runtime.rank == 0:
         runtime = Runtime(runtime.device, runtime.dtype)  # the other processes have left
@@ -168,16 +145,13 @@ def _train(model, tokenizer, encoded, config, args, runtime, path, metadata):
 
     batches = ExampleBatches(map(len, encoded.train), collate, config.batch_size, args.seed)
     validation = data_utils.instruction_batches(encoded.validation, tokenizer, T)
+    recipe = training.fine_tuning_config(vars(args), batches.steps_per_epoch)
+
+    def validate():
+        return {"val_loss": training.mean_loss(model, validation, loss_fn, runtime)}
+
     return training.train(
-        model,
-        batches,
-        loss_fn,
-        training.fine_tuning_config(vars(args), batches.steps_per_epoch),
-        runtime=runtime,
-        validate=lambda: {"val_loss": training.mean_loss(model, validation, loss_fn, runtime)},
-        path=path,
-        metadata=metadata,
-        resume=args.resume,
+        model, batches, loss_fn, recipe, runtime, validate, path, metadata, args.resume
     )
 
 

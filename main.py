@@ -30,10 +30,10 @@ from evaluate import validation_metrics
 from generation import BASE, continue_prompt, load_model, place_tokenizer, reconfigure
 from model import GPTConfig, GPTModel, config_from_hf, weights_from_hf
 from tokenizer import BPETokenizer
-from training import TrainConfig, from_options
+from training import TrainConfig, from_options, next_token_loss, train
 
 MAX_VALIDATION_TOKENS = 100_000  # of a large corpus; TinyShakespeare's validation split is smaller
-SAMPLE_TOKENS = 250
+PUBLIC_PROMPT, SAMPLE_TOKENS = "The capital of France is", 250
 BEST = (
     "best at step {step}: {val_bits_per_byte:.4f} bits per byte, {val_nats_per_byte:.4f} nats per "
     "byte, perplexity {val_perplexity:.2f} on {val_bytes:,} bytes of validation text\n"
@@ -84,8 +84,6 @@ def main(argv: list[str] | None = None) -> int:
             args.init_from = path = import_pretrained(args, runtime)
         if args.steps is not None:
             with training.lock_output_dir(args.out_dir, runtime):
-                training.check_output(args, runtime, BASE, "tokenizer.json")
-                log0(f"runtime: {runtime.describe()}")
                 path = run(args, runtime)
         if runtime.rank == 0:
             _show_sample(path)
@@ -96,6 +94,8 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
     """Trains a base model and saves the weights with the lowest validation loss."""
     data_config, config = (from_options(kind, vars(args)) for kind in (DataConfig, TrainConfig))
     with training.rank_zero_first(runtime):
+        training.check_output(args, BASE, "tokenizer.json")
+        log0(f"runtime: {runtime.describe()}")
         corpus = load_corpus(args.dataset, args.data, find_data_dir(args.data_dir))
         cache, splits = args.out_dir / "cache", zip(("train", "validation"), corpus.split())
         model, tokenizer, origin = _open_model(args, corpus, cache)
@@ -110,26 +110,14 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
     if (n := len(validation_ids)) > MAX_VALIDATION_TOKENS:
         log0(f"validation: the first {MAX_VALIDATION_TOKENS:,} of {n:,} tokens")
         validation_ids = validation_ids[:MAX_VALIDATION_TOKENS]
-    metadata = {
-        "model_config": asdict(model.config),
-        "tokenizer_sha256": tokenizer.sha256,
-        "dataset": corpus.name,
-        "data_sha256": corpus.sha256,
-        "data_config": windows,
-        "sample_prompt": tokenizer.decode(validation_ids[:8].tolist()) if args.data else "ROMEO:",
-        **origin,
-    }
+    prompt = tokenizer.decode(validation_ids[:8].tolist()) if args.data else "ROMEO:"
+    metadata = {"model_config": asdict(model.config), "tokenizer_sha256": tokenizer.sha256}
+    metadata |= {"dataset": corpus.name, "data_sha256": corpus.sha256, "data_config": windows}
+    metadata |= {"sample_prompt": prompt, **origin}
     path = args.out_dir / BASE
-    best, provenance = training.train(
-        model,
-        batches,
-        training.next_token_loss,
-        config,
-        runtime=runtime,
-        validate=partial(validation_metrics, model, tokenizer, validation_ids, runtime),
-        path=path,
-        metadata=metadata,
-        resume=args.resume,
+    validate = partial(validation_metrics, model, tokenizer, validation_ids, runtime)
+    best, provenance = train(
+        model, batches, next_token_loss, config, runtime, validate, path, metadata, args.resume
     )
     if runtime.rank == 0:
         metadata |= {"metrics": best, "provenance": provenance}
@@ -186,17 +174,10 @@ def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Pa
         if n_rows > n_tokens:
             log0(f"leaving out {n_rows - n_tokens} rows of the embedding, which stand for no token")
         place_tokenizer(tokenizer, path.parent)
-        contents = {
-            "kind": "base",
-            "model_config": asdict(config),
-            "weights": weights,
-            "tokenizer_sha256": tokenizer.sha256,
-            "pretrained": source,
-            "chat_template": published.chat_template,
-            "sample_prompt": "The capital of France is",
-            "metrics": {},
-            "provenance": training.provenance(runtime, time.perf_counter() - started),
-        }
+        contents = {"kind": "base", "model_config": asdict(config), "weights": weights}
+        contents |= {"tokenizer_sha256": tokenizer.sha256, "pretrained": source, "metrics": {}}
+        contents |= {"provenance": training.provenance(runtime, time.perf_counter() - started)}
+        contents |= {"chat_template": published.chat_template, "sample_prompt": PUBLIC_PROMPT}
         training.save_checkpoint(path, contents)
         log0(f"wrote {path}: {path.stat().st_size:,} bytes")
     return path
@@ -224,9 +205,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="Presets: " + "; ".join(f"{name}: {text}" for name, text in PRESETS.items()),
         parents=[first],
     )
-    training.add_run_flags(
-        parser, ("tinyshakespeare", "sample"), "a text file, or a folder of them"
-    )
+    training.add_run_flags(parser, ("tinyshakespeare", "sample"), "a text file or a folder of them")
     for config_class in (DataConfig, GPTConfig, TrainConfig):
         training.add_config_flags(parser, config_class)
     chosen, _ = first.parse_known_args(argv)

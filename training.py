@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import math
@@ -26,7 +25,6 @@ import time
 import timeit
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +38,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from tqdm import tqdm
 
-from data_loader import atomic_write, log0
+from data_loader import atomic_write, is_rank_zero, log0
 
 FORMAT_VERSION = 3
 LOG_EVERY = 10  # steps
@@ -87,9 +85,8 @@ class TrainConfig:
         if self.optimizer not in ("muon", "adamw"):
             raise ValueError(f"optimizer must be muon or adamw, not {self.optimizer}")
         check_range(self, 1, math.inf, "steps", "grad_accumulation", "eval_every")
-        rates = ("learning_rate", "muon_learning_rate", "weight_decay")
-        check_range(self, 0, math.inf, *rates, "warmup_steps")
-        check_range(self, 0, 2**32, "seed")
+        check_range(self, 0, math.inf, "learning_rate", "muon_learning_rate", "weight_decay")
+        check_range(self, 0, 2**32, "warmup_steps", "seed")
         if not 0 <= self.decay_fraction <= 1 or not self.max_grad_norm > 0:
             raise ValueError("decay_fraction must lie in [0, 1] and max_grad_norm above 0")
 
@@ -99,34 +96,27 @@ def train(
     batches: Callable[[int, int], Sequence[Batch]],
     loss_fn: LossFn,
     config: TrainConfig,
-    *,
     runtime: "Runtime",
     validate: Callable[[], dict[str, float]],
     path: str | Path,
     metadata: dict[str, Any],
-    monitor: str = "val_loss",
-    maximize: bool = False,
     resume: bool = False,
+    maximize: str = "",
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Trains `model` in place and leaves it with its best weights. Returns the metrics of the best
-    step, and the settings with the provenance.
+    """Trains the parameters of `model` that require gradients, and leaves it with the best weights.
+    Returns the metrics of the best step, and the settings with the provenance.
 
-    Args:
-        model: Its parameters that require gradients are trained, and stored in resumable states.
-        batches: `batches(step, n)` splits the batch of a step into n micro-batches, some of which
-            may be empty; it must depend on nothing else.
-        loss_fn: `loss_fn(model, batch)` is (summed loss, number of terms); gradients are averaged
-            over all terms.
-        validate: Metrics of the current model; called on every process.
-        path: Of the result, for `save_result`; `.resume.pth` and `.resume.log.jsonl` lie beside it.
-        metadata: Data, tokenizer and model of the run; `resume` refuses a state with others.
-        monitor: Metric whose minimum, or maximum, selects the weights; ties go to the later step.
+    `batches(step, n)` splits the batch of a step into n micro-batches, some of which may be empty;
+    it must depend on nothing else. `loss_fn(model, batch)` is (summed loss, number of terms);
+    gradients are averaged over all terms. `validate` measures the model, on every process: the best
+    step has the lowest "val_loss", or the highest `maximize`; ties go to the later one. The state
+    to resume and the log lie beside `path`, that of the result; `resume` refuses the state of a run
+    with other `metadata`: data, tokenizer and model.
 
-    Raises:
-        FloatingPointError: The loss, a gradient or the monitored metric is not finite.
-        Interrupted: A process of this run received SIGINT (Ctrl-C) or SIGTERM.
+    Raises FloatingPointError if the loss, a gradient or that metric is not finite, and Interrupted
+    when a process of this run receives SIGINT (Ctrl-C) or SIGTERM.
     """
-    run = _Run(model, config, runtime, path, metadata, monitor, maximize)
+    run = _Run(model, config, runtime, path, metadata, maximize)
     with _stop_signals(runtime) as received_signal, run.start(resume) as bar:
         for step in range(run.step, config.steps):
             set_learning_rates(run.optimizers, step, config)
@@ -180,16 +170,14 @@ def all_reduce_(parameters: list[nn.Parameter], totals: Tensor, world_size: int)
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         tensors = [totals, *(parameter.grad for parameter in parameters)]
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(summed.view_as(tensor))
+        sums = nn.utils.parameters_to_vector(tensors)
+        dist.all_reduce(sums)
+        nn.utils.vector_to_parameters(sums, tensors)
     return totals.tolist()
 
 
 def scale_and_clip_(parameters: list[nn.Parameter], n_terms: float, max_norm: float) -> float:
-    """Turns gradients of the summed loss into those of the mean loss, with at most `max_norm`;
-    returns the norm that they had."""
+    """Divides gradients by `n_terms` and clips their norm to `max_norm`; returns it unclipped."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients).item() / n_terms
     torch._foreach_mul_(gradients, min(1.0, max_norm / (norm + 1e-6)) / n_terms)
@@ -210,13 +198,12 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
             X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
         weight -= learning_rate * X
     """
-    modules = dict(model.named_modules())
     groups: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": [], "undecayed": []}
     for name, parameter in model.named_parameters():
-        owner = name.rpartition(".")[0]
-        inside = isinstance(modules[owner], nn.Linear) and not owner.endswith("head")
-        adapted = getattr(modules[owner], "base_layer", None)  # by a low-rank adapter
-        by_muon = config.optimizer == "muon" and (inside or isinstance(adapted, nn.Linear))
+        layer = model.get_submodule(name.rpartition(".")[0])
+        is_inner = isinstance(layer, nn.Linear) and not name.endswith("head.weight")
+        is_adapter = isinstance(getattr(layer, "base_layer", None), nn.Linear)
+        by_muon = config.optimizer == "muon" and (is_inner or is_adapter)
         kind = "undecayed" if parameter.ndim < 2 else "muon" if by_muon else "adamw"
         if parameter.requires_grad:
             groups[kind].append(parameter)
@@ -226,8 +213,6 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
         optimizers.append(AdamW(adamw, config.learning_rate, betas=(0.9, 0.95), fused=True))
     if groups["muon"]:
         optimizers.append(Muon(groups["muon"], config.muon_learning_rate, config.weight_decay))
-    if not optimizers:
-        raise ValueError("no parameter requires gradients: nothing to train")
     return optimizers
 
 
@@ -247,8 +232,7 @@ def mean_loss(
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy in nats of the targets (B, T), and their number; those of -100 carry no
-    loss.
+    """Summed cross entropy in nats of the targets (B, T) other than -100, and their number.
 
     The plain equivalent is `F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")`
     with the logits (B * T, V). Here prompts and padding get none, and the others in slices that
@@ -284,18 +268,18 @@ def _check_finite(step: int, metrics: dict[str, float]) -> None:
 class _Run:
     """Progress, best weights and files of a training."""
 
-    PROGRESS = ("step", "seconds", "tokens", "log_bytes", "recent_losses", "best", "best_weights")
+    PROGRESS = ("step", "seconds", "tokens", "log", "recent_losses", "best", "best_weights")
 
-    def __init__(self, model, config, runtime, path, metadata, monitor, maximize):
+    def __init__(self, model, config, runtime, path, metadata, maximize):
         self.model, self.config, self.runtime = model, config, runtime
-        self.monitor, self.sign = monitor, -1 if maximize else 1
+        self.monitor, self.sign = maximize or "val_loss", -1 if maximize else 1
         self.optimizers = make_optimizers(model, config)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         world = {"world_size": runtime.world_size, "precision": str(runtime.dtype)}
-        self.metadata = {**metadata, **world, "train_config": asdict(config)}
+        self.metadata = {**metadata, **world, "train_config": asdict(config), "state_format": 2}
         self.state_path, self.log_path = state_path(path), state_path(path, ".log.jsonl")
-        self.step, self.seconds, self.tokens, self.log_bytes = 0, 0.0, 0.0, 0
+        self.step, self.seconds, self.tokens, self.log = 0, 0.0, 0.0, ""
         self.recent_losses, self.best, self.best_weights = [], {}, {}
 
     def start(self, resume: bool) -> tqdm:
@@ -305,12 +289,13 @@ class _Run:
                 dist.broadcast(tensor, src=0)
         if resume:
             self._load_state()
-        elif not self.runtime.rank:  # from here on there is something to resume
+        if not self.runtime.rank:  # from here on there is something to resume
             self._save_state()
+            self.log_path.write_text(self.log)  # without what a killed run logged after its state
         self.model.train()
         self.started = time.perf_counter() - self.seconds  # as if there had been one session
-        options = {"unit": "step", "disable": self.runtime.rank > 0, "mininterval": 0.5}
-        return tqdm(total=self.config.steps, initial=self.step, **options)
+        hidden = self.runtime.rank > 0
+        return tqdm(total=self.config.steps, initial=self.step, unit="step", disable=hidden)
 
     def keep_best(self, step: int, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Measures the model, and keeps its weights if they are the best so far."""
@@ -338,10 +323,9 @@ class _Run:
         if not self.runtime.rank and (metrics or self.step % LOG_EVERY == 0):
             line = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
             line |= {"loss": loss, "learning_rate": self.optimizers[0].param_groups[0]["lr"]}
-            with self.log_path.open("r+b" if self.log_bytes else "wb") as file:
-                file.truncate(self.log_bytes)  # what a killed run logged after its last state
-                file.seek(self.log_bytes)
-                self.log_bytes += file.write(json.dumps(line | metrics).encode() + b"\n")
+            self.log += (text := json.dumps(line | metrics) + "\n")
+            with self.log_path.open("a") as file:
+                file.write(text)
         if not self.runtime.rank and (metrics or stop):
             self._save_state()
 
@@ -357,15 +341,10 @@ class _Run:
             advice = "give the same options, for precision on an idle machine (it is timed)"
             text = f"belongs to another run ({differences}): {advice}, or --overwrite"
             raise ValueError(f"{self.state_path} {text}")
-        if missing := {*self.PROGRESS} - state.keys():
-            older = f"lacks {', '.join(sorted(missing))}: it is of another version; add --overwrite"
-            raise ValueError(f"{self.state_path} {older}")
         self.model.load_state_dict(state["weights"], strict=False)
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         vars(self).update({name: state[name] for name in self.PROGRESS})
-        log = self.log_path.read_bytes() if self.log_path.is_file() else b""
-        self.log_bytes = log.rfind(b"\n", 0, self.log_bytes) + 1  # after the last whole line
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -379,14 +358,13 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 @contextlib.contextmanager
 def _stop_signals(runtime: "Runtime") -> Iterator[Callable[[], int]]:
-    """Catches the first Ctrl-C or SIGTERM; a second one acts as usual. Yields a function that
-    returns the number of a signal that any process has received, or 0."""
+    """Yields a function that returns the number of a SIGINT or SIGTERM to any process, or 0."""
     caught = [0]
     with contextlib.ExitStack() as original_handlers:
 
         def record(number: int, _frame: object) -> None:
             caught.append(number)
-            original_handlers.close()  # puts them back
+            original_handlers.close()  # puts them back: a second signal acts as usual
 
         def received_signal() -> int:
             number = torch.tensor(max(caught), device=runtime.device)
@@ -398,9 +376,6 @@ def _stop_signals(runtime: "Runtime") -> Iterator[Callable[[], int]]:
             for number in (signal.SIGINT, signal.SIGTERM):
                 original_handlers.callback(signal.signal, number, signal.signal(number, record))
         yield received_signal
-
-
-# ---- checkpoint files
 
 
 def state_path(path: str | Path, suffix: str = ".pth") -> Path:
@@ -417,8 +392,7 @@ def save_result(
     save_checkpoint(path, {"kind": kind, **contents, "weights": half_precision(weights)})
     if tokenizer:
         tokenizer.save(path.with_name("tokenizer.json"))
-    if (log := state_path(path, ".log.jsonl")).is_file():  # else a killed run has moved it
-        log.replace(path.with_suffix(".log.jsonl"))
+    state_path(path, ".log.jsonl").replace(path.with_suffix(".log.jsonl"))
     state_path(path).unlink(missing_ok=True)
     made, size = contents["provenance"], path.stat().st_size
     memory = f"{made['peak_memory_bytes'] / 2**30:.2f} GiB peak memory"
@@ -427,11 +401,9 @@ def save_result(
 
 def half_precision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of tensors in float16 on the CPU, as they are saved; tied ones stay one tensor."""
-    copies: dict[tuple, Tensor] = {}
-    for tensor in weights.values():
-        key = tensor.data_ptr(), tensor.shape
-        copies[key] = tensor.detach().to("cpu", torch.float16, copy=True)
-    return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}
+    distinct = {tensor.data_ptr(): tensor.detach() for tensor in weights.values()}
+    copies = {key: t.to("cpu", torch.float16, copy=True) for key, t in distinct.items()}
+    return {name: copies[tensor.data_ptr()] for name, tensor in weights.items()}
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -444,15 +416,14 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(
     path: str | Path, kinds: str | tuple[str, ...], hint: str = "python main.py"
 ) -> dict[str, Any]:
-    """Reads and verifies a checkpoint of one of these kinds, tensors and plain values only, onto
-    the CPU; but for resumable states, tensors stay in the file, mapped into memory. Errors name
-    `hint`, a command that creates one."""
+    """Reads and verifies a checkpoint of one of these kinds, tensors and plain values only. Tensors
+    stay in the file, mapped into memory. Errors name `hint`, a command that creates one."""
     path, kinds = Path(path), (kinds,) if isinstance(kinds, str) else kinds
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: create it with `{hint}`")
     written = path.stat().st_mtime_ns
     try:
-        is_state = "resume" in kinds  # which is replaced while it is in use
+        is_state = "resume" in kinds  # replaced while it is in use, therefore not mapped
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
             for name in archive.namelist():
                 if is_state or "/data/" not in name:  # weights have a SHA-256, too
@@ -484,13 +455,9 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
 
 def provenance(runtime: "Runtime", seconds: float) -> dict[str, Any]:
     """What a checkpoint records about how it was made."""
-    versions = {"python": sys.version.split()[0]}
-    for name in ("torch", "numpy", "bitsandbytes"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    versions = {"python": sys.version.split()[0], "torch": torch.version.__version__}
     costs = {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes(runtime.device)}
-    origin = {"command": command_line(), "runtime": runtime.describe()}
-    return {**origin, **costs, "versions": versions}
+    return {"command": command_line(), "runtime": runtime.describe(), **costs, "versions": versions}
 
 
 # ---- device, precision, processes
@@ -521,10 +488,9 @@ CPU = Runtime()  # default for small jobs
 
 @contextlib.contextmanager
 def start_runtime() -> Iterator[Runtime]:
-    """Chooses the device (CUDA, else MPS, else CPU) and the faster precision, bfloat16 or float32;
-    under torchrun, joins the other processes."""
-    variables = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    rank, local_rank, world_size = (int(os.environ.get(name, x)) for name, x in variables)
+    """Chooses device (CUDA, MPS, CPU) and precision; under torchrun, joins the other processes."""
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if torch.cuda.is_available():
         if local_rank >= (n_gpus := torch.cuda.device_count()):
@@ -532,17 +498,14 @@ def start_runtime() -> Iterator[Runtime]:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dtype = torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
-    if world_size == 1:
-        yield Runtime(device, dtype)
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # encoding a corpus takes long
-    try:
-        choice = [dtype]
-        dist.broadcast_object_list(choice, src=0)
-        yield Runtime(device, choice[0], rank, world_size)
-    finally:
-        dist.destroy_process_group()
+    with contextlib.ExitStack() as stack:
+        if world_size > 1:
+            backend, choice = "nccl" if device.type == "cuda" else "gloo", [dtype]
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # to encode a large corpus
+            stack.callback(dist.destroy_process_group)
+            dist.broadcast_object_list(choice, src=0)
+            dtype = choice[0]
+        yield Runtime(device, dtype, rank, world_size)
 
 
 @contextlib.contextmanager
@@ -580,22 +543,22 @@ def lock_output_dir(folder: str | Path, runtime: Runtime) -> Iterator[None]:
         yield
 
 
-def check_output(args: argparse.Namespace, runtime: Runtime, *files: str, start: str = "") -> None:
+def check_output(args: argparse.Namespace, *files: str, start: str = "") -> None:
     """Refuses to lose an unfinished run in `args.out_dir`, of this script or of the model `start`
     that it starts from; names the `files` that will be replaced, and the adapters on them."""
-    with rank_zero_first(runtime):
-        states = [state_path(args.out_dir / file) for file in (*files, start or files[0])]
-        unfinished = [path for path in states if path.is_file()]
-        if runtime.rank or (args.resume and unfinished):
-            return
-        if args.resume:
-            raise FileNotFoundError(f"there is no {states[0]} to resume: omit --resume")
-        if unfinished and not args.overwrite:
-            raise ValueError(f"{unfinished[0]} is an unfinished run: add --resume or --overwrite")
-        files += tuple(Path(file).with_suffix(".log.jsonl").name for file in files)
-        if replaced := [file for file in files if (args.out_dir / file).is_file()]:
-            note = adapters_on(args.out_dir, replaced)
-            log0(f"will replace {', '.join(replaced)} in {args.out_dir}{note}")
+    if not is_rank_zero():  # whose state may lie there by now
+        return
+    states = [state_path(args.out_dir / file) for file in (*files, start or files[0])]
+    unfinished = [path for path in states if path.is_file()]
+    if args.resume and not unfinished:
+        raise FileNotFoundError(f"there is no {states[0]} to resume: omit --resume")
+    if unfinished and not (args.resume or args.overwrite):
+        raise ValueError(f"{unfinished[0]} is an unfinished run: add --resume or --overwrite")
+    files += tuple(Path(file).with_suffix(".log.jsonl").name for file in files)
+    replaced = [file for file in files if (args.out_dir / file).is_file()]
+    if replaced and not args.resume:
+        note = adapters_on(args.out_dir, replaced)
+        log0(f"will replace {', '.join(replaced)} in {args.out_dir}{note}")
 
 
 def adapters_on(folder: str | Path, files: Sequence[str]) -> str:
@@ -615,11 +578,9 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether the hardware multiplies bf16 matrices faster than float32 ones; on a CPU, timed."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = {"x": torch.ones(512, 512, dtype=dtype)}
-        seconds[dtype] = min(timeit.repeat("x @ x", globals=matrix, number=1, repeat=20))
-    return seconds[torch.bfloat16] * 1.3 < seconds[torch.float32]
+    matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    seconds = [min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=20)) for x in matrices]
+    return seconds[1] * 1.3 < seconds[0]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -678,21 +639,20 @@ def add_config_flags(parser: argparse.ArgumentParser, config_class: type) -> Non
     text under "Attributes:". `parser.set_defaults` changes defaults, and the help shows it."""
     group = parser.add_argument_group(config_class.__name__)
     texts = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(config_class), re.M))
-    for config_field in fields(config_class):
-        options = {"type": config_field.type, "metavar": config_field.type.__name__.upper()}
-        if config_field.type is bool:
+    for f in fields(config_class):
+        options = {"type": f.type, "metavar": f.type.__name__.upper()}
+        if f.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        elif config_field.type == tuple[str, ...]:
+        elif f.type == tuple[str, ...]:
             options = {"nargs": "+", "metavar": "NAME"}
-        flag = "--" + config_field.name.replace("_", "-")
-        text = " ".join(texts[config_field.name].split()).replace("%", "%%").rstrip(".")
-        group.add_argument(flag, default=config_field.default, help=text, **options)
+        text = " ".join(texts[f.name].split()).replace("%", "%%").rstrip(".")
+        group.add_argument(f"--{f.name}".replace("_", "-"), default=f.default, help=text, **options)
 
 
 def from_options(config_class: type[T], options: dict[str, Any]) -> T:
     """A config dataclass from those of the options that are its fields."""
-    names = {f.name for f in fields(config_class)}
-    return config_class(**{name: options[name] for name in names & options.keys()})
+    names = [f.name for f in fields(config_class) if f.name in options]
+    return config_class(**{name: options[name] for name in names})
 
 
 def fine_tuning_config(options: dict[str, Any], steps_per_epoch: int) -> TrainConfig:
@@ -709,14 +669,11 @@ def check_range(config: Any, minimum: float, below: float, *names: str) -> None:
             raise ValueError(f"{name} must lie in [{minimum}, {below}), not {value}")
 
 
-COMMAND: ContextVar[list[str]] = ContextVar("COMMAND")  # script and arguments of a running `main`
-
-
 def command_line() -> str:
     """The command that runs, to show and to record."""
     n = os.environ.get("WORLD_SIZE", "1")
     launcher = ["python"] if n == "1" else ["torchrun", f"--nproc_per_node={n}"]
-    return shlex.join([*launcher, *COMMAND.get([Path(sys.argv[0]).name, *sys.argv[1:]])])
+    return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
@@ -727,8 +684,8 @@ def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str
     def wrapped(argv: list[str] | None = None) -> int:
         if hasattr(sys.stdout, "reconfigure"):  # terminals that lack a character show "?"
             sys.stdout.reconfigure(errors="replace")
-        arguments = sys.argv[1:] if argv is None else argv
-        previous = COMMAND.set([Path(main.__code__.co_filename).name, *arguments])
+        before = sys.argv
+        sys.argv = [main.__code__.co_filename, *(before[1:] if argv is None else argv)]
         try:
             return main(argv)
         except (ValueError, OSError, FloatingPointError) as error:
@@ -736,13 +693,12 @@ def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str
         except torch.OutOfMemoryError:
             message, code = "error: out of GPU memory: in a training, raise --grad-accumulation", 2
         except Interrupted as stop:
-            again = [a for a in COMMAND.get() if a not in ("--resume", "--overwrite")]
-            COMMAND.set([*again, "--resume"])
+            sys.argv = [*(a for a in sys.argv if a not in ("--resume", "--overwrite")), "--resume"]
             message, code = f"interrupted; continue with: {command_line()}", 128 + stop.args[0]
         except KeyboardInterrupt:
             message, code = "interrupted", 130
         finally:
-            COMMAND.reset(previous)
+            sys.argv = before
         log0(message)
         return code
 
@@ -750,8 +706,6 @@ def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends a script at once: tearing down PyTorch takes a second on a busy machine, and threads of
-    libraries occasionally abort a process that has done all its work."""
+    """Ends a script without tearing down PyTorch: slow, and threads of libraries may abort it."""
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
