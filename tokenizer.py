@@ -14,7 +14,6 @@ of GPT-2, SmolLM2, Llama 3 and Qwen, which split text differently.
 """
 
 import codecs
-import contextlib
 import hashlib
 import heapq
 import itertools
@@ -124,7 +123,7 @@ class BPETokenizer:
             warnings.warn(few, stacklevel=2)
         vocab = {token: i for i, token in enumerate(tokens)}
         pairs = [(tokens[left], tokens[right]) for left, right, _ in merges]
-        return cls(_new_layout("gpt-2", vocab, pairs, [END_OF_TEXT, PAD]))
+        return cls(_new_layout(vocab, pairs, [END_OF_TEXT, PAD]))
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Turns text without lone surrogates into token ids. Names of special tokens are text, too,
@@ -228,7 +227,7 @@ class BPETokenizer:
         of GPT-2's form beside it. The ids equal those of `tokenizers` but for added tokens,
         truncation and padding; where they would differ, a ValueError has the reason."""
         path, advice = Path(path), ": create it with `python main.py`"
-        with _refusing(str(path), advice):
+        try:
             if path.exists():
                 return cls(json.loads(path.read_text(encoding="utf-8")))
             if (vocab_path := path.with_name("vocab.json")).exists():
@@ -237,24 +236,17 @@ class BPETokenizer:
                 merges = [line for line in lines if line and not line.startswith("#version")]
                 merged = {merge.replace(" ", "") for merge in merges} | _TO_BYTE.keys()
                 special = [token for token in ids if token not in merged]
-                return cls(_new_layout("gpt-2", ids, merges, special))
+                return cls(_new_layout(ids, merges, special))
+        except NotImplementedError as error:
+            raise ValueError(f"{path}: this tokenizer is not supported: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: no byte-level BPE, or damaged ({error}){advice}") from None
         raise FileNotFoundError(f"no tokenizer at {path}{advice}")
-
-    @classmethod
-    def from_gguf(
-        cls, tokens: Sequence[str], merges: Sequence[str], types: Sequence[int], pre: str
-    ) -> "BPETokenizer":
-        """Builds a tokenizer from the `tokenizer.ggml` metadata of a GGUF file: `merges` are "left
-        right", `types` 3 and 4 are special tokens, and `pre` names the family."""
-        with _refusing("GGUF metadata"):
-            vocab = {token: i for i, token in enumerate(tokens)}
-            special = [token for token, kind in zip(tokens, types, strict=True) if kind in (3, 4)]
-            return cls(_new_layout(pre, vocab, merges, special))
 
 
 # ---- pre-tokens
 
-# The patterns that split text, as published, under the names that GGUF files use.
+# The patterns that split text, as published.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -333,17 +325,6 @@ def _learn_merges(counts: Counter[str], n_tokens: int) -> tuple[list[bytes], Mer
         changed = [(i, _replace_pair(words[i], *pair, new_id)) for i in words_with.pop(pair)]
 
 
-@contextlib.contextmanager
-def _refusing(source: str, advice: str = "") -> Iterator[None]:
-    """Turns the errors of unsupported and of malformed content into ValueErrors of one line."""
-    try:
-        yield
-    except NotImplementedError as error:
-        raise ValueError(f"{source}: this tokenizer is not supported: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{source}: no byte-level BPE, or damaged ({error}){advice}") from None
-
-
 # ---- the layout of tokenizer.json
 
 _BYTE_LEVEL = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
@@ -360,17 +341,14 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of added tokens
 _OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
 
 
-def _new_layout(family: str, vocab: dict[str, int], merges: Sequence, special: Sequence) -> dict:
-    """A `tokenizer.json` of that family; `special` are names."""
-    steps = _STEPS.get(family, [{"type": family}])  # which `_check_support` refuses
+def _new_layout(vocab: dict[str, int], merges: Sequence, special: Sequence) -> dict:
+    """A `tokenizer.json` of GPT-2's kind; `special` are names."""
     flags = {**dict.fromkeys(_FLAGS, False), "special": True}
     added = [{"id": vocab[name], "content": name, **flags} for name in special]
     layout = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
-    layout["normalizer"] = {"type": "NFC"} if family == "qwen2" else None
-    sequence = {"type": "Sequence", "pretokenizers": steps}
-    layout |= {"pre_tokenizer": sequence if len(steps) > 1 else steps[0], "post_processor": None}
+    layout |= {"normalizer": None, "pre_tokenizer": _GPT2_SPLIT, "post_processor": None}
     model = {"type": "BPE", **dict.fromkeys(_OPTIONS), "fuse_unk": False, "byte_fallback": False}
-    model |= {"ignore_merges": family == "llama-bpe", "vocab": vocab, "merges": merges}
+    model |= {"ignore_merges": False, "vocab": vocab, "merges": merges}
     return {**layout, "decoder": {**_BYTE_LEVEL, "add_prefix_space": True}, "model": model}
 
 

@@ -16,7 +16,6 @@ from torch import nn
 import data_loader
 import evaluate
 import generation
-import lora
 from model import GPTModel
 from tokenizer import BPETokenizer
 from training import Runtime, load_checkpoint
@@ -186,7 +185,7 @@ def test_a_right_answer_has_the_word_and_no_wrong_one(
         evaluate.question_metrics(model, tokenizer, path)
 
 
-def test_a_large_model_answers_with_the_fastest_weights_and_is_measured_in_float32(
+def test_a_large_model_answers_in_bfloat16_and_is_measured_in_float32(
     all_models: Path,
     tmp_path: Path,
     runtime: Runtime,
@@ -199,7 +198,6 @@ def test_a_large_model_answers_with_the_fastest_weights_and_is_measured_in_float
     monkeypatch.setattr(evaluate, "QUESTIONS", questions)
     monkeypatch.setattr(evaluate, "JUDGED_OF_LARGE", 2)
     monkeypatch.setattr(evaluate, "JUDGED_RESPONSES", 2)
-    monkeypatch.setattr(lora, "fastest_weights", lambda _: "bf16")
     answer = generation.generate_response
 
     def spy(model: GPTModel, *args: object, **options: object) -> Iterator[int]:
@@ -210,12 +208,11 @@ def test_a_large_model_answers_with_the_fastest_weights_and_is_measured_in_float
     where = all_models, tmp_path, runtime
     row = ("QLoRA", generation.QLORA)
     expected = evaluate._measure_row(*where, *row)
-    assert answering == [{torch.float32}] * 3 and "weights:" not in capsys.readouterr().err
+    assert answering == [{torch.float32}] * 3
     monkeypatch.setattr(generation, "LARGE_MODEL", 1)
     found = evaluate._measure_row(*where, *row)
     evaluate.measure_file("questions", all_models / generation.QLORA, None, runtime)
     assert answering[3:] == [{torch.bfloat16}] * 4
-    assert "weights: bf16, the fastest here" in capsys.readouterr().err
     for name in ("response_bits_per_byte", "parameters", "trained_parameters"):
         assert found[name] == expected[name]
 
