@@ -405,8 +405,8 @@ def collate_instructions(
 def instruction_batches(
     examples: list[EncodedInstruction], tokenizer: BPETokenizer, context_length: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Fixed batches of up to 32 for measuring, shortest examples first."""
-    batches = [[examples[i] for i in indices] for indices in _by_length(examples, 32)]
+    """Fixed batches of up to 8 for measuring, shortest examples first."""
+    batches = [[examples[i] for i in indices] for indices in _by_length(examples, 8)]
     return [collate_instructions(batch, tokenizer, context_length) for batch in batches]
 
 

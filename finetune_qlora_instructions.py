@@ -134,6 +134,8 @@ def _prepare_model(model, examples, args, adapter, runtime) -> None:
         torch.manual_seed(args.seed)
         lora.apply_lora(model, adapter)
         lora.absorb_quantization_error(model, weights, moments)
+        del weights, moments
+        lora.return_freed_memory()
     log0(f"{args.method}: {lora.describe_training(model)}")
 
 
