@@ -388,8 +388,7 @@ def read_records(path: str | Path, columns: Iterable[str]) -> list[tuple[int, An
     gives the format, also before `.gz`: Parquet; JSON, an array, perhaps in an object, or an object
     on each line; else a table between commas, semicolons, tabs or bars. Quotation marks are literal
     between tabs, unless the suffix is `.csv`. The first row is a header if it has one of `columns`;
-    else the columns are text and label, in either order, or label, title, content, as in Kaggle's
-    files."""
+    else the columns are text and label, in either order, or label, title, content (Kaggle)."""
     from pyarrow import ArrowException, parquet
 
     path = Path(path)
@@ -655,8 +654,7 @@ def pretrained_id(name: str) -> str:
 
 
 def open_pretrained(source: str, data_dir: str | Path) -> Pretrained:
-    """Opens what `pretrained_id` names. Where the hub cannot be reached, SmolLM2-135M-Instruct
-    comes out of a package."""
+    """Opens what `pretrained_id` names: SmolLM2 from a package where the hub is out of reach."""
     if Path(source).is_dir():
         return read_hf_folder(source)
     from huggingface_hub import snapshot_download
@@ -706,8 +704,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_gguf(path: str | Path, folder: str | Path) -> Pretrained:
-    """Opens the tensors of a Llama in GGUF, dequantised to float16; `config.json` and tokenizer are
-    in `folder`."""
+    """Opens a Llama in GGUF, in float16; `folder` holds its `config.json` and tokenizer."""
     import gguf
 
     reader, config = gguf.GGUFReader(path), _read_json(Path(folder, "config.json"))

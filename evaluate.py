@@ -355,8 +355,7 @@ TASKS = {  # what is measured; files of what; the default checkpoint; the kinds 
 def measure_file(
     task: str, path: str | Path, data: str | Path | None, runtime: Runtime, **columns: str | None
 ) -> Metrics:
-    """Metrics of the checkpoint at `path` on a file; `task` is one of TASKS. `columns` are choices
-    of columns of labelled texts."""
+    """Metrics of the checkpoint at `path` on a file, as one of TASKS; `columns` may be named."""
     model, tokenizer, checkpoint = generation.load_model(path, TASKS[task][-1], runtime)
     if task == "questions":
         return question_metrics(model, tokenizer, data or QUESTIONS)

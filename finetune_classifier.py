@@ -158,8 +158,7 @@ def _train(model, tokenizer, split, config, metadata, path, args, runtime):
     """Trains on the labels; keeps the weights that rank the validation texts best.
 
     The area under the ROC curve, with several labels the mean of each against the rest, is less
-    noisy than the error rate on few texts and, unlike the loss, unaffected by growing
-    overconfidence.
+    noisy than the error rate on few texts and, unlike the loss, unaffected by overconfidence.
     """
     from sklearn.metrics import log_loss, roc_auc_score
 

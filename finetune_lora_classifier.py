@@ -2,18 +2,14 @@
 
     python finetune_lora_classifier.py
     python finetune_lora_classifier.py --r 4 --target-modules qkv attn.proj
-    python finetune_lora_classifier.py --export-peft DIR   # also for the library peft
 
 As `finetune_classifier.py`, with the same options, data and starting point,
 `review_lm_weights.pth`. That model stays unchanged: `models/lora_classifier_weights.pth` holds
 low-rank updates to it and the classification head.
 """
 
-from pathlib import Path
-
-from data_loader import is_rank_zero
 from finetune_classifier import PUBLIC_RECIPE, make_parser, run
-from generation import LORA_CLASSIFIER, export_peft, parse_for_base, prepare_export
+from generation import parse_for_base
 from lora import LoRAConfig
 from training import add_config_flags, exit_process, from_options, report_errors
 
@@ -28,15 +24,9 @@ PUBLIC = {**PUBLIC_RECIPE, "learning_rate": 5e-4, "target_modules": ("qkv", "att
 def main(argv: list[str] | None = None) -> int:
     """Trains an adapter; returns the exit code (130 or 143 when interrupted)."""
     parser = make_parser("Fine-tune low-rank adapters (LoRA) for sentiment.")
-    parser.add_argument("--export-peft", type=Path, help="folder for a copy that peft can load")
     add_config_flags(parser, LoRAConfig)
     args = parse_for_base(parser, argv, RECIPE, PUBLIC)
-    config = from_options(LoRAConfig, vars(args))
-    if args.export_peft:
-        prepare_export(args.export_peft)  # fails now rather than after training
-    run(args, config)
-    if args.export_peft and is_rank_zero():
-        export_peft(args.out_dir / LORA_CLASSIFIER, args.export_peft)
+    run(args, from_options(LoRAConfig, vars(args)))
     return 0
 
 

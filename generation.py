@@ -77,8 +77,7 @@ def generate(
 
 
 class KVCache:
-    """Keys and values (L, B, K, max_length, D) of the `length` tokens seen so far, allocated once;
-    by default for a full context."""
+    """Keys and values (L, B, K, max_length, D) of the `length` tokens seen, allocated once."""
 
     def __init__(self, model: GPTModel, batch_size: int = 1, max_length: int | None = None):
         config, weight = model.config, model.final_norm.weight
@@ -171,8 +170,7 @@ def continue_prompt(
     **sampling: Any,
 ) -> Iterator[int]:
     """Yields the token ids that follow a prompt, up to the end of the text or of the turn;
-    `tokenizer.decode_stream` turns them into text. An empty prompt starts a new text. `sampling`
-    goes to `sample_next_token`."""
+    `tokenizer.decode_stream` turns them into text. An empty prompt starts a new text."""
     device = model.final_norm.weight.device
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     tokens = torch.tensor([ids or [tokenizer.end_id]], device=device)
@@ -575,18 +573,12 @@ def _classifier_tensors(model: GPTClassificationModel) -> dict[str, Tensor]:
     return tensors
 
 
-def prepare_export(folder: str | Path) -> Path:
-    """Creates the folder of an export; one that holds files is a ValueError."""
+def _write_folder(folder, tensors: dict[str, Tensor], file: str, **settings: dict) -> None:
+    """Writes tensors as `file`, and JSON files; an empty folder stays so if tensors do not fit."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose a new folder")
-    return folder
-
-
-def _write_folder(folder, tensors: dict[str, Tensor], file: str, **settings: dict) -> None:
-    """Writes tensors as `file`, and JSON files; an empty folder stays so if tensors do not fit."""
-    folder = prepare_export(folder)
     with atomic_write(folder / file) as target:
         try:
             save_file(tensors, target.name, metadata={"format": "pt"})
@@ -594,7 +586,7 @@ def _write_folder(folder, tensors: dict[str, Tensor], file: str, **settings: dic
             raise OSError(error) from None
     for name, values in settings.items():
         text = json.dumps(values, indent=2, ensure_ascii=False)
-        Path(folder, f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     log0(f"wrote {folder}")
 
 

@@ -179,8 +179,7 @@ def load_lora_state_dict(model: nn.Module, adapter: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def input_moments(model: nn.Module, texts: Iterable[Tensor]) -> dict[str, Tensor]:
-    """The sum of x x^T (in, in) over all inputs x of each linear layer of the blocks, while the
-    model reads token ids (B, T)."""
+    """The sum of x x^T (in, in) over the inputs x of each layer of the blocks, on ids (B, T)."""
     moments: dict[str, Tensor] = defaultdict(float)
 
     def add(name: str, layer: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -292,8 +291,7 @@ def dynamic_levels() -> Tensor:
 
 
 class NF4Linear(nn.Linear):
-    """A frozen linear layer with 4-bit weights, dequantised at each call: what runs where
-    bitsandbytes does not."""
+    """A frozen layer with 4-bit weights, dequantised at each call, where bitsandbytes fails."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")

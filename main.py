@@ -128,8 +128,7 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
 def _open_model(
     args: argparse.Namespace, corpus: Corpus, cache: Path
 ) -> tuple[GPTModel, BPETokenizer, dict[str, Any]]:
-    """The model to train, a new one or that of `--init-from`, its tokenizer, and what a checkpoint
-    records about its origin."""
+    """The model to train, new or from `--init-from`, its tokenizer, and a record of its origin."""
     if args.init_from is None:
         tokenizer = prepare_tokenizer(corpus, args.vocab_size, cache)
         config = replace(from_options(GPTConfig, vars(args)), vocab_size=tokenizer.vocab_size)

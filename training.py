@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -44,7 +44,6 @@ FORMAT_VERSION = 3
 LOG_EVERY = 10  # steps
 CACHED_ROWS = 512  # tokens whose float32 logits fit in the processor's cache
 
-T = TypeVar("T")
 Batch = tuple[Tensor, ...]
 LossFn = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 
@@ -649,7 +648,7 @@ def add_config_flags(parser: argparse.ArgumentParser, config_class: type) -> Non
         group.add_argument(f"--{f.name}".replace("_", "-"), default=f.default, help=text, **options)
 
 
-def from_options(config_class: type[T], options: dict[str, Any]) -> T:
+def from_options(config_class: type, options: dict[str, Any]) -> Any:
     """A config dataclass from those of the options that are its fields."""
     names = [f.name for f in fields(config_class) if f.name in options]
     return config_class(**{name: options[name] for name in names})
