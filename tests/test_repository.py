@@ -21,6 +21,7 @@ DOCS = [  # every page of documentation
 ]
 PROSE = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
+import inference  # noqa: E402
 import run  # noqa: E402
 import scaling  # noqa: E402
 
@@ -149,6 +150,8 @@ def test_the_documentation_quotes_the_benchmarks():
     assert all(run.summary(results[name]) in PROSE for name in run.BENCHMARKS)
     fits = json.loads((ROOT / "tests" / "benchmarks" / "scaling.json").read_text())["exponents"]
     assert scaling.summary(fits) in PROSE
+    (machine,) = json.loads(inference.RESULTS.read_text()).values()
+    assert all(table in PROSE for table in inference.summaries(machine))
 
 
 def test_versions_are_pinned():

@@ -171,15 +171,14 @@ def main() -> None:
     everything = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     everything[processor()] = record
     RESULTS.write_text(json.dumps(everything, indent=1) + "\n")
-    print_tables(record)
+    print(*summaries(record), sep="\n\n")
 
 
-def print_tables(record: dict[str, Any]) -> None:
-    """The README's tables: rates, with ratios to `transformers` in fp32, then quality."""
-    table = record["table"]
-    first = table[PEERS[0]]
-    print("| weights | decode | of bandwidth | decode 8 | prefill | of peak | memory |")
-    print("|---|---|---|---|---|---|---|")
+def summaries(record: dict[str, Any]) -> tuple[str, str]:
+    """The documentation's tables: rates, with ratios to `transformers` in fp32, and quality."""
+    table, first = record["table"], record["table"][PEERS[0]]
+    names = "weights | decode | of bandwidth | decode 8 | prefill | of peak | memory | opened in"
+    rates = [f"| {names} |", "|---|---|---|---|---|---|---|---|"]
     for name, row in table.items():
         cells = [
             f"{row[key]:,.{digits}f} ({row[key] / first[key]:.2f})"
@@ -190,11 +189,13 @@ def print_tables(record: dict[str, Any]) -> None:
         cells.insert(1, f"{share:.0%}")
         cells.append(f"{record['flop_per_token'] * row['prefill'] / peak:.0%}")
         cells.append(f"{row['bytes'] / 2**20:,.0f} MiB ({row['bytes'] / first['bytes']:.2f})")
-        print(f"| {name} | {' | '.join(cells)} |")
-    print("\n| weights | public base | shipped base | shipped classifier |\n|---|---|---|---|")
+        cells.append(f"{row['load_seconds']:.1f} s")
+        rates.append(f"| {name} | {' | '.join(cells)} |")
+    quality = ["| weights | public base | shipped base | shipped classifier |", "|---|---|---|---|"]
     for name in WEIGHTS:
         bits, own_bits, accuracy = list(table[name].values())[-3:]
-        print(f"| {name} | {bits:.4f} | {own_bits:.4f} | {accuracy:.1%} |")
+        quality.append(f"| {name} | {bits:.4f} | {own_bits:.4f} | {accuracy:.1%} |")
+    return "\n".join(rates), "\n".join(quality)
 
 
 if __name__ == "__main__":
