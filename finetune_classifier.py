@@ -44,7 +44,7 @@ RECIPE |= {"learning_rate": 0.0004, "muon_learning_rate": 0.007}
 # token alone, after a text that asks for the label.
 PUBLIC_RECIPE = {"steps": 100_000, "epochs": 1, "batch_size": 16, "grad_accumulation": 4}
 PUBLIC_RECIPE |= {"warmup_steps": 20, "decay_fraction": 0.9, "eval_every": 0, "dropout": 0.0}
-PUBLIC_RECIPE |= {"optimizer": "adamw", "learning_rate": 2e-5, "weight_decay": 0.0}
+PUBLIC_RECIPE |= {"optimizer": "adamw", "learning_rate": 5e-5, "weight_decay": 0.0}
 PUBLIC_RECIPE |= {"review_lm_steps": 0, "prefix_loss": 0.0}
 PUBLIC_RECIPE |= {"text_template": "Review: {}\nSentiment:"}
 
