@@ -338,7 +338,7 @@ class _Run:
     def _load_state(self) -> None:
         state = load_checkpoint(self.state_path, "resume", "the command without --resume")
         if differences := "; ".join(_differences(state["metadata"], self.metadata)):
-            advice = "give the same options, or --overwrite; precision is timed: use an idle machine"
+            advice = "give the same options on an idle machine (precision is timed), or --overwrite"
             raise ValueError(f"{self.state_path} is of another run ({differences}): {advice}")
         self.model.load_state_dict(state["weights"], strict=False)
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
