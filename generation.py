@@ -40,28 +40,29 @@ from model import (
 from tokenizer import BPETokenizer
 from training import CPU, Runtime, adapters_on, load_checkpoint, new_parser, report_errors
 
-TEMPERATURE, TOP_P = 0.8, 0.95  # defaults of sampling
+TEMPERATURE, TOP_P = 0.8, 0.95  # sampling defaults
 MAX_RESPONSE_TOKENS = 200
 
 
 def generate(
     model: GPTModel, prompt: Tensor, max_new_tokens: int, stops: Sequence[int] = (), **sampling: Any
 ) -> Iterator[Tensor]:
-    """Yields the next token of each row (B,) of a prompt (B, T), one step after the other.
+    """Yields, step by step, the next token of each row (B,) of a prompt (B, T).
 
-    The model is in evaluation mode; the prompt may be longer than the context. A row ends where it
-    samples one of the tokens in `stops`: it yields the first of these as padding while others
-    continue, and costs nothing more. `sampling` goes to `sample_next_token`.
+    Expects evaluation mode; the prompt may be longer than the context. A row ends when it samples a
+    token in `stops`: while others continue, it yields `stops[0]` as padding and costs nothing more.
+    `sampling` goes to `sample_next_token`.
     """
     if prompt.shape[1] == 0 or max_new_tokens < 0:
         raise ValueError("the prompt needs at least one token, and max-new-tokens 0 or more")
     cache = KVCache(model, len(prompt), prompt.shape[1] + max_new_tokens)
-    tokens, start, n_seen, rows = prompt, 0, 0, torch.arange(len(prompt), device=prompt.device)
+    rows = torch.arange(len(prompt), device=prompt.device)  # those that have not ended
     padding = torch.full_like(rows, stops[0] if stops else 0)
     stops = torch.tensor(stops, device=prompt.device)
+    tokens, start, n_seen = prompt, 0, 0
     for _ in range(max_new_tokens):
         new_start = window_start(tokens.shape[1], model.config.context_length)
-        if new_start != start:
+        if new_start != start:  # the window has moved: all its tokens are computed again
             start = n_seen = new_start
             cache.length = 0
         with torch.inference_mode():
@@ -77,7 +78,8 @@ def generate(
 
 
 class KVCache:
-    """Keys and values (L, B, K, max_length, D) of the `length` tokens seen, allocated once."""
+    """Keys and values (L, B, K, max_length, D) of the `length` tokens seen, so that a step computes
+    only the new ones; allocated once."""
 
     def __init__(self, model: GPTModel, batch_size: int = 1, max_length: int | None = None):
         config, weight = model.config, model.final_norm.weight
@@ -103,8 +105,8 @@ class KVCache:
 
 
 def window_start(n_tokens: int, context_length: int) -> int:
-    """Index of the first token that the model sees of a text of n tokens. The window moves by half
-    a context when the text outgrows it, and keys and values are reused in between."""
+    """Index of the first token that the model sees of a text of n tokens. A window that is full
+    moves by half a context; until it is full again, keys and values are reused."""
     excess, step = max(0, n_tokens - context_length), max(1, context_length // 2)
     return -(-excess // step) * step
 
@@ -120,11 +122,10 @@ def sample_next_token(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Samples a token (B,) from each row of logits (B, V); at temperature 0, the most probable one.
-
-    `top_p` is nucleus sampling (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751), and the
-    penalty divides logits of `previous` tokens (B, T), or multiplies negative ones (Keskar et al.
-    2019, https://arxiv.org/abs/1909.05858).
-    """
+    `top_k` keeps the k most probable tokens (0: all), `top_p` the fewest whose probabilities add up
+    to it (nucleus sampling, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751). The penalty
+    divides the logits of `previous` tokens (B, T), or multiplies negative ones (Keskar et al. 2019,
+    https://arxiv.org/abs/1909.05858)."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more, not {temperature}")
     if top_k is not None and top_k < 0:
@@ -146,7 +147,7 @@ def sample_next_token(
 def token_probabilities(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """Probabilities (B, V) that `sample_next_token` samples from; temperature above 0."""
+    """Probabilities (B, V) that `sample_next_token` samples from; the temperature is above 0."""
     logits = (logits - logits.max(dim=-1, keepdim=True).values).float() / temperature
     if top_k and top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -189,8 +190,8 @@ def stop_ids(tokenizer: BPETokenizer) -> list[int]:
 def generate_response(
     model: GPTModel, tokenizer: BPETokenizer, task: Instruction, **sampling: Any
 ) -> Iterator[int]:
-    """Yields the token ids of a response to the last turn of a task; see `continue_prompt`. A
-    prompt over half the model's context is shortened as in training."""
+    """Yields the token ids of a response to the last turn of a task, as `continue_prompt` does. A
+    prompt of half a context or more is shortened as in training."""
     task = replace(task, response="")
     prompt = encode_instruction(task, tokenizer, model.config.context_length // 2 - 1).ids
     sampling = {"max_new_tokens": MAX_RESPONSE_TOKENS, **sampling}
@@ -202,7 +203,7 @@ def class_probabilities(
     model: GPTClassificationModel, tokenizer: BPETokenizer, texts: list[str], runtime: Runtime = CPU
 ) -> np.ndarray:
     """Probabilities (N, classes) of texts, in their order. Texts longer than the context lose their
-    middle; an empty one is an error."""
+    middle; an empty one is a ValueError."""
     if "" in texts:
         raise ValueError(f"text {texts.index('') + 1} of {len(texts)} is empty: leave it out")
     probabilities = np.empty((len(texts), model.classifier_head.out_features))
@@ -216,7 +217,7 @@ def class_probabilities(
 
 @torch.no_grad()
 def attention_maps(model: GPTModel, ids: Tensor) -> Tensor:
-    """Attention weights (L, B, H, T, T) of every layer and head; each row sums to one."""
+    """Attention weights (L, B, H, T, T) of all layers and heads; each row sums to one."""
     x, mask, rotary = model.embed(ids, 0)
     maps = []
     for block in model.blocks:
@@ -228,9 +229,9 @@ def attention_maps(model: GPTModel, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def logit_lens(model: GPTModel, ids: Tensor) -> Iterator[Tensor]:
-    """Yields for each layer the logits (B, T, V) that the final norm and the head give on the
+    """Yields for each layer the logits (B, T, V) that the final norm and the head compute from the
     residual stream after it: the model's guess so far (nostalgebraist 2020, "interpreting GPT: the
-    logit lens"). The last are those of the model."""
+    logit lens"). The last are the model's own."""
     x, mask, rotary = model.embed(ids, 0)
     for block in model.blocks:
         x = block(x, mask, rotary)
@@ -239,17 +240,15 @@ def logit_lens(model: GPTModel, ids: Tensor) -> Iterator[Tensor]:
 
 def adapter_updates(path: str | Path) -> dict[str, tuple[float, list[float]]]:
     """For each layer that an adapter changes: the Frobenius norm of the update relative to that of
-    the weight, and the r singular values of the update; both largest first.
-
-    B A has the singular values of the small product of the R factors of B and A^T (QR).
-    """
+    the weight, and the r singular values of the update; both largest first. With the QR
+    decompositions B = Q1 R1 and A^T = Q2 R2, B A has the singular values of the small R1 R2^T."""
     updates = {}
     with open_checkpoint(path) as checkpoint:
         base, config = _base_weights(path, checkpoint), checkpoint["lora_config"]
         adapter = {name: tensor.float() for name, tensor in checkpoint["weights"].items()}
         for name in (name for name in adapter if name.endswith("_A")):
             layer = name.rpartition(".")[0].removeprefix("backbone.")
-            weight = base.get(f"{layer}.weight", base["token_embedding.weight"])  # of a tied head
+            weight = base.get(f"{layer}.weight", base["token_embedding.weight"])  # if tied
             A, B = adapter[name], adapter[f"{name[:-1]}B"]
             left, right = torch.linalg.qr(B).R, torch.linalg.qr(A.T).R
             values = config["lora_alpha"] / config["r"] * torch.linalg.svdvals(left @ right.T)
@@ -259,19 +258,19 @@ def adapter_updates(path: str | Path) -> dict[str, tuple[float, list[float]]]:
 
 # ---- from a checkpoint to a model
 
+# The files of a model set, and the commands that create them.
 BASE, REVIEW_LM = "model_weights.pth", "review_lm_weights.pth"
 FULL_CLASSIFIER, LORA_CLASSIFIER = "finetuned_classifier_weights.pth", "lora_classifier_weights.pth"
 LINEAR_BASELINE = "linear_baseline.pth"
 QLORA, LORA, FULL = (f"{name}_instruction_weights.pth" for name in ("qlora", "lora", "full"))
-# The files of a model set, and what creates them.
 COMMANDS = {BASE: "python main.py", LORA_CLASSIFIER: "python finetune_lora_classifier.py"}
 _CLASSIFY, _INSTRUCT = "python finetune_classifier.py", "python finetune_qlora_instructions.py"
 COMMANDS |= {REVIEW_LM: _CLASSIFY, FULL_CLASSIFIER: _CLASSIFY, LINEAR_BASELINE: _CLASSIFY}
 COMMANDS |= {QLORA: _INSTRUCT, LORA: f"{_INSTRUCT} --no-quantize", FULL: f"{_INSTRUCT} --full"}
 CLASSIFIERS = ("classifier", "lora_classifier")  # kinds of checkpoints
 INSTRUCTION_MODELS = ("qlora_instruction", "lora_instruction", "full_instruction")
-LARGE_MODEL = 20_000_000  # parameters; smaller ones gain nothing from fewer bits
 ANY_KIND = ("base", *CLASSIFIERS, *INSTRUCTION_MODELS)
+LARGE_MODEL = 20_000_000  # parameters; smaller models gain nothing from fewer bits
 
 
 def load_model(
@@ -285,7 +284,7 @@ def load_model(
     The tokenizer is the `tokenizer.json` beside the checkpoint. An adapter is loaded onto its base,
     at the relative path that the checkpoint records; for QLoRA the base is quantised again, to
     exactly the same values. `dtype` is that of the base's weights; with None they stay as in the
-    file, which is mapped into memory. Mismatched files, or other `kinds`, raise a ValueError.
+    file, mapped into memory. Files that do not match, or of other kinds, raise a ValueError.
     """
     with open_checkpoint(path, kinds) as checkpoint:
         lora_config = checkpoint.get("lora_config")
@@ -298,7 +297,7 @@ def load_model(
         weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
         head = {name: weights.pop(name) for name in list(weights) if name.startswith(lora.HEAD)}
         is_quantized = checkpoint["kind"] == "qlora_instruction"
-        if is_quantized:  # from weights of the same type, to the same values
+        if is_quantized:  # the same values need weights of the dtype used in training
             dtype = getattr(torch, checkpoint.get("base_dtype", "float32").split(".")[-1])
         model = _build_model(GPTConfig(**checkpoint["model_config"]), weights, dtype)
         if checkpoint["kind"] in CLASSIFIERS:
@@ -317,8 +316,8 @@ def load_model(
 
 @contextlib.contextmanager
 def open_checkpoint(path: str | Path, kinds: str | tuple[str, ...] = ANY_KIND) -> Iterator[dict]:
-    """Reads a checkpoint. Errors in building a model of it become a ValueError that names the file
-    and the command that creates it."""
+    """Reads a checkpoint for the body to build a model from. Errors there become a ValueError that
+    names the file and the command that creates it."""
     hint = command_for(path)
     checkpoint = load_checkpoint(path, kinds, hint)
     try:
@@ -342,7 +341,7 @@ def _base_weights(path: str | Path, checkpoint: dict[str, Any]) -> dict[str, Ten
 def load_for_inference(
     path: str | Path, runtime: Runtime = CPU, weights: str | None = None
 ) -> tuple[Any, BPETokenizer, dict[str, Any]]:
-    """As `load_model`, for a model that is not trained further; see `prepare_for_inference`. The
+    """`load_model`, then `prepare_for_inference`: for a model that is not trained further. The
     checkpoint comes without weights."""
     model, tokenizer, checkpoint = load_model(path, runtime=runtime, dtype=None)
     del checkpoint["weights"]
@@ -350,8 +349,8 @@ def load_for_inference(
 
 
 def prepare_for_inference(model: nn.Module, weights: str | None = None) -> nn.Module:
-    """Merges the adapters of a model in place, dequantises 4-bit weights, and stores the result as
-    one of `lora.WEIGHTS`; by default the fastest of a large model, and float32 of a small one."""
+    """Merges adapters in place, dequantises 4-bit weights, and converts the result to a format in
+    `lora.WEIGHTS`: by default the fastest for a large model, and float32 for a small one."""
     if weights is None:
         weights = "fp32"
         if lora.count_parameters(model)[1] > LARGE_MODEL:
@@ -359,7 +358,7 @@ def prepare_for_inference(model: nn.Module, weights: str | None = None) -> nn.Mo
             sizes, device = (gpt.config.n_embd, gpt.config.n_ff), gpt.final_norm.weight.device
             weights = lora.fastest_weights(nn.Linear(*sizes, device=device))
             log0(f"weights: {weights}, the fastest here")
-    if weights == "fp32":  # before adapters are added, so that the sums are not rounded
+    if weights == "fp32":  # before the merge, so that it does not round
         model.float()
     lora.merge_lora(model)
     try:
@@ -383,9 +382,9 @@ def command_for(path: str | Path) -> str:
 
 
 def _build_model(config, weights, dtype) -> GPTModel:
-    """A model with these weights; none are initialised first."""
+    """A model with these weights, without initialising any first; a dtype of None changes none."""
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    if config.position == "learned":
+    if config.position == "learned":  # an adapter may use a shorter context than its base
         positions = weights["position_embedding.weight"]
         weights["position_embedding.weight"] = positions[: config.context_length].clone()
     with torch.device("meta"), _NoInitialisation():
@@ -397,7 +396,7 @@ def _build_model(config, weights, dtype) -> GPTModel:
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Leaves out `torch.nn.init`, which on the meta device imports all of PyTorch's compiler."""
+    """Skips `torch.nn.init`, which on the meta device imports all of PyTorch's compiler: slow."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", "") == "torch.nn.init":
@@ -406,7 +405,7 @@ class _NoInitialisation(TorchFunctionMode):
 
 
 def cached_model(path: str | Path, metadata: dict[str, Any]) -> tuple | None:
-    """What `load_model` returns for a base, if the file exists and matches this metadata."""
+    """What `load_model` returns for a base if the file exists and has this metadata, else None."""
     if not (path := Path(path)).is_file():
         return None
     try:
@@ -425,9 +424,8 @@ def cached_model(path: str | Path, metadata: dict[str, Any]) -> tuple | None:
 def parse_for_base(
     parser: argparse.ArgumentParser, argv: list[str] | None, recipe: dict, public_recipe: dict
 ) -> argparse.Namespace:
-    """The options of a fine-tuning, with the defaults for a base that is a public model, or for one
-    trained from scratch. `--base NAME` finds `models/NAME/`; the folder to write to is the base's.
-    """
+    """The options of a fine-tuning; defaults depend on whether the base is a public model or one
+    trained from scratch. `--base NAME` finds `models/NAME/`; `--out-dir` defaults to the base's."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--base", type=Path)
     path = first.parse_known_args(argv)[0].base or default_model_set() / BASE
@@ -439,7 +437,7 @@ def parse_for_base(
     parser.set_defaults(**(public_recipe if is_public else recipe))
     args = parser.parse_args(argv)
     args.base, args.public_recipe = path, public_recipe if is_public else {}
-    if args.out_dir is None:  # what comes with the clone is never written to by default
+    if args.out_dir is None:  # by default, what comes with the clone is never overwritten
         args.out_dir = Path("models") if path.parent.name == "shipped" else path.parent
     return args
 
@@ -473,8 +471,8 @@ def place_tokenizer(tokenizer: BPETokenizer, folder: str | Path) -> None:
 
 
 def reconfigure(model: GPTModel, context_length: int, dropout: float = 0.0) -> GPTModel:
-    """Changes the context length and, for training, the dropout rate of a model in place. Learned
-    positions can only become fewer."""
+    """Changes the context length and the dropout rate of a model in place. A context of learned
+    positions can only become shorter."""
     model.config = replace(model.config, context_length=context_length, dropout=dropout)
     if model.config.position == "learned":
         table = model.position_embedding
@@ -491,7 +489,7 @@ def default_model_set(root: str | Path = "models") -> Path:
 
 
 def default_path(file: str, folder: str | Path | None = None) -> Path:
-    """A file of a model set, by default of the default one; says which on stderr."""
+    """A file of a model set, by default of the default one; logs which."""
     path = Path(folder or default_model_set(), file)
     log0(f"using {path}")
     return path
@@ -501,7 +499,7 @@ def default_path(file: str, folder: str | Path | None = None) -> Path:
 
 
 def export_hf(path: str | Path, folder: str | Path) -> None:
-    """Writes a checkpoint as `transformers` opens it, in float32 and with adapters merged."""
+    """Writes a checkpoint as a folder for `transformers`, in float32 and with adapters merged."""
     model, tokenizer, checkpoint = load_model(path)
     lora.merge_lora(model)
     labels, gpt = checkpoint.get("labels"), getattr(model, "backbone", model)
@@ -531,11 +529,9 @@ def export_hf(path: str | Path, folder: str | Path) -> None:
 
 
 def export_peft(path: str | Path, folder: str | Path) -> None:
-    """Writes an adapter as `peft` loads it onto the base in `transformers`.
-
-    Where our layer joins several of theirs (queries, keys and values), these share A, and B's rows
-    are divided among them: exactly the same update, of the same rank.
-    """
+    """Writes an adapter that `peft` loads onto the same base in `transformers`. Where our layer
+    joins several of theirs (queries, keys and values), these share A, and the rows of B are divided
+    among them: exactly the same update, of the same rank."""
     model, _, checkpoint = load_model(path)
     if not checkpoint.get("lora_config"):
         raise ValueError(f"{path} has no adapter: use --export-hf")
@@ -560,8 +556,8 @@ def export_peft(path: str | Path, folder: str | Path) -> None:
 
 
 def _classifier_tensors(model: GPTClassificationModel) -> dict[str, Tensor]:
-    """The head of a classifier as `transformers` has it: without a bias, which moves into that of
-    the last norm, where it has the same effect."""
+    """The head of a classifier for `transformers`, whose head has no bias: ours moves into the bias
+    of the final norm, where it has the same effect."""
     head, norm = model.classifier_head, model.backbone.final_norm
     tensors = {"score.weight": head.weight.detach()}
     if head.bias is not None:
@@ -574,7 +570,7 @@ def _classifier_tensors(model: GPTClassificationModel) -> dict[str, Tensor]:
 
 
 def _write_folder(folder, tensors: dict[str, Tensor], file: str, **settings: dict) -> None:
-    """Writes tensors as `file`, and JSON files; an empty folder stays so if tensors do not fit."""
+    """Writes tensors to `file`, then JSON files; a folder without space for tensors stays empty."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -642,7 +638,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=TOP_P, help="sample from tokens of this total probability")
     add("--repetition-penalty", type=float, default=1.0, help="above 1 discourages repetition")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
-    text = "how weights are stored (default: fp32; if large, the fastest of the first three)"
+    text = "weight format (default: fp32; for a large model, the fastest of the first three)"
     add("--weights", choices=lora.WEIGHTS, help=text)
     add("--json", action="store_true", help="print one JSON object at the end")
     add("--export-hf", type=Path, metavar="DIR", help="instead, write a copy for transformers")

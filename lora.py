@@ -1,9 +1,9 @@
 """Low-rank adaptation (LoRA; Hu et al. 2021, https://arxiv.org/abs/2106.09685), also of a base
 quantised to 4 bits (QLoRA; Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
 
-A frozen linear layer W gets a trainable low-rank companion: y = W x + (alpha / r) B A x. One of A
-and B starts at zero, so training starts from the unchanged model, and afterwards the product can be
-added to W. Only A, B and a classification head are trained and saved: the adapter.
+A frozen linear layer W gets a trainable low-rank update: y = W x + (alpha / r) B A x. One of A and
+B starts at zero, so training starts from the unchanged model; afterwards the update can be added to
+W. Only A, B and a classification head, together the adapter, are trained and saved.
 
 Shapes: r rank, A (r, in), B (out, r); B batch, T time (tokens), C channels, V vocabulary.
 """
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEAD = "classifier_head"  # trained and saved with the adapter
-WEIGHTS = ("fp32", "bf16", "int8", "int4")  # how those of a model for inference are stored
+WEIGHTS = ("fp32", "bf16", "int8", "int4")  # formats of the weights of a model for inference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class LoRAConfig:
     Attributes:
         r: Rank of the weight update.
         lora_alpha: The update is scaled by lora_alpha / r.
-        lora_dropout: Dropout rate of the adapter's inputs; embeddings have none.
+        lora_dropout: Dropout rate of the inputs of A; adapters of embeddings have no dropout.
         target_modules: Linear layers and embeddings to adapt, by the end of their names, such as
             "qkv" or "blocks.2.attn.proj"; "blocks.-1" is the last block.
     """
@@ -84,7 +84,7 @@ class LoRALinear(nn.Module):
 
 class LoRAEmbedding(nn.Module):
     """A frozen embedding and its low-rank update: r numbers per token, mapped to C channels. Here
-    A (r, V) starts at zero and B (C, r) at random, as in `peft`, whose names we use."""
+    A (r, V) starts at zero and B (C, r) at random; start and names are those of `peft`."""
 
     def __init__(self, base_layer: nn.Embedding, config: LoRAConfig):
         super().__init__()
@@ -106,8 +106,8 @@ class LoRAEmbedding(nn.Module):
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> None:
-    """Wraps the target layers of a model, and freezes everything but adapters and head. Does
-    nothing to a model that has adapters."""
+    """Wraps the target layers of a model, and freezes all but the adapters and a classifier's head.
+    Leaves a model that has adapters as it is."""
     if lora_layers(model):
         return
     targets = tuple(f".{target}" for target in resolve_targets(model, config).target_modules)
@@ -121,7 +121,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def resolve_targets(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """The config with "blocks.-1" counted from the end; a target without a layer is an error."""
+    """The config with "blocks.-1" as the last block; a target without a layer is a ValueError."""
     names = [f".{name}" for name in _adaptable_layers(model)]
     n = 1 + max(map(int, re.findall(r"\.blocks\.(\d+)", " ".join(names))), default=-1)
     targets = []
@@ -129,14 +129,14 @@ def resolve_targets(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
         target = re.sub(r"\bblocks\.-(\d+)", lambda match: f"blocks.{n - int(match[1])}", given)
         if not any(name.endswith(f".{target}") for name in names):
             known = dict.fromkeys(re.sub(r"^(.*\.blocks\.\d+|.*)\.", "", name) for name in names)
-            text = f"the {n} blocks and what is around them have {', '.join(known)}"
+            text = f"the {n} blocks and the layers around them have {', '.join(known)}"
             raise ValueError(f"target_modules: {given} is no layer: {text}")
         targets.append(target)
     return replace(config, target_modules=targets)
 
 
 def _adaptable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
-    """By name; not the head that a classifier trains anyway, nor the one that it does not read."""
+    """By name, without a classifier's head, which is trained anyway, and its backbone's, unused."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
     return {name: m for name, m in layers.items() if name not in (HEAD, "backbone.head")}
 
@@ -179,7 +179,7 @@ def load_lora_state_dict(model: nn.Module, adapter: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def input_moments(model: nn.Module, texts: Iterable[Tensor]) -> dict[str, Tensor]:
-    """The sum of x x^T (in, in) over the inputs x of each layer of the blocks, on ids (B, T)."""
+    """Sum of x x^T (in, in) over the inputs x of each linear layer of the blocks, on ids (B, T)."""
     moments: dict[str, Tensor] = defaultdict(float)
 
     def add(name: str, layer: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -210,7 +210,7 @@ def absorb_quantization_error(
         if q := quantized_weight(adapter.base_layer):
             error = weights[f"{name}.weight"].float() - dequantize_nf4(q).float()
             moment = moments[name] / moments[name].diagonal().mean()
-            L = torch.linalg.cholesky(moment + 0.01 * torch.eye(len(moment)).to(moment))
+            L = torch.linalg.cholesky(moment + 0.01 * torch.eye(len(moment)).to(moment))  # damped
             r = min(len(adapter.lora_A), *error.shape)
             U, S, V = torch.svd_lowrank(error @ L, min(2 * r, *error.shape), niter=4)
             scale = (S[:r] / adapter.scale).sqrt()
@@ -270,7 +270,8 @@ def _dequantize_blocks(codes: Tensor, scales: Tensor, levels: Tensor, block: int
 
 @cache
 def nf4_levels() -> Tensor:
-    """The 16 levels (16,) from -1 to 1: 8 quantiles below zero, zero, and 7 above."""
+    """The 16 levels (16,) from -1 to 1: 7 quantiles below zero, zero, and 8 above. The outermost
+    have a probability of 1 - (1/30 + 1/32) / 2, because those of 0 and 1 are infinite."""
     probabilities = (torch.linspace(0.9677083, 0.5, n).double() for n in (8, 9))
     negative, positive = (torch.special.ndtri(p)[:-1] for p in probabilities)
     levels = torch.cat([-negative, torch.zeros(1), positive]).sort().values.float()
@@ -291,7 +292,7 @@ def dynamic_levels() -> Tensor:
 
 
 class NF4Linear(nn.Linear):
-    """A frozen layer with 4-bit weights, dequantised at each call, where bitsandbytes fails."""
+    """A frozen layer with 4-bit weights, dequantised at each call, if bitsandbytes cannot run."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -306,10 +307,10 @@ class NF4Linear(nn.Linear):
 
 
 def quantize_4bit(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Stores the linear layers of the blocks as NF4; embeddings, norms and head stay.
+    """Quantises the linear layers of the blocks to NF4, in place; embeddings, norms and head stay.
 
-    Uses bitsandbytes, which computes in `dtype`, or where it does not run `NF4Linear`, after a
-    warning: the same values, slower. The model must be on the device that it will be used on.
+    Uses bitsandbytes, which computes in `dtype`, or if that does not run, warns and uses the slower
+    `NF4Linear`, with the same values. Move the model to its device before.
     """
     for name, layer in list(model.named_modules()):
         if "blocks" not in name.split(".") or type(layer) is not nn.Linear:
@@ -317,7 +318,7 @@ def quantize_4bit(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         layer.requires_grad_(False)
         try:
             quantized = _bitsandbytes_layer(layer, dtype)
-        except Exception as error:  # the package or a library of it is missing, or this device
+        except Exception as error:  # it lacks a library, a kernel for this device, or is missing
             quantized, reason = NF4Linear(layer), str(error).strip().split("\n")[0]
             text = f"bitsandbytes not used ({reason}): slower NF4 in plain PyTorch"
             warnings.warn(text, stacklevel=2)
@@ -334,7 +335,7 @@ def _bitsandbytes_layer(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
     quantized = Linear4bit(*sizes, bias=False, compute_dtype=dtype, device="meta")
     quantized.weight = Params4bit(layer.weight.detach().clone().cpu(), quant_type="nf4")
     quantized.bias = layer.bias
-    # An evaluation would re-pack the weights, which gives wrong gradients in a training after it.
+    # Otherwise an evaluation re-packs the weights, which makes later gradients wrong.
     quantized.support_avx512bf16_for_cpu = False
     quantized = quantized.to(layer.weight.device)  # quantises, even if it is there already
     state, device = quantized.weight.quant_state, layer.weight.device
@@ -356,10 +357,10 @@ def quantized_weight(layer: nn.Module) -> NF4Weight | None:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights and a scale for each row, for bf16 inputs. One token at a
-    time is as fast as memory delivers the weights, and these are few bytes."""
+    """A linear layer with 8-bit weights and a scale for each row, for bf16 inputs. The speed of one
+    token at a time is limited by reading the weights from memory, so fewer bytes are faster."""
 
-    MAX_ROWS = 16  # above, it is faster to convert the weights once
+    MAX_ROWS = 16  # of the kernel; with more it is faster to convert the weights first
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -383,7 +384,7 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """The same with 4-bit weights, and a scale and a minimum for each 32 of a row."""
+    """The same with 4-bit weights, and a scale and a minimum for each 32 of them in a row."""
 
     GROUP = 32
 
@@ -407,8 +408,8 @@ class Int4Linear(nn.Module):
 
 
 def convert_weights(model: nn.Module, weights: str) -> None:
-    """Stores the weights of a merged model as one of WEIGHTS, for inference. With "int8" and "int4"
-    norms and untied embeddings are bf16, and with the latter the head has 8 bits."""
+    """Converts a merged model to a format in WEIGHTS, in place. With "int8" and "int4", norms and
+    untied embeddings are bf16; with "int4", the head has 8 bits."""
     embeddings = {m.weight: n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
     for name, layer in list(model.named_modules()) if weights.startswith("int") else ():
         if isinstance(layer, nn.Linear) and name != HEAD:
@@ -422,14 +423,14 @@ def convert_weights(model: nn.Module, weights: str) -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives the system back what Linux would otherwise keep for this process."""
+    """Returns freed memory, which Linux's C library keeps for the process, to the system."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def fastest_weights(layer: nn.Linear) -> str:
-    """Which of WEIGHTS but "int4", which changes results, multiplies a layer of this shape by one
-    vector fastest; timed, without the kinds whose kernel this machine lacks."""
+    """The format in WEIGHTS with which a layer of this shape multiplies one vector fastest, timed;
+    not "int4", which changes results, nor one whose kernel this machine lacks."""
     seconds = {}
     for weights in WEIGHTS[:3]:
         copied = nn.Sequential(copy.deepcopy(layer))
@@ -442,7 +443,7 @@ def fastest_weights(layer: nn.Linear) -> str:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Number of trainable parameters and of all; a byte of 4-bit weights counts as two."""
+    """Numbers of trainable and of all parameters; a byte of 4-bit weights counts as two."""
     sizes = {p: p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters()}
     return sum(n for p, n in sizes.items() if p.requires_grad), sum(sizes.values())
 

@@ -1,11 +1,11 @@
-"""A decoder in plain PyTorch as in GPT-2 (Radford et al. 2019), Llama and Qwen3.
+"""A decoder-only transformer in plain PyTorch: ours, GPT-2 (Radford et al. 2019), Llama, Qwen3.
 
 Shapes: B batch, T time (tokens), C channels (`n_embd`), H query heads, K key/value heads, D head
 size, V vocabulary, L layers, S tokens seen so far (those in the cache and the T new ones).
 
 The defaults are the recipe of `main.py`: rotary positions, squared ReLU, query/key normalisation,
 and output projections that start at zero, so that each block starts as the identity. With other
-settings it is GPT-2, Llama (also SmolLM2) or Qwen3, whose files the end of this file reads.
+settings it is GPT-2, Llama (also SmolLM2) or Qwen3: their files are converted at the end.
 """
 
 import re
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Rotary = tuple[Tensor, Tensor] | None  # cosines and sines (T, D)
-Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # of a cache, for one layer
+Rotary = tuple[Tensor, Tensor] | None  # cosines and signed sines (T, D)
+Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # keys, values: T new to all S
 
 
 class CausalSelfAttention(nn.Module):
@@ -39,20 +39,21 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, rotary: Rotary, store: Store = None) -> Tensor:
         """(B, T, C) to (B, T, C); `mask` (T, S) is 0 where a token may attend and -inf elsewhere.
         Each key/value head serves H / K query heads (Ainslie et al. 2023,
-        https://arxiv.org/abs/2305.13245). On a CPU attention is spelled out, which in bf16 is
-        faster than PyTorch's kernel; a GPU, one token, and a prompt in fp32 use the kernel."""
+        https://arxiv.org/abs/2305.13245). PyTorch's kernel computes single tokens, prompts in fp32,
+        and all on a GPU; else attention is spelled out, which in bf16 on a CPU is faster."""
         (B, T, _), K = x.shape, self.n_kv_head
         q, k, v = self.project(x, rotary)
         k, v = store(k, v) if store else (k, v)
         S = k.shape[2]
-        if T == 1:  # it sees all: queries that share keys act as tokens, with one product for all
+        if T == 1:  # it attends to all S; the queries of a key head are batched as if tokens
             y = F.scaled_dot_product_attention(q.reshape(B, K, -1, q.shape[-1]), k, v)
         elif x.is_cuda or (store and q.dtype == torch.float32):
-            mask, gqa = None if S == T else mask.to(q.dtype), self.n_head > K
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=S == T, enable_gqa=gqa)
+            is_causal, gqa = S == T, self.n_head > K
+            mask = None if is_causal else mask.to(q.dtype)
+            y = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, enable_gqa=gqa)
         else:
             y = self.weights(q, k, mask).view(B, K, -1, S) @ v
-        return self.proj(y.reshape(q.shape).transpose(1, 2).reshape(B, T, -1))
+        return self.proj(y.reshape(q.shape).transpose(1, 2).reshape(B, T, -1))  # of (B, H, T, D)
 
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, ...]:
         """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
@@ -70,7 +71,7 @@ class CausalSelfAttention(nn.Module):
     def weights(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
         """Attention weights (B, H, T, S): softmax of q k^T / sqrt(D) plus the mask (T, S)."""
         (B, H, T, D), K = q.shape, self.n_kv_head
-        q, k = q.reshape(B * K, -1, D), k.reshape(B * K, -1, D)  # (B K, H / K * T, D): grouped
+        q, k = q.reshape(B * K, -1, D), k.reshape(B * K, -1, D)  # (B K, H / K * T, D), (B K, S, D)
         mask = mask.to(q.dtype).repeat(H // K, 1)
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D**-0.5)
         return scores.softmax(dim=-1).view(B, H, T, -1)
@@ -133,7 +134,7 @@ class GPTConfig:
         bias: Whether linear layers and norms have biases, as in GPT-2.
         activation: "gelu" (GPT-2), "relu2" (squared ReLU) or "swiglu" (Llama).
         position: "learned" (GPT-2) or "rotary" (Su et al. 2021, https://arxiv.org/abs/2104.09864).
-        rotary_base: The slowest pair of a head turns by about 1 / rotary_base per token.
+        rotary_base: The slowest pair of a head turns by about 1 / rotary_base radians per token.
         norm: "layer" or "rms" (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
         norm_eps: Added to the variance before its root is taken.
         qk_norm: Whether to normalise q and k (Dehghani et al. 2023, https://arxiv.org/abs/2302.05442).
@@ -186,7 +187,7 @@ class GPTConfig:
 
 
 class RMSNorm(nn.RMSNorm):
-    """Casts its weight to the type of x: PyTorch's own is slower, and warns, where they differ."""
+    """Casts its weight to the type of x: if they differ, PyTorch's own is slower and warns."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x."""
@@ -249,15 +250,15 @@ class GPTModel(nn.Module):
 
 
 class GPTClassificationModel(nn.Module):
-    """A GPT with a linear head on the hidden state of the last real token, which alone has seen the
-    whole text. The padding after it and the backbone's own head, which is frozen, are not read."""
+    """A GPT with a linear head on the hidden state of the last real token, the only one that has
+    seen the whole text. The padding after it and the backbone's own head are not used."""
 
     def __init__(self, backbone: GPTModel, n_classes: int):
         super().__init__()
         self.backbone = backbone
         if not backbone.config.tie_weights:
             backbone.head.requires_grad_(False)
-        has_bias = backbone.config.norm == "layer"  # as far as `transformers` can express it
+        has_bias = backbone.config.norm == "layer"  # else `transformers` could not express it
         self.classifier_head = nn.Linear(backbone.config.n_embd, n_classes, has_bias)
         for parameter in self.classifier_head.parameters():
             nn.init.zeros_(parameter)
@@ -273,7 +274,7 @@ class GPTClassificationModel(nn.Module):
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # a table made while generating also serves training
 def rotary_table(config: GPTConfig, device: Any = "cpu") -> Rotary:
-    """Cosines, signed sines (positions, D): pair i turns at position t by t * base^(-2 i / D)."""
+    """Cosines, signed sines (positions, D): at position t, pair i turns by t * base^(-2 i / D)."""
     frequencies = config.rotary_base ** (-torch.arange(0, config.head_size, 2) / config.head_size)
     angles = torch.outer(torch.arange(config.context_length), frequencies)
     cos, sin = angles.cos().to(device), angles.sin().to(device)
@@ -287,7 +288,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class FastDropout(nn.Dropout):
     """`F.dropout(x, self.p, self.training)`, several times faster on a CPU: 16 random bits decide
-    about an element, so `p` is rounded to a multiple of 2^-16."""
+    on each element, so `p` is rounded to a multiple of 2^-16."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x."""
@@ -298,9 +299,9 @@ class FastDropout(nn.Dropout):
         return x * keep.view(x.shape).to(x.dtype).mul_(1 / (1 - self.p))
 
 
-# ---- the same models in Hugging Face files
+# ---- the same models in Hugging Face files; ours is there called Persimmon
 
-LAYERS = {  # ours; Llama's and Qwen3's; GPT-2's; Persimmon's. B is a block, A its attention
+LAYERS = {  # ours: Llama's and Qwen3's, GPT-2's, Persimmon's. B is a block, A its attention
     "token_embedding": ("model.embed_tokens", "transformer.wte", "model.embed_tokens"),
     "position_embedding": ("", "transformer.wpe", ""),
     "blocks": ("model.layers", "transformer.h", "model.layers"),
@@ -315,7 +316,7 @@ LAYERS = {  # ours; Llama's and Qwen3's; GPT-2's; Persimmon's. B is a block, A i
     "final_norm": ("model.norm", "transformer.ln_f", "model.final_layernorm"),
     "head": ("lm_head", "lm_head", "lm_head"),
 }
-SETTINGS = {  # our fields; theirs in the same order
+SETTINGS = {  # fields of GPTConfig, and their names in the same three columns
     "vocab_size": ("vocab_size", "vocab_size", "vocab_size"),
     "context_length": ("max_position_embeddings", "n_positions", "max_position_embeddings"),
     "n_layer": ("num_hidden_layers", "n_layer", "num_hidden_layers"),
@@ -332,10 +333,10 @@ _ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
 _SILU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **_ROPE}
 _GELU = {"activation_function": "gelu_new", "scale_attn_weights": True}
 _RELU2 = {"hidden_act": "relu2", "qk_layernorm": True, **_ROPE}
-_LACKING = {"rope_scaling": None, "quantization_config": None, "use_sliding_window": False}
-_LACKING |= {"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False}
+_OFF = {"rope_scaling": None, "quantization_config": None, "use_sliding_window": False}
+_OFF |= {"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False}
 OURS = ("activation", "position", "norm", "qk_norm", "bias")
-FAMILIES = {  # model type: column above, values of OURS, and settings that have no other value
+FAMILIES = {  # model type: column above, values of OURS, and the only values we support of theirs
     "llama": (0, ("swiglu", "rotary", "rms", False, False), _SILU),
     "qwen3": (0, ("swiglu", "rotary", "rms", True, False), _SILU),
     "gpt2": (1, ("gelu", "learned", "layer", False, True), _GELU),
@@ -344,8 +345,8 @@ FAMILIES = {  # model type: column above, values of OURS, and settings that have
 
 
 def config_from_hf(data: dict[str, Any]) -> GPTConfig:
-    """Our config for a `config.json` of model type gpt2, llama or qwen3. What our model would
-    compute differently is a ValueError that names the setting."""
+    """Our config for a `config.json` of model type gpt2, llama or qwen3. A setting that our model
+    does not implement is a ValueError that names it."""
     if (kind := data.get("model_type")) not in ("gpt2", "llama", "qwen3"):
         raise ValueError(f"model_type {kind!r} is not supported: only gpt2, llama and qwen3")
     column, ours, fixed = FAMILIES[kind]
@@ -355,22 +356,22 @@ def config_from_hf(data: dict[str, Any]) -> GPTConfig:
     if not isinstance(layers, list) or layers != ["full_attention"] * len(layers):
         raise ValueError("layer_types other than full_attention are not supported")
     data = {**data, **rope}
-    for name, value in {**_LACKING, **fixed}.items():
-        found = data.get(name, value)
-        if found != value and (value, found) != ("gelu_new", "gelu_pytorch_tanh"):
-            raise ValueError(f"{name} {found!r} is not supported: only {value!r}")
+    for name, value in {**_OFF, **fixed}.items():
+        given = data.get(name, value)
+        if given != value and (value, given) != ("gelu_new", "gelu_pytorch_tanh"):  # synonyms
+            raise ValueError(f"{name} {given!r} is not supported: only {value!r}")
     values = {"tie_weights": kind == "gpt2", "dropout": 0.0, **dict(zip(OURS, ours))}
     optional = () if kind == "qwen3" else ("n_kv_head", "head_size", "n_ff", "rotary_base")
     for name, row in SETTINGS.items():
         if data.get(row[column]) is not None:
             values[name] = data[row[column]]
-        elif name not in (*values, *optional):
+        elif name not in (*values, *optional):  # its default there is not ours
             raise ValueError(f"{row[column]} is missing")
     return GPTConfig(**values)
 
 
 def config_to_hf(config: GPTConfig, task: str) -> dict[str, Any]:
-    """The `config.json` with which `transformers` computes the same; a ValueError if it cannot."""
+    """The `config.json` with which `transformers` computes the same; ValueError if it cannot."""
     kind, column = find_family(config)
     architecture = kind.title().replace("Gpt", "GPT") + "For" + task
     data = {"model_type": kind, "architectures": [architecture], **FAMILIES[kind][2]}
@@ -381,7 +382,7 @@ def config_to_hf(config: GPTConfig, task: str) -> dict[str, Any]:
 
 
 def find_family(config: GPTConfig) -> tuple[str, int]:
-    """Model type that computes what this config says, and its column in the tables."""
+    """The model type of `transformers` that this config describes, and its column above."""
     ours = tuple(getattr(config, name) for name in OURS)
     plain = (config.n_kv_head, config.head_size * config.n_head) == (config.n_head, config.n_embd)
     for kind, (column, values, _) in FAMILIES.items():
@@ -391,13 +392,13 @@ def find_family(config: GPTConfig) -> tuple[str, int]:
 
 
 def hf_tensors(name: str, tensor: Tensor, config: GPTConfig) -> dict[str, Tensor]:
-    """The tensors of `transformers` that one of ours consists of, named and arranged as there."""
+    """Splits one of our tensors into those of `transformers`, named and arranged as there."""
     kind, column = find_family(config)
     H, K, D = config.n_head, config.n_kv_head, config.head_size
     block, layer, parameter = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(\w+)", name).groups()
     theirs = LAYERS[layer][column].replace("A.", "B.self_attn.")
     theirs = theirs.replace("B.", f"{LAYERS['blocks'][column]}.{block}.").split()
-    if kind == "persimmon" and layer == "attn.qkv":  # there each head has its three
+    if kind == "persimmon" and layer == "attn.qkv":  # there grouped by head
         tensor = tensor.view(3, H, D, -1).transpose(0, 1).reshape(tensor.shape)
     elif kind == "gpt2" and block and parameter == "weight":  # (in, out)
         tensor = tensor.t()
@@ -422,10 +423,10 @@ def weights_to_hf(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Te
 
 
 def weights_from_hf(tensors: Mapping[str, Callable], config: GPTConfig) -> dict[str, Tensor]:
-    """The weights of a `GPTModel` from functions that read one tensor of a Hugging Face file each:
-    no model is held twice. A ValueError names a tensor that does not fit."""
-    prefix = re.compile(r"^(model|transformer)\.")  # which some files omit
-    unread, weights = {prefix.sub("", name): read for name, read in tensors.items()}, {}
+    """The weights of a `GPTModel`; `tensors` maps names in a Hugging Face file to functions that
+    read one each, so that no model is held twice. A ValueError names a tensor that does not fit."""
+    prefix, weights = re.compile(r"^(model|transformer)\."), {}  # some files omit the prefix
+    unread = {prefix.sub("", name): read for name, read in tensors.items()}
     with torch.device("meta"):
         model = GPTModel(config)
     for name, ours in model.named_parameters():
@@ -438,8 +439,8 @@ def weights_from_hf(tensors: Mapping[str, Callable], config: GPTConfig) -> dict[
             if name in ("token_embedding.weight", "head.weight"):
                 part = part[: config.vocab_size]  # without the rows that no token has
             if part.shape != expected.shape or not part.is_floating_point():
-                found = f"{part.dtype} of shape {tuple(part.shape)}, not {tuple(expected.shape)}"
-                raise ValueError(f"the tensor {theirs} is {found}")
+                given = f"{part.dtype} of shape {tuple(part.shape)}, not {tuple(expected.shape)}"
+                raise ValueError(f"the tensor {theirs} is {given}")
             parts.append(part.t() if is_transposed else part)
         weights[name] = torch.cat(parts)
     if config.tie_weights:

@@ -3,11 +3,11 @@
 Text is split into pre-tokens (words with their leading space, numbers, punctuation, white space),
 written as UTF-8 bytes. The most frequent pair of adjacent symbols is merged into a new symbol until
 the vocabulary is full (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; on bytes: Radford et
-al. 2019, "Language Models are Unsupervised Multitask Learners"). Decoding restores every string.
+al. 2019, "Language Models are Unsupervised Multitask Learners"). Decoding restores the text.
 
 `plain_bpe` is the whole idea; `BPETokenizer` learns the same merges a hundred times faster. It
-reads and writes the `tokenizer.json` of Hugging Face `tokenizers`, with the same ids: of ours, and
-of GPT-2, SmolLM2, Llama 3 and Qwen, which split text differently.
+reads and writes the `tokenizer.json` of Hugging Face `tokenizers` and gives the same ids as that
+library: for ours, and for GPT-2, SmolLM2, Llama 3 and Qwen, each of which splits text its own way.
 
     tokenizer = BPETokenizer.train([text], vocab_size=1024)
     assert tokenizer.decode(tokenizer.encode("To be, or not to be")) == "To be, or not to be"
@@ -36,8 +36,8 @@ Merges = list[tuple[int, int, int]]  # (left id, right id, merged id), in the or
 
 
 def plain_bpe(text: str, n_tokens: int) -> tuple[list[bytes], Merges]:
-    """Learns a vocabulary the obvious way: count all pairs, merge the most frequent one, repeat."""
-    vocab = [bytes([byte]) for byte in _BYTES]
+    """Learns tokens and merges the obvious way: count all pairs, merge the most frequent one."""
+    vocab = [bytes([byte]) for byte in _BYTES]  # ids 0 to 255, in GPT-2's order
     words = [[_BYTE_IDS[byte] for byte in word.encode()] for word in _pre_tokens(text)]
     merges = []
     while len(vocab) < n_tokens and any(len(word) > 1 for word in words):
@@ -69,23 +69,23 @@ class BPETokenizer:
         vocab: The bytes of each token id (V); a special token's entry is its name in UTF-8.
         merges: `(left id, right id, merged id)` in the order learned, which is the order applied.
         special_tokens: Name to id. Text never becomes one of these unless `encode` allows it, not
-            even those that `tokenizers` finds in any text, such as Qwen's `<think>`.
-        end_id: The token that ends a text and separates it from the next; None in some layouts.
-        pad_id: The token that pads rows: `end_id` where there is no other.
-        end_of_turn_id: The token that ends a message of a chat, or None.
+            even one that `tokenizers` recognises in any text, such as Qwen's `<think>`.
+        end_id: Token that ends a text and separates it from the next; None if there is none.
+        pad_id: Token that pads rows; `end_id` if there is no other.
+        end_of_turn_id: Token that ends a message of a chat, or None.
     """
 
     def __init__(self, layout: dict):
         """`layout` is the content of a `tokenizer.json`."""
-        self._family = _check_support(layout)
+        self._family = _supported_family(layout)
         model, vocab = layout["model"], layout["model"]["vocab"]
         added = sorted(layout["added_tokens"], key=lambda token: token["id"])
         self.special_tokens = special = {token["content"]: token["id"] for token in added}
         if not {chr(byte) for byte in range(0x21, 0x7F)} <= vocab.keys() - special.keys():
             raise NotImplementedError("a printable ASCII character has no token")
         merges = [m.split(" ") if isinstance(m, str) else [*m] for m in model["merges"]]
-        if both := {left + right for left, right in merges} & special.keys():
-            raise NotImplementedError(f"merges also produce special tokens: {sorted(both)}")
+        if merged := {left + right for left, right in merges} & special.keys():
+            raise NotImplementedError(f"merges also produce special tokens: {sorted(merged)}")
         ids = {**vocab, **special}
         names = sorted(ids, key=ids.get)
         if [ids[name] for name in names] != [*range(len(names))]:
@@ -97,22 +97,22 @@ class BPETokenizer:
         self.pad_id = special.get(PAD, special.get("<|finetune_right_pad_id|>", self.end_id))
         self.end_of_turn_id = special.get("<|im_end|>", special.get("<|eot_id|>"))
         self.chat_template: str | None = None  # Jinja, as the model publishes it
-        self.text_template = "{}"  # of a text to classify
+        self.text_template = "{}"  # wraps a text to classify
         self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self.merges)}
         self._ids = {self.vocab[i]: i for name, i in ids.items() if name not in special}
         self._byte_ids = {token[0]: i for token, i in self._ids.items() if len(token) == 1}
         self._cached = lru_cache(_CACHE_SIZE)(self._merge)
-        # `tokenizers` numbers added tokens by their order after the vocabulary, unless it has them.
+        # `tokenizers` numbers added tokens after the vocabulary, unless the latter has them, too.
         vocab = {name: i for i, name in enumerate(names[: 1 + max(self._ids.values())])}
-        # `transformers` leaves the settings of its last call in the file, and ignores them, too.
+        # `transformers` saves truncation and padding of its last call, but does not read them.
         self._layout = {**layout, "added_tokens": added, "truncation": None, "padding": None}
         self._layout["model"] = {**model, "vocab": vocab, "merges": merges}
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Learns merges from texts (none crosses from one into the next) until there are
-        `vocab_size` tokens, 256 bytes and 2 special tokens included, or no pairs, with a warning.
-        Ties go to the smaller left id, then to the smaller right id, as in `tokenizers`."""
+        """Learns merges, none of which spans two texts, until there are `vocab_size` tokens,
+        including 256 bytes and 2 special tokens. Warns if the texts have too few pairs. Ties go to
+        the smaller left id, then to the smaller right id, as in `tokenizers`."""
         if vocab_size < 258:
             raise ValueError(f"vocab_size {vocab_size}: the bytes and special tokens need 258")
         counts = Counter(itertools.chain.from_iterable(map(_pre_tokens, texts)))
@@ -126,9 +126,9 @@ class BPETokenizer:
         return cls(_new_layout(vocab, pairs, [END_OF_TEXT, PAD]))
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Turns text without lone surrogates into token ids. Names of special tokens are text, too,
-        unless allowed: then each becomes its id. Bytes that a public vocabulary lacks (SmolLM2's:
-        U+0004 and other control characters) are skipped, as in `tokenizers`."""
+        """Turns text without lone surrogates into token ids. The name of a special token is plain
+        text, too, unless `allow_special`. Bytes that a public vocabulary lacks (SmolLM2's: U+0004
+        and other control characters) are skipped, as in `tokenizers`."""
         special = self.special_tokens if allow_special else {}
         names = map(regex.escape, sorted(special, key=len, reverse=True))
         ids: list[int] = []
@@ -140,8 +140,8 @@ class BPETokenizer:
         return ids
 
     def encode_stream(self, chunks: Iterable[str]) -> Iterator[list[int]]:
-        """Encodes a text that arrives in chunks, split anywhere, holding about one of them in
-        memory (more only without a word): yields the ids that `encode` gives for all of it."""
+        """Encodes a text that arrives in chunks, split anywhere: yields in lists the ids that
+        `encode` gives for the whole. Holds one chunk in memory, more only if it has no words."""
         pending = ""
         for chunk in chunks:
             pending += chunk
@@ -175,8 +175,8 @@ class BPETokenizer:
         """Applies the merges to one pre-token: lowest rank first, then leftmost. A heap over a
         linked list, so that a pre-token of n bytes takes O(n log n)."""
         if self._layout["model"].get("ignore_merges") and word.encode() in self._ids:
-            return [self._ids[word.encode()]]
-        symbols, ranks = [*self._symbols(word), -1], self._ranks  # -1 ends the list: in no pair
+            return [self._ids[word.encode()]]  # Llama 3 looks up the whole pre-token first
+        symbols, ranks = [*self._symbols(word), -1], self._ranks  # -1 is in no pair: ends the list
         after = list(range(1, len(symbols) + 1))
         before = list(range(-1, len(symbols) - 1))
         heap = [(ranks[p], i) for i, p in enumerate(zip(symbols, symbols[1:])) if p in ranks]
@@ -196,13 +196,13 @@ class BPETokenizer:
         return [symbol for symbol in symbols if symbol >= 0]
 
     def merge_steps(self, text: str) -> Iterator[tuple[int | None, list[int]]]:
-        """Yields the rank of each merge of a text's first pre-token, and the token ids after it.
-        Rank None marks the bytes at first and, as in Llama 3, a final look-up of the whole."""
+        """Shows how the first pre-token of a text is encoded: yields the rank of each merge and the
+        ids after it. Rank None marks the initial bytes and, in Llama 3, a look-up of the whole."""
         word = next(iter(self._words(text)), "")
         ids, ranks = self._symbols(word), self._ranks
         yield None, ids
-        while found := [(ranks[p], i) for i, p in enumerate(zip(ids, ids[1:])) if p in ranks]:
-            rank, i = min(found)
+        while pairs := [(ranks[p], i) for i, p in enumerate(zip(ids, ids[1:])) if p in ranks]:
+            rank, i = min(pairs)
             ids = [*ids[:i], self.merges[rank][2], *ids[i + 2 :]]
             yield rank, ids
         if (encoded := self._merge(word)) != ids:
@@ -223,9 +223,9 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
-        """Reads a `tokenizer.json`, ours or of `tokenizers`, else the `vocab.json` and `merges.txt`
-        of GPT-2's form beside it. The ids equal those of `tokenizers` but for added tokens,
-        truncation and padding; where they would differ, a ValueError has the reason."""
+        """Reads a `tokenizer.json` or, without one, GPT-2's `vocab.json` and `merges.txt` in its
+        folder. Ids equal those of `tokenizers`, but text never becomes an added token and nothing
+        is truncated or padded; where other ids would differ, raises ValueError with the reason."""
         path, advice = Path(path), ": create it with `python main.py`"
         try:
             if path.exists():
@@ -253,14 +253,15 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PATTERNS = {
-    "gpt-2": _GPT2,  # for SmolLM2, digits are set apart before, as if the text ended there
+    "gpt-2": _GPT2,
+    # SmolLM2 splits off every digit first, so that the text before it ends there.
     "smollm": _GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])"),
     "llama-bpe": _LLAMA3,
     "qwen2": _LLAMA3.replace("{1,3}", ""),
 }
-# The last sure end of a pre-token: after a word or number, and before no mark that NFC may merge.
+# The last safe cut, searched from the right: after a word or number, not before a combining mark.
 _LAST_WORD_END = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}\p{M}])")
-_CACHE_SIZE = 1 << 17  # pre-tokens; text repeats few words often, so a full cache stays useful
+_CACHE_SIZE = 1 << 17  # pre-tokens; most of a text is a few words that recur
 
 
 @cache
@@ -290,8 +291,8 @@ _TO_BYTE = {char: byte for byte, char in _TO_CHAR.items()}
 
 
 def _learn_merges(counts: Counter[str], n_tokens: int) -> tuple[list[bytes], Merges]:
-    """As `plain_bpe`, on distinct words with their counts. A merge updates the pair counts of the
-    words that contain the pair. A count that shrank is corrected at the top of the heap."""
+    """As `plain_bpe`, on distinct words with their counts. A merge updates only the pair counts of
+    the words with that pair. Counts in the heap may be too high: the top is corrected first."""
     vocab = [bytes([byte]) for byte in _BYTES]
     ids = {token: i for i, token in enumerate(vocab)}
     words: list[list[int]] = [[] for _ in counts]  # empty at first, so that all of them change
@@ -337,34 +338,35 @@ _STEPS = {  # of the families' pre-tokenizers
     "llama-bpe": [{**_SPLIT, "pattern": {"Regex": _PATTERNS["llama-bpe"]}}, _NO_SPLIT],
     "qwen2": [{**_SPLIT, "pattern": {"Regex": _PATTERNS["qwen2"]}}, _NO_SPLIT],
 }
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of added tokens
-_OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of added tokens
+_BPE_OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def _new_layout(vocab: dict[str, int], merges: Sequence, special: Sequence) -> dict:
-    """A `tokenizer.json` of GPT-2's kind; `special` are names."""
-    flags = {**dict.fromkeys(_FLAGS, False), "special": True}
+    """The content of a `tokenizer.json` like GPT-2's; `special` are the names of special tokens."""
+    flags = {**dict.fromkeys(_TOKEN_FLAGS, False), "special": True}
     added = [{"id": vocab[name], "content": name, **flags} for name in special]
     layout = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
     layout |= {"normalizer": None, "pre_tokenizer": _GPT2_SPLIT, "post_processor": None}
-    model = {"type": "BPE", **dict.fromkeys(_OPTIONS), "fuse_unk": False, "byte_fallback": False}
-    model |= {"ignore_merges": False, "vocab": vocab, "merges": merges}
+    model = {"type": "BPE", **dict.fromkeys(_BPE_OPTIONS), "fuse_unk": False}
+    model |= {"byte_fallback": False, "ignore_merges": False, "vocab": vocab, "merges": merges}
     return {**layout, "decoder": {**_BYTE_LEVEL, "add_prefix_space": True}, "model": model}
 
 
-def _check_support(layout: dict) -> str:
-    """The family of a layout. Rejects features that we lack: better no ids than wrong ids."""
+def _supported_family(layout: dict) -> str:
+    """The family, a key of `_PATTERNS`. Rejects what we would encode differently."""
     model, normalizer = layout["model"], layout.get("normalizer")
     if (kind := model.get("type", "BPE")) != "BPE":
         raise NotImplementedError(f"the model is {kind}, not BPE")
     if normalizer not in (None, {"type": "NFC"}):
         raise NotImplementedError(f"the normalizer is {normalizer['type']}, not NFC")
-    if on := [n for n in (*_OPTIONS, "byte_fallback") if model.get(n)]:
+    if on := [n for n in (*_BPE_OPTIONS, "byte_fallback") if model.get(n)]:
         raise NotImplementedError(f"the model has {', '.join(on)}")
     for token in layout["added_tokens"]:
-        name, is_special = token["content"], token.get("special")
-        flags = [n for n in _FLAGS if token.get(n) and (n != "normalized" or normalizer)]
-        if flags or not (name if is_special else re.fullmatch(r"<.+>|\[.+\]", name)):
+        name = token["content"]
+        looks_special = token.get("special") or re.fullmatch(r"<.+>|\[.+\]", name)
+        flags = [n for n in _TOKEN_FLAGS if token.get(n) and (n != "normalized" or normalizer)]
+        if not name or not looks_special or flags:
             raise NotImplementedError(f"the added token {name!r} would change ordinary text")
     pre_tokenizer = layout.get("pre_tokenizer") or {"type": "None"}
     steps = [  # `trim_offsets` changes no ids

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from data_loader import atomic_write, is_rank_zero, log0
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 3  # of checkpoints
 LOG_EVERY = 10  # steps
 CACHED_ROWS = 512  # tokens whose float32 logits fit in the processor's cache
 
@@ -103,23 +103,23 @@ def train(
     maximize: str = "",
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Trains the parameters of `model` that require gradients, and leaves it with the best weights.
-    Returns the metrics of the best step, and the settings with the provenance.
+    Returns the metrics of the best step, and the provenance with the config.
 
     `batches(step, n)` splits the batch of a step into n micro-batches, some of which may be empty;
     it must depend on nothing else. `loss_fn(model, batch)` is (summed loss, number of terms);
     gradients are averaged over all terms. `validate` measures the model, on every process: the best
-    step has the lowest "val_loss", or the highest `maximize`; ties go to the later one. The state
-    to resume and the log lie beside `path`, that of the result; `resume` refuses the state of a run
-    with other `metadata`: data, tokenizer and model.
+    step has the lowest "val_loss", or the highest `maximize`; ties go to the later one. The log and
+    the state to resume from lie beside `path`, where the caller saves the result. `resume` refuses
+    the state of a run whose `metadata` (data, tokenizer, model) differ.
 
     Raises FloatingPointError if the loss, a gradient or that metric is not finite, and Interrupted
-    when a process of this run receives SIGINT (Ctrl-C) or SIGTERM.
+    if any process of this run has received SIGINT (Ctrl-C) or SIGTERM.
     """
     run = _Run(model, config, runtime, path, metadata, maximize)
     with _stop_signals(runtime) as received_signal, run.start(resume) as bar:
         for step in range(run.step, config.steps):
             set_learning_rates(run.optimizers, step, config)
-            torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + runtime.rank)  # of dropout
+            torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + runtime.rank)  # dropout
             totals = torch.zeros(2, device=runtime.device)
             micro_batches = batches(step, config.grad_accumulation * runtime.world_size)
             for micro_batch in own_batches(micro_batches, runtime):
@@ -147,7 +147,7 @@ def train(
 
 
 def set_learning_rates(optimizers: list[Optimizer], step: int, config: TrainConfig) -> None:
-    """Linear warm-up to the peak rate, an optimizer's default; constant; linear decay to zero."""
+    """Linear warm-up to the peak rate (the optimizer's default), constant, linear decay to zero."""
     warmup = (step + 1) / max(1, config.warmup_steps)
     decay = (config.steps - step) / max(1, config.decay_fraction * config.steps)
     for optimizer in optimizers:
@@ -156,7 +156,7 @@ def set_learning_rates(optimizers: list[Optimizer], step: int, config: TrainConf
 
 
 def own_batches(batches: Sequence[Batch], runtime: "Runtime") -> Iterator[Batch]:
-    """Those of this process that are not empty, on its device."""
+    """Moves the batches of this process to its device, without the empty ones."""
     for batch in batches[runtime.rank :: runtime.world_size]:
         if len(batch[0]):
             yield tuple(tensor.to(runtime.device, non_blocking=True) for tensor in batch)
@@ -176,7 +176,7 @@ def all_reduce_(parameters: list[nn.Parameter], totals: Tensor, world_size: int)
 
 
 def scale_and_clip_(parameters: list[nn.Parameter], n_terms: float, max_norm: float) -> float:
-    """Divides gradients by `n_terms` and clips their norm to `max_norm`; returns it unclipped."""
+    """Divides gradients by `n_terms`, clips their norm to `max_norm`, returns the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients).item() / n_terms
     torch._foreach_mul_(gradients, min(1.0, max_norm / (norm + 1e-6)) / n_terms)
@@ -188,8 +188,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
 
     AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) scales each element of the
     momentum by its own history. Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) makes
-    the whole matrix orthogonal, so that all its directions move equally. Newton-Schulz iterations
-    push the singular values towards one, without a decomposition:
+    the whole matrix nearly orthogonal, so that it moves equally in all directions. Newton-Schulz
+    iterations push the singular values towards one, without a decomposition:
 
         X = momentum / momentum.norm()
         for _ in range(5):
@@ -234,31 +234,32 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Summed cross entropy in nats of the targets (B, T) other than -100, and their number.
 
     The plain equivalent is `F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")`
-    with the logits (B * T, V). Here prompts and padding get none, and the others in slices that
-    stay in the cache: faster, and with a large vocabulary gigabytes less. Padding them to multiples
-    of 64 rows leaves few sizes, whose memory is reused.
+    with the logits (B * T, V). Here logits are computed only where there is a target, in slices
+    that stay in the cache: faster, and with a large vocabulary it saves gigabytes. Padding to a
+    multiple of 64 rows leaves few tensor sizes, so that their memory is reused.
     """
     inputs, targets = batch
     has_loss = targets != -100
-    hidden, wanted = model.hidden(inputs)[has_loss], targets[has_loss]
-    n_padded = -len(wanted) % 64
-    hidden, wanted = F.pad(hidden, (0, 0, 0, n_padded)), F.pad(wanted, (0, n_padded), value=-100)
+    hidden, targets = model.hidden(inputs)[has_loss], targets[has_loss]
+    n_padding = -len(targets) % 64
+    hidden = F.pad(hidden, (0, 0, 0, n_padding)).split(CACHED_ROWS)
+    targets = F.pad(targets, (0, n_padding), value=-100).split(CACHED_ROWS)
     losses = [
         F.cross_entropy(model.head(rows).float(), ids, reduction="sum")
-        for rows, ids in zip(hidden.split(CACHED_ROWS), wanted.split(CACHED_ROWS))
+        for rows, ids in zip(hidden, targets)
     ]
     return torch.stack(losses).sum(), has_loss.sum()
 
 
 class Interrupted(Exception):
-    """A signal, the argument, ended a training early; a resumable state is on disk."""
+    """A signal, whose number is the argument, ended a training; its resumable state is on disk."""
 
 
 def _check_finite(step: int, metrics: dict[str, float]) -> None:
     if not all(map(math.isfinite, metrics.values())):
-        found = ", ".join(f"{name} {value}" for name, value in metrics.items())
+        values = ", ".join(f"{name} {value}" for name, value in metrics.items())
         advice = "lower the learning rates and start again; the states written so far are good"
-        raise FloatingPointError(f"{found} at step {step}: {advice}")
+        raise FloatingPointError(f"{values} at step {step}: {advice}")
 
 
 # ---- what a run remembers and writes
@@ -283,16 +284,16 @@ class _Run:
 
     def start(self, resume: bool) -> tqdm:
         """Loads the state to resume, or writes the first one; returns the progress bar."""
-        if self.runtime.world_size > 1:  # all ranks start from equal weights
+        if self.runtime.world_size > 1:  # all processes start from the same weights
             for tensor in self.weights.values():
                 dist.broadcast(tensor, src=0)
         if resume:
             self._load_state()
         if not self.runtime.rank:  # from here on there is something to resume
             self._save_state()
-            self.log_path.write_text(self.log)  # without what a killed run logged after its state
+            self.log_path.write_text(self.log)  # drops what a killed run logged after its state
         self.model.train()
-        self.started = time.perf_counter() - self.seconds  # as if there had been one session
+        self.started = time.perf_counter() - self.seconds  # counts earlier sessions, too
         hidden = self.runtime.rank > 0
         return tqdm(total=self.config.steps, initial=self.step, unit="step", disable=hidden)
 
@@ -337,9 +338,8 @@ class _Run:
     def _load_state(self) -> None:
         state = load_checkpoint(self.state_path, "resume", "the command without --resume")
         if differences := "; ".join(_differences(state["metadata"], self.metadata)):
-            advice = "give the same options, for precision on an idle machine (it is timed)"
-            text = f"belongs to another run ({differences}): {advice}, or --overwrite"
-            raise ValueError(f"{self.state_path} {text}")
+            advice = "give the same options on an idle machine (precision is timed), or --overwrite"
+            raise ValueError(f"{self.state_path} is of another run ({differences}): {advice}")
         self.model.load_state_dict(state["weights"], strict=False)
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
@@ -357,13 +357,13 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 @contextlib.contextmanager
 def _stop_signals(runtime: "Runtime") -> Iterator[Callable[[], int]]:
-    """Yields a function that returns the number of a SIGINT or SIGTERM to any process, or 0."""
+    """Yields a function that all processes call: the number of a SIGINT or SIGTERM to any, or 0."""
     caught = [0]
     with contextlib.ExitStack() as original_handlers:
 
         def record(number: int, _frame: object) -> None:
             caught.append(number)
-            original_handlers.close()  # puts them back: a second signal acts as usual
+            original_handlers.close()  # restores them: a second signal acts as usual
 
         def received_signal() -> int:
             number = torch.tensor(max(caught), device=runtime.device)
@@ -371,31 +371,31 @@ def _stop_signals(runtime: "Runtime") -> Iterator[Callable[[], int]]:
                 dist.all_reduce(number, dist.ReduceOp.MAX)
             return int(number)
 
-        with contextlib.suppress(ValueError):  # only the main thread hears signals
+        with contextlib.suppress(ValueError):  # only the main thread can set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 original_handlers.callback(signal.signal, number, signal.signal(number, record))
         yield received_signal
 
 
 def state_path(path: str | Path, suffix: str = ".pth") -> Path:
-    """The file of the resumable state, or the log, of an unfinished training that writes `path`."""
+    """Path of the resumable state, or of the log, of an unfinished training that writes `path`."""
     return Path(path).with_suffix(f".resume{suffix}")
 
 
 def save_result(
     path: str | Path, kind: str, weights: dict[str, Tensor], tokenizer: Any = None, **contents: Any
 ) -> str:
-    """Saves a trained model in half precision, then its tokenizer, if it is new, and its log; only
-    then deletes the resumable state. Returns a message."""
+    """Saves a trained model in half precision, then its tokenizer, if given, and its log; only then
+    deletes the resumable state. `contents` includes the `provenance`. Returns a message."""
     path = Path(path)
     save_checkpoint(path, {"kind": kind, **contents, "weights": half_precision(weights)})
     if tokenizer:
         tokenizer.save(path.with_name("tokenizer.json"))
     state_path(path, ".log.jsonl").replace(path.with_suffix(".log.jsonl"))
     state_path(path).unlink(missing_ok=True)
-    made, size = contents["provenance"], path.stat().st_size
-    memory = f"{made['peak_memory_bytes'] / 2**30:.2f} GiB peak memory"
-    return f"wrote {path}: {size:,} bytes, {math.ceil(made['seconds'])} s of training, {memory}"
+    costs, size = contents["provenance"], path.stat().st_size
+    memory = f"{costs['peak_memory_bytes'] / 2**30:.2f} GiB peak memory"
+    return f"wrote {path}: {size:,} bytes, {math.ceil(costs['seconds'])} s of training, {memory}"
 
 
 def half_precision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -415,8 +415,8 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(
     path: str | Path, kinds: str | tuple[str, ...], hint: str = "python main.py"
 ) -> dict[str, Any]:
-    """Reads and verifies a checkpoint of one of these kinds, tensors and plain values only. Tensors
-    stay in the file, mapped into memory. Errors name `hint`, a command that creates one."""
+    """Reads and verifies a checkpoint of one of these kinds: plain values, and tensors mapped into
+    memory from the file. Errors name `hint`, a command that creates one."""
     path, kinds = Path(path), (kinds,) if isinstance(kinds, str) else kinds
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: create it with `{hint}`")
@@ -500,7 +500,7 @@ def start_runtime() -> Iterator[Runtime]:
     with contextlib.ExitStack() as stack:
         if world_size > 1:
             backend, choice = "nccl" if device.type == "cuda" else "gloo", [dtype]
-            dist.init_process_group(backend, timeout=timedelta(days=1))  # to encode a large corpus
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # encoding may take hours
             stack.callback(dist.destroy_process_group)
             dist.broadcast_object_list(choice, src=0)
             dtype = choice[0]
@@ -543,9 +543,9 @@ def lock_output_dir(folder: str | Path, runtime: Runtime) -> Iterator[None]:
 
 
 def check_output(args: argparse.Namespace, *files: str, start: str = "") -> None:
-    """Refuses to lose an unfinished run in `args.out_dir`, of this script or of the model `start`
-    that it starts from; names the `files` that will be replaced, and the adapters on them."""
-    if not is_rank_zero():  # whose state may lie there by now
+    """Refuses to lose an unfinished run in `args.out_dir`, of `files` or of `start`, which a script
+    trains first. Names the files that will be replaced, and the adapters on them."""
+    if not is_rank_zero():  # rank 0 has checked, and its new state may lie there by now
         return
     states = [state_path(args.out_dir / file) for file in (*files, start or files[0])]
     unfinished = [path for path in states if path.is_file()]
@@ -566,7 +566,7 @@ def adapters_on(folder: str | Path, files: Sequence[str]) -> str:
     for path in sorted(Path(folder).glob("*.pth")):
         with contextlib.suppress(Exception):  # a damaged file is no adapter
             checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
-            metadata = checkpoint.get("metadata", checkpoint)  # the former in a resumable state
+            metadata = checkpoint.get("metadata", checkpoint)  # nested in a resumable state
             if metadata["lora_config"] and metadata["base"] in files:
                 names.append(path.name)
     return f"; adapters that depend on it: {', '.join(names)}" if names else ""
@@ -574,7 +574,7 @@ def adapters_on(folder: str | Path, files: Sequence[str]) -> str:
 
 @functools.cache
 def bfloat16_is_faster(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 matrices faster than float32 ones; on a CPU, timed."""
+    """Whether this device multiplies bf16 matrices faster than float32 ones; timed on a CPU."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
@@ -608,7 +608,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def new_parser(description: str, **options: Any) -> argparse.ArgumentParser:
-    """A parser whose help shows defaults; it takes no abbreviations."""
+    """A parser whose help shows defaults, and that takes no abbreviations."""
     options |= {"formatter_class": HelpFormatter, "allow_abbrev": False}
     return argparse.ArgumentParser(description=description, **options)
 
@@ -616,7 +616,7 @@ def new_parser(description: str, **options: Any) -> argparse.ArgumentParser:
 def add_run_flags(
     parser: argparse.ArgumentParser, data_sets: Iterable[str], data_help: str, max_examples: int = 0
 ) -> None:
-    """Adds the flags that all trainings share, and with `max_examples` those of fine-tunings."""
+    """Adds the flags of all training scripts and, with `max_examples`, those of fine-tuning."""
     add = parser.add_argument
     add("--dataset", choices=("auto", *data_sets), default="auto", help="auto: the first available")
     add("--data", type=Path, help=f"your own data instead: {data_help}")
@@ -649,13 +649,13 @@ def add_config_flags(parser: argparse.ArgumentParser, config_class: type) -> Non
 
 
 def from_options(config_class: type, options: dict[str, Any]) -> Any:
-    """A config dataclass from those of the options that are its fields."""
+    """A config dataclass built from the options that are its fields; ignores the others."""
     names = [f.name for f in fields(config_class) if f.name in options]
     return config_class(**{name: options[name] for name in names})
 
 
 def fine_tuning_config(options: dict[str, Any], steps_per_epoch: int) -> TrainConfig:
-    """How to train for at most `epochs`, validating after each one by default."""
+    """How to train for at most `steps` and `epochs`; by default validates after each epoch."""
     steps = min(options["steps"], options["epochs"] * steps_per_epoch)
     eval_every = options["eval_every"] or steps_per_epoch
     return from_options(TrainConfig, {**options, "steps": steps, "eval_every": eval_every})
@@ -669,15 +669,15 @@ def check_range(config: Any, minimum: float, below: float, *names: str) -> None:
 
 
 def command_line() -> str:
-    """The command that runs, to show and to record."""
+    """The running command, to show and to record."""
     n = os.environ.get("WORLD_SIZE", "1")
     launcher = ["python"] if n == "1" else ["torchrun", f"--nproc_per_node={n}"]
     return shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
-    """Decorates a script's `main`: user errors become one line on stderr and exit code 2, an
-    interrupted training the command that continues it and 130 or 143."""
+    """Decorates a script's `main`: user errors become one line on stderr and exit code 2; an
+    interrupted training shows the command that continues it, with exit code 130 or 143."""
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
@@ -705,6 +705,6 @@ def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends a script without tearing down PyTorch: slow, and threads of libraries may abort it."""
+    """Ends a script without tearing down PyTorch, which is slow and which threads may abort."""
     sys.stdout.flush()
     os._exit(code)

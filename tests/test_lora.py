@@ -147,7 +147,7 @@ def test_a_target_that_matches_nothing_is_an_error_with_the_names_that_exist(
     with pytest.raises(ValueError) as error:
         apply_lora(classifier, LoRAConfig(target_modules=("qkv", target)))
     assert str(error.value) == (
-        f"target_modules: {target} is no layer: the 2 blocks and what is around them have "
+        f"target_modules: {target} is no layer: the 2 blocks and the layers around them have "
         "token_embedding, attn.qkv, attn.proj, mlp.fc, mlp.proj"
     )
     assert list(classifier.state_dict()) == before
