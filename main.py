@@ -38,7 +38,7 @@ BEST = (
     "best at step {step}: {val_bits_per_byte:.4f} bits per byte, {val_nats_per_byte:.4f} nats per "
     "byte, perplexity {val_perplexity:.2f} on {val_bytes:,} bytes of validation text\n"
 )
-SPARE_TOKENS = 1024  # limit of the rows without a token that pad an embedding, as Qwen3's
+SPARE_TOKENS = 1024  # upper limit of rows without a token; Qwen3 pads its embedding with some
 MODELS = Path("models")
 
 
