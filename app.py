@@ -33,12 +33,12 @@ from tokenizer import BPETokenizer
 
 MODELS = Path(os.environ.get("GPT_MODELS_DIR") or Path(__file__).parent / "models")
 MAX_TEXT, MAX_ROWS, MAX_UPLOAD_MB = 2_000, 10_000, 10  # characters of a text, rows, MB of a file
-MAX_SENTENCE, SENTENCE_TOKENS, SHOWN_TOKENS, MAX_ANSWER = 300, 32, 12, 500
-FACT, VERSE = "The capital of France is", "Shall I compare thee to a summer's"
+MAX_SENTENCE, SENTENCE_TOKENS, SHOWN_TOKENS, MAX_ANSWER = 300, 32, 12, 500  # characters; tokens
+FACT, VERSE = "The capital of France is", "Shall I compare thee to a summer's"  # examples
 REFRESH_SECONDS, CHART_COLOR = 3.0, "#3a7ca5"
 MARKDOWN = str.maketrans({c: f"\\{c}" for c in r"\`*_{}()#+-.!|<>~$:&="})  # shown literally
 CLASSIFIERS = dict(REPORT["sentiment"][:3])  # files by name; the last row only guesses
-ASSISTANTS = dict(REPORT["instructions"][:0:-1])  # without the first row, the untouched base
+ASSISTANTS = dict(REPORT["instructions"][:0:-1])  # QLoRA first; no row 0, the untouched base
 PARTS = {"base": BASE, "LoRA classifier": LORA_CLASSIFIER, "QLoRA instruction model": QLORA}
 ADAPTERS = (LORA_CLASSIFIER, generation.LORA, QLORA)
 COSTS = {  # of a training: name in the report, unit and format
@@ -79,7 +79,7 @@ def model_set() -> Path:
 
 
 def is_large(folder: str | Path) -> bool:
-    """Whether a set has models so large that they are loaded only when a person asks for them."""
+    """Whether a set has models so large that they are loaded only on request."""
     return any(path.stat().st_size > 50e6 for path in Path(folder).glob("*.pth"))
 
 
@@ -104,8 +104,8 @@ def _large(path: Path, kind: str, changed: tuple[int, ...], _load: Callable) -> 
 
 
 def loaded(name: str, folder: str | Path | None = None, read: Callable | None = None) -> Any:
-    """Loads a file of the chosen model set once for all sessions, and again when it or a file it
-    depends on changes; with `read`, what that reads of it. Callers must not modify the result."""
+    """Loads a file of the chosen model set, as a model or with `read`, once for all sessions, and
+    again when it or a file it depends on changes. Callers must not modify the result."""
     path = checkpoint_path(name, folder, must_exist=True)
     if path.parent != Path(folder or model_set()):
         st.caption(f"Not trained (`{command_for(MODELS / name)}`): showing {path.parent.name}/.")
@@ -118,7 +118,7 @@ def loaded(name: str, folder: str | Path | None = None, read: Callable | None = 
 
 @contextlib.contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Shows what is refused, or as a hint what is missing, with the command, and no traceback."""
+    """Shows errors without a traceback; of a missing file, a hint: the command that writes it."""
     try:
         yield
     except FileNotFoundError as error:
@@ -128,8 +128,8 @@ def errors_as_messages() -> Iterator[None]:
 
 
 def stream_text(shown: Any, key: str, ids: Iterator, tokenizer: BPETokenizer, text: str) -> None:
-    """Shows text as it is generated, never as Markdown or HTML, and keeps it with a note in
-    `shown`, so that nothing is lost when the person interrupts it."""
+    """Shows text as it is generated, never as Markdown or HTML. Keeps it with a note in `shown` at
+    each token, so that an interrupted text stays."""
     body, caption, tokens, started = st.empty(), st.empty(), [], time.perf_counter()
     counted = (tokens.append(token_id) or token_id for token_id in ids)
     for new_text in itertools.chain(tokenizer.decode_stream(counted), [""]):
@@ -338,11 +338,11 @@ def classify_file() -> None:
         return
     with errors_as_messages():
         rows, texts = read_upload(upload.getvalue(), upload.name, column or None)
-        request, shown = (model_set(), name, texts), st.session_state.get("classified", [None])
-        if shown[0] != request:  # else only another widget of the page has changed
+        request = model_set(), name, texts
+        if request != st.session_state.get("classified", [None])[0]:  # else another widget changed
             with st.spinner(f"Classifying {len(texts):,} texts"):
-                shown = st.session_state["classified"] = request, classify(name, texts)
-        probabilities = shown[1]
+                st.session_state["classified"] = request, classify(name, texts)
+        _, probabilities = st.session_state["classified"]
         frame = pd.DataFrame(rows, dtype=object)
         frame["prediction"] = probabilities.idxmax(axis=1)
         frame[[f"probability_{label}" for label in probabilities]] = probabilities.round(4)
@@ -371,7 +371,7 @@ def read_upload(content: bytes, name: str, column: str | None = None) -> tuple[l
 
 @errors_as_messages()
 def how_page() -> None:
-    """A sentence, step by step through the base model, its weights in 4 bits, and its adapters."""
+    """A sentence, step by step through the base model; its weights in 4 bits, and its adapters."""
     st.title("How it works")
     st.write("Follow a sentence through the base model. Every number is computed by that model.")
     tokenizer, large = loaded("tokenizer.json", read=BPETokenizer.load), is_large(model_set())
@@ -461,7 +461,7 @@ def show_sampling(logits: torch.Tensor, tokenizer: BPETokenizer) -> None:
 
 
 def first_matrix(path: str | Path) -> torch.Tensor:
-    """A weight as the file of the base has it: the loaded one may be stored in fewer bits."""
+    """A weight from the file of the base: the loaded one may be stored in fewer bits."""
     return generation.load_checkpoint(path, "base")["weights"]["blocks.0.mlp.fc.weight"].float()
 
 
@@ -486,7 +486,7 @@ def show_adapter() -> None:
     files = [file for file in ADAPTERS if checkpoint_path(file).is_file()] or [LORA_CLASSIFIER]
     updates = loaded(st.selectbox("Adapter", files), read=generation.adapter_updates)
     left, right = st.columns(2)
-    norms = {"layer": list(updates), "relative norm of update": next(zip(*updates.values()))}
+    norms = {"layer": list(updates), "relative norm of update": [x for x, _ in updates.values()]}
     left.altair_chart(bars(pd.DataFrame(norms)[:SHOWN_TOKENS], ".1%"))
     values = updates[right.selectbox("Layer", list(updates))][1]
     columns = {"number": range(1, len(values) + 1), "singular value": values}

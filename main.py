@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=2 main.py --preset gpu  # several processes
     python main.py --pretrained smollm2-135m-instruct # a public model: fetch, convert, sample
     python main.py --pretrained gpt2 --steps 200      # and train it further
-    python main.py --init-from models/model_weights.pth --steps 600 --data my.txt
+    python main.py --init-from models/model_weights.pth --data my.txt  # train a base further
 
 Writes `models/tokenizer.json`, `models/model_weights.pth` and `models/model_weights.log.jsonl`; a
 public model goes to `models/NAME/`. After Ctrl-C, `--resume` continues the run.
@@ -38,7 +38,7 @@ BEST = (
     "best at step {step}: {val_bits_per_byte:.4f} bits per byte, {val_nats_per_byte:.4f} nats per "
     "byte, perplexity {val_perplexity:.2f} on {val_bytes:,} bytes of validation text\n"
 )
-SPARE_TOKENS = 1024  # rows without a token that fill up an embedding, such as that of Qwen3
+SPARE_TOKENS = 1024  # upper limit of rows without a token; Qwen3 pads its embedding with some
 MODELS = Path("models")
 
 
@@ -60,14 +60,14 @@ class DataConfig:
         training.check_range(self, 0, 1, "resegment_probability")
 
 
-PRESETS = {  # options that each one changes; `--help` shows the defaults of the chosen one
+PRESETS = {  # options that each one sets; `--help` shows the resulting defaults
     "cpu": "--steps 1200 --weight-decay 0.3",
     "gpu": "--n-layer 8 --n-head 6 --n-embd 384 --context-length 512 --dropout 0.2 --batch-size 64"
     " --steps 4000 --eval-every 250",
     "tiny": "--n-layer 2 --n-head 2 --n-embd 128 --batch-size 16 --steps 200 --eval-every 100"
     " --warmup-steps 20",
 }
-# The same for a trained model, whose tokenizer and architecture are given.
+# The same for a trained model, which brings its tokenizer and architecture.
 CONTINUE = (
     "--steps 600 --batch-size 8 --resegment-probability 0 --dropout 0 --optimizer adamw"
     " --learning-rate 1e-4 --warmup-steps 20 --eval-every 50"
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     with training.start_runtime() as runtime:
         if args.pretrained is not None:
             args.init_from = path = import_pretrained(args, runtime)
-        if args.steps is not None:
+        if args.steps is not None:  # else --pretrained only converts
             with training.lock_output_dir(args.out_dir, runtime):
                 path = run(args, runtime)
         if runtime.rank == 0:
@@ -152,9 +152,9 @@ def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Pa
     path = (args.out_dir if is_result else MODELS / Path(source).name.lower()) / BASE
     with training.lock_output_dir(path.parent, runtime), training.rank_zero_first(runtime):
         if path.is_file():
-            found = training.load_checkpoint(path, "base").get("pretrained", "a model of yours")
-            if found != source:
-                raise ValueError(f"{path} holds {found}: use --out-dir")
+            held = training.load_checkpoint(path, "base").get("pretrained", "a model of yours")
+            if held != source:
+                raise ValueError(f"{path} holds {held}: use --out-dir")
             log0(f"using {path}: delete it to convert {source} again")
             return path
         published = data_loader.open_pretrained(source, find_data_dir(args.data_dir))
@@ -207,7 +207,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     training.add_run_flags(parser, ("tinyshakespeare", "sample"), "a text file or a folder of them")
     for config_class in (DataConfig, GPTConfig, TrainConfig):
         training.add_config_flags(parser, config_class)
-    chosen, _ = first.parse_known_args(argv)
+    chosen, _ = first.parse_known_args(argv)  # they choose the defaults of the other flags
     is_trained = (chosen.pretrained, chosen.init_from) != (None, None)
     preset = CONTINUE if is_trained else PRESETS[chosen.preset]
     parser.set_defaults(**vars(parser.parse_args(preset.split())))

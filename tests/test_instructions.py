@@ -253,7 +253,7 @@ def test_a_record_that_is_not_clear_is_reported_with_its_number(
     assert "skipped 1 of 3 rows (row 2: " in line and reason in line
 
 
-NAMES = [*data_loader.INSTRUCTION_NAMES, "Prompt", "OUTPUT", "text"]
+NAMES = [*data_loader.COLUMNS["instructions"], "Prompt", "OUTPUT", "text"]
 FIELDS = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["a", "b", " ", "", None]))
 CONVERSATIONS = st.lists(st.sampled_from("abc"), min_size=1, max_size=2).map(
     lambda texts: messages(*[turn for text in texts for turn in (("user", text), SAID[1])])
@@ -267,7 +267,7 @@ def test_no_text_of_a_record_is_lost_unseen(record: dict, task: dict):
     record |= task
     ignored: dict[str, None] = {}
     try:
-        names = data_loader.INSTRUCTION_NAMES
+        names = data_loader.COLUMNS["instructions"]
         row = data_loader._instruction(data_loader._named_fields(record, names, ignored))
     except ValueError as error:
         assert str(error)
@@ -276,7 +276,7 @@ def test_no_text_of_a_record_is_lost_unseen(record: dict, task: dict):
     for name, value in record.items():
         texts = [m["content"] for m in value] if isinstance(value, list) else [value or ""]
         assert name in ignored or {text.strip() for text in texts} <= kept
-    assert not ignored.keys() & data_loader.INSTRUCTION_NAMES.keys()
+    assert not ignored.keys() & data_loader.COLUMNS["instructions"].keys()
 
 
 def test_tasks_that_differ_in_case_and_white_space_share_a_key():

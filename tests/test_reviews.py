@@ -374,6 +374,13 @@ def test_rows_in_the_data_directory_are_used(
     assert "using the 6 rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["amazon_polarity", "amazon_snippets"])
+def test_a_file_with_the_name_of_a_data_set_is_read_as_a_file(tmp_path: Path, name: str):
+    path = write(tmp_path / name, "label,text\n1,good\n0,bad\n")
+    reviews = load_reviews("auto", path, tmp_path, 100)
+    assert len(reviews.rows) == 2 and not reviews.has_test_split
+
+
 def test_snippets_come_out_of_a_package_that_is_only_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
