@@ -425,12 +425,12 @@ def parse_for_base(
     parser: argparse.ArgumentParser, argv: list[str] | None, recipe: dict, public_recipe: dict
 ) -> argparse.Namespace:
     """The options of a fine-tuning; defaults depend on whether the base is a public model or one
-    trained from scratch. `--base NAME` finds `models/NAME/`; `--out-dir` defaults to the base's."""
+    trained from scratch. `--base` is a file, or a folder, also one in `models/`."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--base", type=Path)
     path = first.parse_known_args(argv)[0].base or default_model_set() / BASE
-    if Path("models", path, BASE).is_file():
-        path = Path("models", path, BASE)
+    folders = [f for f in (Path("models", path), path) if f.is_dir() or str(path) in PRETRAINED]
+    path = folders[0] / BASE if folders else path
     is_public = False
     with contextlib.suppress(Exception):  # `load_model` says what is wrong with a file
         is_public = "pretrained" in torch.load(path, "cpu", weights_only=True, mmap=True)

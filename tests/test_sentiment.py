@@ -336,6 +336,18 @@ def test_an_adapter_on_another_base_is_refused(reviews: Path, folder: Path):
         load_model(folder / LORA)
 
 
+@pytest.mark.parametrize("base", ["smollm2-135m-instruct", "models/smollm2-135m-instruct"])
+def test_a_public_base_that_is_not_there_yet_is_named_with_its_command(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The folder comes with the clone, the base does not."""
+    monkeypatch.chdir(tmp_path)
+    if base.startswith("models"):
+        Path(base).mkdir(parents=True)
+    assert finetune_lora_classifier.main(["--base", base, "--dataset", "sample"]) == 2
+    assert "`python main.py --pretrained smollm2-135m-instruct`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_without_a_base_the_message_names_the_command(
     name: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
