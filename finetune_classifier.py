@@ -136,22 +136,22 @@ def _review_lm(base, tokenizer, split, config, origin, args, runtime):
     path, steps = args.out_dir / REVIEW_LM, config.review_lm_steps
     metadata = {"model_config": asdict(base.config), **origin, "review_lm_steps": steps}
     if not (cached := generation.cached_model(path, metadata)):
+        if args.resume and not training.state_path(path).is_file():
+            raise ValueError(f"{path} is missing or differs: give equal options, or --overwrite")
         model, length = base.to(runtime.device), base.config.context_length
         train_ids, ids = (reviews_as_text(x, tokenizer) for x in (split.train, split.validation))
         batches = TokenBatches(train_ids, tokenizer, length, steps=steps, **LM_BATCHES)
         log0(f"language model of the reviews: {batches.steps} steps on {len(train_ids):,} tokens")
         recipe = TrainConfig(steps=batches.steps, seed=LM_BATCHES["seed"])
         validate = partial(evaluate.validation_metrics, model, tokenizer, ids, runtime)
-        best, provenance = train(
-            model, batches, next_token_loss, recipe, runtime, validate, path, metadata, args.resume
-        )
+        rest = runtime, validate, path, metadata, args.resume
+        best, provenance = train(model, batches, next_token_loss, recipe, *rest)
         if runtime.rank == 0:
             contents = {**metadata, "metrics": best, "provenance": provenance}
             log0(training.save_result(path, "base", model.state_dict(), **contents))
         with training.rank_zero_first(runtime):  # rank 0 has saved it
             cached = generation.load_model(path, "base")
-    model, _, checkpoint = cached
-    return model, {**origin, "base": REVIEW_LM, "base_sha256": checkpoint["weights_sha256"]}
+    return cached[0], {**origin, "base": REVIEW_LM, "base_sha256": cached[2]["weights_sha256"]}
 
 
 def _train(model, tokenizer, split, config, metadata, path, args, runtime):

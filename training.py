@@ -336,7 +336,7 @@ class _Run:
         save_checkpoint(self.state_path, {**state, "optimizers": optimizers, **progress})
 
     def _load_state(self) -> None:
-        state = load_checkpoint(self.state_path, "resume", "the command without --resume")
+        state = load_checkpoint(self.state_path, "resume", "the command with --overwrite")
         if differences := "; ".join(_differences(state["metadata"], self.metadata)):
             advice = "give the same options on an idle machine (precision is timed), or --overwrite"
             raise ValueError(f"{self.state_path} is of another run ({differences}): {advice}")

@@ -381,6 +381,14 @@ def test_mistakes_are_one_line(
     assert not (folder / FULL).exists()
 
 
+def test_resuming_without_the_review_lm_names_the_fix(
+    reviews: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    (folder / FULL).with_suffix(".resume.pth").touch()
+    assert finetune_classifier.main(arguments(reviews, folder, FULL, "--resume")) == 2
+    assert "missing or differs: give equal options, or --overwrite" in capsys.readouterr().err
+
+
 def test_one_flipped_bit_in_a_weight_is_noticed(reviews: Path, folder: Path):
     assert finetune_classifier.main(arguments(reviews, folder, FULL)) == 0
     path = folder / FULL

@@ -375,7 +375,7 @@ def test_another_run_is_not_resumed(
 
 
 def test_nothing_to_resume_is_an_error(tmp_path: Path, runtime: Runtime):
-    with pytest.raises(FileNotFoundError, match="the command without --resume"):
+    with pytest.raises(FileNotFoundError, match="the command with --overwrite"):
         run(tmp_path, runtime, resume=True)
 
 
