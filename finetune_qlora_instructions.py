@@ -37,7 +37,7 @@ RECIPE |= {"r": 16, "lora_alpha": 32.0, "target_modules": ("qkv", "fc", "proj", 
 # For a public base, which answers already.
 PUBLIC_RECIPE = {"steps": 240, "warmup_steps": 10, "decay_fraction": 0.9, "eval_every": 40}
 PUBLIC_RECIPE |= {"optimizer": "adamw", "learning_rate": 3e-4, "weight_decay": 0.0, "dropout": 0.0}
-PUBLIC_RECIPE |= {"batch_size": 8, "grad_accumulation": 4}
+PUBLIC_RECIPE |= {"batch_size": 8, "grad_accumulation": 8}
 PUBLIC_RECIPE |= {"r": 16, "lora_alpha": 32.0, "target_modules": ("qkv", "fc", "proj")}
 SHOWN_RESPONSES = 3
 CALIBRATION = 64  # examples whose activations weight the errors of quantisation
