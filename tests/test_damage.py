@@ -312,7 +312,7 @@ def test_a_damaged_log_shows_the_lines_that_are_whole(damage: str, whole: Path, 
     path = folder / "lora_classifier_weights.log.jsonl"
     lines = path.read_bytes().split(b"\n")
     DAMAGES[damage](path, random.Random(damage))
-    kept = [line for line in path.read_bytes().split(b"\n")[:-1] if line in lines]
+    kept = [line for line in path.read_bytes().split(b"\n") if line in lines]
     rows = app.read_log(path)
     assert all({"step", "seconds"} <= row.keys() for row in rows)
     assert [json.loads(line) for line in kept if line] == [r for r in rows if known(r, lines)]
