@@ -55,9 +55,7 @@ def measure(
     """Metrics of what `load_model` returns: of a classifier on labelled reviews, or of a language
     model on a corpus, on reviews as text, or on responses to instructions."""
     if isinstance(model, GPTClassificationModel):
-        texts, labels = [row.text for row in examples], [row.label for row in examples]
-        predicted = generation.class_probabilities(model, tokenizer, texts, runtime).argmax(1)
-        return classification_metrics(predicted, np.array(labels), checkpoint["labels"])
+        return classifier_metrics(model, tokenizer, examples, checkpoint["labels"], runtime)
     if isinstance(examples, Corpus):
         chunks = data_utils.encode_documents(examples.read(), tokenizer)
         ids = np.concatenate([np.array(ids) for ids in chunks])
@@ -67,6 +65,15 @@ def measure(
         encoded = data_utils.encode_instructions(examples, tokenizer, model.config.context_length)
         return response_metrics(model, tokenizer, encoded, runtime)
     return language_model_metrics(model, tokenizer, ids, runtime)
+
+
+def classifier_metrics(
+    model: Any, tokenizer: BPETokenizer, rows: list[Review], names: Sequence[str], runtime: Runtime
+) -> Metrics:
+    """Metrics of a classifier on labelled reviews; `names` are those of its labels."""
+    texts, labels = [row.text for row in rows], np.array([row.label for row in rows])
+    predicted = generation.class_probabilities(model, tokenizer, texts, runtime).argmax(1)
+    return classification_metrics(predicted, labels, names)
 
 
 def language_model_metrics(

@@ -122,7 +122,7 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
             calibrate(model, tokenizer, split.validation, runtime)
             weights = lora_state_dict(model) if lora else model.state_dict()
             model.load_state_dict(training.half_precision(weights), strict=False)  # as saved
-            metrics = evaluate.measure(model, tokenizer, metadata, split.test, runtime)
+            metrics = evaluate.classifier_metrics(model, tokenizer, split.test, labels, runtime)
             print(evaluate.sentiment_tables({path.name: metrics, **baselines}))
             training.save_checkpoint(path.with_name(LINEAR_BASELINE), linear | reviews.metadata)
             kind = "lora_classifier" if lora else "classifier"
@@ -148,7 +148,7 @@ def _review_lm(base, tokenizer, split, config, origin, args, runtime):
         best, provenance = train(model, batches, next_token_loss, recipe, *rest)
         if runtime.rank == 0:
             contents = {**metadata, "metrics": best, "provenance": provenance}
-            log0(training.save_result(path, "base", model.state_dict(), **contents))
+            print(training.save_result(path, "base", model.state_dict(), **contents))
         with training.rank_zero_first(runtime):  # rank 0 has saved it
             cached = generation.load_model(path, "base")
     return cached[0], {**origin, "base": REVIEW_LM, "base_sha256": cached[2]["weights_sha256"]}

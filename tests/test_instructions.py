@@ -785,7 +785,9 @@ def test_a_run_saves_what_reloads_to_the_same_logits(
 ):
     trained: list[GPTModel] = []
     report = script._report
-    monkeypatch.setattr(script, "_report", lambda *a: (trained.append(a[1]), report(*a)))
+    monkeypatch.setattr(
+        script, "_report", lambda *a: (trained.append(copy.deepcopy(a[1])), report(*a))
+    )
     assert run(*METHODS[method]) == 0
     shown = capsys.readouterr()
     path = base_checkpoint.with_name(f"{method}_instruction_weights.pth")
@@ -802,7 +804,7 @@ def test_a_run_saves_what_reloads_to_the_same_logits(
     assert torch.equal(model(ids), trained[0](ids))
     if method != "full":
         assert set(checkpoint["weights"]) == set(lora_state_dict(model))
-        assert len(checkpoint["weights"]) == 2 * (4 * 2 + 1) and "merged" in shown.out
+        assert len(checkpoint["weights"]) == 2 * (4 * 2 + 1)
         assert any(t.any() for n, t in checkpoint["weights"].items() if "lora_B" in n)
     data = str(tmp_path / "tasks.jsonl")
     command = ["instructions", "--checkpoint", str(path), "--data", data, "--json"]
