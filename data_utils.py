@@ -292,7 +292,7 @@ def encode_text(text: str, tokenizer: BPETokenizer, max_length: int) -> np.ndarr
 # ---- instructions
 
 # How a conversation becomes text with models trained from scratch; public ones bring their own.
-CHAT_TEMPLATE = (data_loader.ASSETS / "chat_template.jinja").read_text().strip()
+CHAT_TEMPLATE = (data_loader.ASSETS / "chat_template.jinja").read_text("utf-8").strip()
 TEMPLATES = jinja2.sandbox.ImmutableSandboxedEnvironment(  # by text, compiled once
     loader=jinja2.FunctionLoader(str), trim_blocks=True, lstrip_blocks=True
 )

@@ -129,16 +129,16 @@ def classification_metrics(
     return metrics | {"macro_f1": macro_f1, "labels": list(names), "confusion": confusion, "n": n}
 
 
-def _is_large(model: GPTModel) -> bool:
-    """Whether to answer in bfloat16, the same on every machine, and to answer fewer tasks."""
-    return count_parameters(model)[1] > generation.LARGE_MODEL
+def _weights_for_answers(model: GPTModel) -> str:
+    """Large models answer in bf16, on every machine, so that their answers are the same."""
+    return "bf16" if count_parameters(model)[1] > generation.LARGE_MODEL else "fp32"
 
 
 def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction]) -> float:
     """Fraction of sampled responses that end by themselves within `MAX_RESPONSE_TOKENS`. Samples
     from a merged copy of the model, several times faster than from 4-bit weights."""
-    judged = rows[: JUDGED_OF_LARGE if _is_large(model) else JUDGED_RESPONSES]
-    weights = "bf16" if _is_large(model) else "fp32"
+    weights = _weights_for_answers(model)
+    judged = rows[: JUDGED_RESPONSES if weights == "fp32" else JUDGED_OF_LARGE]
     model = generation.prepare_for_inference(copy.deepcopy(model), weights)
     lengths = [
         len(list(generation.generate_response(model, tokenizer, row, seed=seed)))
@@ -155,7 +155,7 @@ def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path)
     lists = [row.get("answers") for row in rows if isinstance(row, dict) and "instruction" in row]
     if not rows or [type(answers) for answers in lists] != [list] * len(rows):
         raise ValueError(f"{path}: each row needs an instruction and a list of answers")
-    generation.prepare_for_inference(model, "bf16" if _is_large(model) else "fp32")
+    generation.prepare_for_inference(model, _weights_for_answers(model))
     answers, marks = [], defaultdict(list)
     options = {"temperature": 0.0, "max_new_tokens": ANSWER_TOKENS}
     for row in tqdm(rows, "questions"):

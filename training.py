@@ -705,6 +705,6 @@ def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends a script without tearing down PyTorch, which is slow and which threads may abort."""
+    """Ends a script at once: tearing down PyTorch is slow, and library threads may abort it."""
     sys.stdout.flush()
     os._exit(code)
