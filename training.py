@@ -45,7 +45,9 @@ LOG_EVERY = 10  # steps
 CACHED_ROWS = 512  # tokens whose float32 logits fit in the processor's cache
 
 Batch = tuple[Tensor, ...]
-LossFn = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+# (step, n): the batch of a step in n micro-batches, some perhaps empty; depends on nothing else
+Batches = Callable[[int, int], Sequence[Batch]]
+LossFn = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # summed loss and number of terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ class TrainConfig:
 
 def train(
     model: nn.Module,
-    batches: Callable[[int, int], Sequence[Batch]],
+    batches: Batches,
     loss_fn: LossFn,
     config: TrainConfig,
     runtime: "Runtime",
@@ -105,15 +107,10 @@ def train(
     """Trains the parameters of `model` that require gradients, and leaves it with the best weights.
     Returns the metrics of the best step, and the provenance with the config.
 
-    `batches(step, n)` splits the batch of a step into n micro-batches, some of which may be empty;
-    it must depend on nothing else. `loss_fn(model, batch)` is (summed loss, number of terms);
-    gradients are averaged over all terms. `validate` measures the model, on every process: the best
-    step has the lowest "val_loss", or the highest `maximize`; ties go to the later one. The log and
-    the state to resume from lie beside `path`, where the caller saves the result. `resume` refuses
-    the state of a run whose `metadata` (data, tokenizer, model) differ.
-
-    Raises FloatingPointError if the loss, a gradient or that metric is not finite, and Interrupted
-    if any process of this run has received SIGINT (Ctrl-C) or SIGTERM.
+    Gradients are averaged over all terms of the loss. The best step has the lowest "val_loss", or
+    the highest `maximize`, of `validate`, which runs on every process. The log and the state to
+    resume from, which must be of a run with the same `metadata`, lie beside `path`. Raises
+    FloatingPointError if a loss or gradient is not finite, Interrupted after SIGINT or SIGTERM.
     """
     run = _Run(model, config, runtime, path, metadata, maximize)
     with _stop_signals(runtime) as received_signal, run.start(resume) as bar:
@@ -134,14 +131,10 @@ def train(
                 for optimizer in run.optimizers:
                     optimizer.step()
             model.zero_grad(set_to_none=True)
-            is_due = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
-            metrics = run.keep_best(step + 1, validate) if is_due else {}
-            stop = received_signal()
-            run.advance(bar, loss_sum, n_terms, metrics, stop)
+            metrics = run.keep_best_if_due(step + 1, validate)
+            run.advance(bar, loss_sum, n_terms, metrics, stop := received_signal())
             if stop:
-                break
-    if stop := received_signal():
-        raise Interrupted(stop)
+                break  # raises Interrupted on leaving the context
     model.eval().load_state_dict(run.best_weights, strict=False)  # the trained parameters only
     return run.best, {"train_config": asdict(config), **provenance(runtime, run.seconds)}
 
@@ -297,8 +290,10 @@ class _Run:
         hidden = self.runtime.rank > 0
         return tqdm(total=self.config.steps, initial=self.step, unit="step", disable=hidden)
 
-    def keep_best(self, step: int, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Measures the model, and keeps its weights if they are the best so far."""
+    def keep_best_if_due(self, step: int, validate: Callable[[], dict]) -> dict[str, float]:
+        """At its turn measures the model, and keeps its weights if none were better so far."""
+        if step % self.config.eval_every and step < self.config.steps:
+            return {}
         self.model.eval()
         metrics = validate()
         self.model.train()
@@ -357,7 +352,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 @contextlib.contextmanager
 def _stop_signals(runtime: "Runtime") -> Iterator[Callable[[], int]]:
-    """Yields a function that all processes call: the number of a SIGINT or SIGTERM to any, or 0."""
+    """Yields a function that all processes call: the number of a SIGINT or SIGTERM to any, or 0.
+    After such a signal, raises Interrupted on leaving."""
     caught = [0]
     with contextlib.ExitStack() as original_handlers:
 
@@ -375,6 +371,8 @@ def _stop_signals(runtime: "Runtime") -> Iterator[Callable[[], int]]:
             for number in (signal.SIGINT, signal.SIGTERM):
                 original_handlers.callback(signal.signal, number, signal.signal(number, record))
         yield received_signal
+        if stop := received_signal():
+            raise Interrupted(stop)
 
 
 def state_path(path: str | Path, suffix: str = ".pth") -> Path:
