@@ -52,7 +52,7 @@ class DataConfig:
             at the first step; it falls to zero at the last one.
     """
 
-    batch_size: int = 32
+    batch_size: int = 16
     resegment_probability: float = 0.2
 
     def __post_init__(self) -> None:
@@ -61,10 +61,10 @@ class DataConfig:
 
 
 PRESETS = {  # options that each one sets; `--help` shows the resulting defaults
-    "cpu": "--steps 1200 --weight-decay 0.3",
+    "cpu": "--steps 1200 --weight-decay 0.6",
     "gpu": "--n-layer 8 --n-head 6 --n-embd 384 --context-length 512 --dropout 0.2 --batch-size 64"
     " --steps 4000 --eval-every 250",
-    "tiny": "--n-layer 2 --n-head 2 --n-embd 128 --batch-size 16 --steps 200 --eval-every 100"
+    "tiny": "--n-layer 2 --n-head 2 --n-embd 128 --context-length 128 --steps 200 --eval-every 100"
     " --warmup-steps 20",
 }
 # The same for a trained model, which brings its tokenizer and architecture.

@@ -142,14 +142,14 @@ class GPTConfig:
     """
 
     vocab_size: int = 2048
-    context_length: int = 128
+    context_length: int = 256
     n_layer: int = 4
     n_head: int = 3
     n_embd: int = 192
     n_kv_head: int = 0
     head_size: int = 0
     n_ff: int = 0
-    dropout: float = 0.15
+    dropout: float = 0.1
     bias: bool = False
     activation: str = "relu2"
     position: str = "rotary"

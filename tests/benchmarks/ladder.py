@@ -4,9 +4,12 @@
 
 The climb starts from a bigram table and adds a part per rung until it is the recipe of `main.py`;
 then each part is left out of the recipe once. All runs read the same amount of text; see
-`same_text`. Each result is written to `ladder.json` as soon as it is there, and a run that the file
-has is skipped, so the same command continues after an interruption. When all runs of a length are
-there, draws `assets/ladder.png`.
+`same_text`. A run without Muon is trained at two rates of AdamW, and the better one counts: a rate
+that suits the whole model is too high for one without norms.
+
+Each result is written to `ladder.json` as soon as it is there, and a run that the file has is
+skipped, so the same command continues after an interruption. When all runs of a length are there,
+draws `assets/ladder.png`.
 
 The regularisers (resegmentation, dropout, weight decay) delay over-fitting: only a run as long as
 that of `main.py`, 1,200 steps, shows what they are worth.
@@ -20,6 +23,7 @@ import re
 import sys
 import tempfile
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -35,7 +39,7 @@ from data_loader import Corpus, atomic_write, find_data_dir, load_corpus, log0
 from data_utils import count_bytes, prepare_token_ids, prepare_tokenizer
 from evaluate import markdown_table
 from model import GPTConfig, GPTModel, TransformerBlock
-from training import Runtime, start_runtime
+from training import Runtime, TrainConfig, start_runtime
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("ladder.json")
@@ -60,12 +64,13 @@ PARTS: dict[str, dict[str, object]] = {  # as the climb adds them: options of `m
     "q/k norm": {"qk_norm": False},
     "squared ReLU": {"activation": "gelu"},
     "BPE": {"vocab_size": 258},  # bytes, which resegmentation leaves alone, and special tokens
-    # At the best of the rates 0.002, 0.004, 0.008 and 0.016, by `recipe.py` on 200 steps.
-    "Muon": {"optimizer": "adamw", "learning_rate": 0.008},
+    "Muon": {"optimizer": "adamw"},  # see `ADAMW_RATES`
     "resegmentation": {"resegment_probability": 0},
     "dropout": {"dropout": 0},
     "weight decay": {"weight_decay": 0},
 }
+ADAMW_RATES = (0.002, 0.008)
+MEASURED = ("nats_per_byte", "learning_rate", "best_step", "parameters", "seconds")
 BIGRAM, RECIPE = "bigram table", f"add {[*PARTS][-1]}"  # the first and the last rung
 
 
@@ -105,12 +110,12 @@ def build(config: GPTConfig, without: set[str]) -> GPTModel:
 
 
 def same_text(corpus: Corpus, folder: Path) -> int:
-    """Bytes of a window that reads as much text as the recipe's windows of 128 BPE tokens.
+    """Bytes of a window that reads as much text as the recipe's windows of 256 BPE tokens.
 
-    A step of every run reads 32 windows. Where tokens are bytes, a window has as many as 128 tokens
+    A step of every run reads 16 windows. Where tokens are bytes, a window has as many as 256 tokens
     have on average in the training part, so that N steps read the same number of bytes, with the
     same context in bytes. They take 2.8 times as many positions, and the time for them.
-    (Resegmentation splits tokens, and its windows keep their 128: they read slightly less.)
+    (Resegmentation splits tokens, and its windows keep their 256: they read slightly less.)
     """
     tokenizer = prepare_tokenizer(corpus, GPTConfig.vocab_size, folder)
     ids = prepare_token_ids("train", corpus.split()[0], corpus, tokenizer, folder)
@@ -127,16 +132,19 @@ def all_runs() -> dict[str, set[str]]:
 def measure_run(
     without: set[str], steps: int, seed: int, corpus: Corpus, folder: Path, runtime: Runtime
 ) -> dict[str, float]:
-    """Trains and measures the recipe without some parts."""
+    """Trains and measures the recipe without some parts, at its best rate; "seconds" is for one."""
     settings = {name: value for part in without for name, value in PARTS[part].items()}
     if "BPE" in without:
         settings["context_length"] = same_text(corpus, folder)
     if ATTENTION in without:
         settings.pop("position", None)  # learned positions would join the table of bigrams
-    options = parse_settings(settings, steps, seed)
-    found = measure(options, corpus, folder, runtime, partial(build, without=without))
-    found["best_step"] = found["best"]["step"]
-    return {n: found[n] for n in ("nats_per_byte", "best_step", "parameters", "seconds")}
+    runs = []
+    for rate in ADAMW_RATES if "Muon" in without else (TrainConfig.learning_rate,):
+        options = parse_settings({**settings, "learning_rate": rate}, steps, seed)
+        found = measure(options, corpus, folder, runtime, partial(build, without=without))
+        found |= {"best_step": found["best"]["step"], "learning_rate": rate}
+        runs.append({name: found[name] for name in MEASURED})
+    return min(runs, key=itemgetter("nats_per_byte"))
 
 
 def by_part(rows: list[dict], steps: int) -> list[dict[str, Any]]:

@@ -42,6 +42,7 @@ def measure(width: int, text: str, validation: Path, steps: int, folder: Path) -
     out.mkdir()
     (out / "text.txt").write_text(text)
     shape = ["--n-embd", str(width), "--n-head", str(WIDTHS[width]), "--batch-size", "16"]
+    shape += ["--context-length", "128", "--dropout", "0.15"]
     run = ["--steps", str(steps), "--eval-every", str(steps), "--out-dir", str(out)]
     # The usual weight decay: so short a training does not over-fit.
     python("main.py", "--data", str(out / "text.txt"), "--weight-decay", "0.1", *shape, *run)
