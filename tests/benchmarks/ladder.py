@@ -1,11 +1,12 @@
 """What each part of the base model is worth: added one after the other, and left out one at a time.
 
-    python tests/benchmarks/ladder.py [--steps 300] [--seeds 0] [--only RUN ...]
+    python tests/benchmarks/ladder.py [--steps 150] [--seeds 0] [--only RUN ...]
 
 The climb starts from a bigram table and adds a part per rung until it is the recipe of `main.py`;
-then each part is left out of the recipe once. All runs read the same amount of text; see
-`same_text`. A run without Muon is trained at two rates of AdamW, and the better one counts: a rate
-that suits the whole model is too high for one without norms.
+then each part is left out of the recipe once. All runs read the same number of tokens, at the same
+cost: BPE reads 2.8 times as much text with them as bytes do, and sees as much more at once. A run
+without Muon is trained at two rates of AdamW, and the better one counts: a rate that suits the
+whole model is too high for one without norms.
 
 Each result is written to `ladder.json` as soon as it is there, and a run that the file has is
 skipped, so the same command continues after an interruption. When all runs of a length are there,
@@ -36,7 +37,6 @@ from recipe import measure, parse_settings
 from torch import Tensor, nn
 
 from data_loader import Corpus, atomic_write, find_data_dir, load_corpus, log0
-from data_utils import count_bytes, prepare_token_ids, prepare_tokenizer
 from evaluate import markdown_table
 from model import GPTConfig, GPTModel, TransformerBlock
 from training import Runtime, TrainConfig, start_runtime
@@ -109,19 +109,6 @@ def build(config: GPTConfig, without: set[str]) -> GPTModel:
     return model
 
 
-def same_text(corpus: Corpus, folder: Path) -> int:
-    """Bytes of a window that reads as much text as the recipe's windows of 256 BPE tokens.
-
-    A step of every run reads 16 windows. Where tokens are bytes, a window has as many as 256 tokens
-    have on average in the training part, so that N steps read the same number of bytes, with the
-    same context in bytes. They take 2.8 times as many positions, and the time for them.
-    (Resegmentation splits tokens, and its windows keep their 256: they read slightly less.)
-    """
-    tokenizer = prepare_tokenizer(corpus, GPTConfig.vocab_size, folder)
-    ids = prepare_token_ids("train", corpus.split()[0], corpus, tokenizer, folder)
-    return round(GPTConfig.context_length * count_bytes(ids, tokenizer) / len(ids))
-
-
 def all_runs() -> dict[str, set[str]]:
     """Name of each run, in order, and the parts that it lacks."""
     parts = [*PARTS]
@@ -134,8 +121,6 @@ def measure_run(
 ) -> dict[str, float]:
     """Trains and measures the recipe without some parts, at its best rate; "seconds" is for one."""
     settings = {name: value for part in without for name, value in PARTS[part].items()}
-    if "BPE" in without:
-        settings["context_length"] = same_text(corpus, folder)
     if ATTENTION in without:
         settings.pop("position", None)  # learned positions would join the table of bigrams
     runs = []
@@ -192,7 +177,7 @@ def plot(rows: list[dict], steps: int) -> alt.Chart:
 def main() -> None:
     """Runs what the results lack; prints and draws all of this length."""
     parser = argparse.ArgumentParser(description="What each part of the base model is worth.")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--only", nargs="+", choices=all_runs(), default=[*all_runs()])
     parser.add_argument("--results", type=Path, default=RESULTS)
