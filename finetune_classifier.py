@@ -1,6 +1,6 @@
 """Fine-tunes every weight of the base model to classify the sentiment of Amazon reviews.
 
-    python finetune_classifier.py                     # Amazon polarity, eight minutes on two cores
+    python finetune_classifier.py                     # Amazon polarity, twelve minutes on one core
     python finetune_classifier.py --dataset sample    # the small bundled reviews
     python finetune_classifier.py --data FILE         # your own texts, with two or more labels
 
