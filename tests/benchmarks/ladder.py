@@ -1,6 +1,6 @@
 """What each part of the base model is worth: added one after the other, and left out one at a time.
 
-    python tests/benchmarks/ladder.py [--steps 150] [--seeds 0] [--only RUN ...]
+    python tests/benchmarks/ladder.py [--steps 600] [--seeds 0] [--only RUN ...]
 
 The climb starts from a bigram table and adds a part per rung until it is the recipe of `main.py`;
 then each part is left out of the recipe once. All runs read the same number of tokens, at the same
@@ -70,6 +70,7 @@ PARTS: dict[str, dict[str, object]] = {  # as the climb adds them: options of `m
     "weight decay": {"weight_decay": 0},
 }
 ADAMW_RATES = (0.002, 0.008)
+WINDOWS = 4  # to a step: a short training learns more in many small steps than in few large ones
 MEASURED = ("nats_per_byte", "learning_rate", "best_step", "parameters", "seconds")
 BIGRAM, RECIPE = "bigram table", f"add {[*PARTS][-1]}"  # the first and the last rung
 
@@ -120,7 +121,8 @@ def measure_run(
     without: set[str], steps: int, seed: int, corpus: Corpus, folder: Path, runtime: Runtime
 ) -> dict[str, float]:
     """Trains and measures the recipe without some parts, at its best rate; "seconds" is for one."""
-    settings = {name: value for part in without for name, value in PARTS[part].items()}
+    settings: dict[str, object] = {"batch_size": WINDOWS}
+    settings |= {name: value for part in without for name, value in PARTS[part].items()}
     if ATTENTION in without:
         settings.pop("position", None)  # learned positions would join the table of bigrams
     runs = []
@@ -177,7 +179,7 @@ def plot(rows: list[dict], steps: int) -> alt.Chart:
 def main() -> None:
     """Runs what the results lack; prints and draws all of this length."""
     parser = argparse.ArgumentParser(description="What each part of the base model is worth.")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--only", nargs="+", choices=all_runs(), default=[*all_runs()])
     parser.add_argument("--results", type=Path, default=RESULTS)
