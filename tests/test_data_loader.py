@@ -117,7 +117,7 @@ def test_a_failed_download_leaves_nothing(
     server: Server, tmp_path: Path, answer: str, tries: int, reason: str
 ):
     server.answers = (answer,)
-    with pytest.raises(SourceError, match=rf"^http://127\.0\.0\.1.*\(.*{reason}.*\)$"):
+    with pytest.raises(SourceError, match=rf"^http://127\.0\.0\.1.*\(.*{reason}.*\); .* yourself$"):
         data_loader.fetch("text.txt", tmp_path)
     assert not list(tmp_path.iterdir())
     assert server.requests == tries and sum(server.pauses) < 5
@@ -155,7 +155,21 @@ def test_auto_falls_back_to_the_sample_and_logs_why(
     warning = capsys.readouterr().err
     assert re.search(r"http://127.* downloaded \(.*refused.*\); trying the package index", warning)
     reason = "dm-sonnet==1.36 cannot be downloaded (OSError: ERROR: no such package)"
+    reason += f"; without a network, supply {tmp_path / 'tinyshakespeare.txt'} yourself"
     assert f"tinyshakespeare is not available: {reason}\ndata set: sample, from " in warning
+
+
+@pytest.mark.usefixtures("offline")
+def test_without_a_network_no_attempt_is_logged_and_pip_is_not_taken_at_its_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """pip then says only that it found no version, and the hub's client logs every attempt."""
+    said = "ERROR: no version (from versions: none)\nERROR: No matching distribution found"
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(SourceError, match="no package index was reached, or none has it"):
+        data_loader.load_corpus("tinyshakespeare", None, tmp_path)
+    assert caplog.messages == []
 
 
 @pytest.mark.usefixtures("offline")

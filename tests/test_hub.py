@@ -210,7 +210,8 @@ def test_lasting_trouble_is_one_line_with_the_reason(
     hub: FakeHub, fault: str, reason: str, load: Load, tmp_path: Path
 ):
     hub.faults = itertools.repeat(fault)
-    with pytest.raises(SourceError, match=rf"^hf://.* cannot be downloaded \(.*({reason}).*\)$"):
+    line = rf"^hf://.* cannot be downloaded \(.*({reason}).*\); .* supply \S*jsonl yourself$"
+    with pytest.raises(SourceError, match=line):
         load(tmp_path)
     assert not list(tmp_path.iterdir())
 

