@@ -141,7 +141,7 @@ def ask(page: Page, question: str) -> None:
 
 def test_a_chat_stops_keeps_what_was_streamed_and_goes_on(address: str, page: Page, pictures: Path):
     go_to(page, address, "chat")
-    question = "Write a long story. <b>x</b> *y* :red[z] $w$"
+    question = "Tell me a long story about a king. <b>x</b> *y* :red[z] $w$"
     ask(page, question)
     expect(page.get_by_text(SPEED).first).to_be_visible()
     page.get_by_test_id("stChatInputStopButton").click()
