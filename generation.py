@@ -489,7 +489,7 @@ def default_model_set(root: str | Path = "models") -> Path:
 
 
 def default_path(file: str, folder: str | Path | None = None) -> Path:
-    """A file of a model set, by default of the default one; logs which."""
+    """A file of the model set in `folder`, or of the default one; logs its path."""
     path = Path(folder or default_model_set(), file)
     log0(f"using {path}")
     return path
@@ -570,7 +570,7 @@ def _classifier_tensors(model: GPTClassificationModel) -> dict[str, Tensor]:
 
 
 def _write_folder(folder, tensors: dict[str, Tensor], file: str, **settings: dict) -> None:
-    """Writes tensors to `file`, then JSON files; a folder without space for tensors stays empty."""
+    """Writes tensors to `file`, then JSON files; without space for tensors, no file is left."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):

@@ -136,7 +136,7 @@ def resolve_targets(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
 
 def _adaptable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
-    """By name, without a classifier's head, which is trained anyway, and its backbone's, unused."""
+    """By name; not a classifier's head, which is trained anyway, nor its backbone's unused one."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
     return {name: m for name, m in layers.items() if name not in (HEAD, "backbone.head")}
 
@@ -149,7 +149,7 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear | LoRAEmbedding]
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
     """Adds each adapter to its layer's weight and removes it: an equivalent, faster model. 4-bit
-    weights are dequantised first, those of layers without adapter, too."""
+    weights are dequantised first, also in layers without an adapter."""
     for name, layer in list(model.named_modules()):
         if q := quantized_weight(layer):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

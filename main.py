@@ -148,7 +148,7 @@ def _open_model(
 def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Path:
     """The checkpoint of a public model, fetched and converted unless it exists."""
     started, source = time.perf_counter(), data_loader.pretrained_id(args.pretrained)
-    is_result = args.steps is None and args.out_dir != MODELS
+    is_result = args.steps is None and args.out_dir != MODELS  # with --steps, training writes there
     path = (args.out_dir if is_result else MODELS / Path(source).name.lower()) / BASE
     with training.lock_output_dir(path.parent, runtime), training.rank_zero_first(runtime):
         if path.is_file():

@@ -291,7 +291,7 @@ class _Run:
         return tqdm(total=self.config.steps, initial=self.step, unit="step", disable=hidden)
 
     def keep_best_if_due(self, step: int, validate: Callable[[], dict]) -> dict[str, float]:
-        """At its turn measures the model, and keeps its weights if none were better so far."""
+        """When due, validates the model, and keeps its weights if none were better so far."""
         if step % self.config.eval_every and step < self.config.steps:
             return {}
         self.model.eval()
@@ -541,8 +541,8 @@ def lock_output_dir(folder: str | Path, runtime: Runtime) -> Iterator[None]:
 
 
 def check_output(args: argparse.Namespace, *files: str, start: str = "") -> None:
-    """Refuses to lose an unfinished run in `args.out_dir`, of `files` or of `start`, which a script
-    trains first. Names the files that will be replaced, and the adapters on them."""
+    """Refuses to overwrite an unfinished run in `args.out_dir`: of one of `files`, or of `start`,
+    which the script trains first. Logs the files to be replaced, and the adapters on them."""
     if not is_rank_zero():  # rank 0 has checked, and its new state may lie there by now
         return
     states = [state_path(args.out_dir / file) for file in (*files, start or files[0])]

@@ -387,7 +387,7 @@ def test_resuming_without_the_review_lm_names_the_fix(
 ):
     (folder / FULL).with_suffix(".resume.pth").touch()
     assert finetune_classifier.main(arguments(reviews, folder, FULL, "--resume")) == 2
-    assert "missing or differs: give equal options, or --overwrite" in capsys.readouterr().err
+    assert "missing or differs: give the same options, or --overwrite" in capsys.readouterr().err
 
 
 def test_one_flipped_bit_in_a_weight_is_noticed(reviews: Path, folder: Path):
