@@ -22,6 +22,7 @@ DOCS = [  # every page of documentation
 PROSE = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
 import inference  # noqa: E402
+import ladder  # noqa: E402
 import run  # noqa: E402
 import scaling  # noqa: E402
 
@@ -152,6 +153,7 @@ def test_the_documentation_quotes_the_benchmarks():
     assert scaling.summary(fits) in PROSE
     (machine,) = json.loads(inference.RESULTS.read_text()).values()
     assert all(table in PROSE for table in inference.summaries(machine))
+    assert ladder.summary(json.loads(ladder.RESULTS.read_text()), 600).strip() in PROSE
 
 
 def test_versions_are_pinned():
