@@ -626,7 +626,7 @@ def _get_package(requirement: str) -> bytes:
         requirements.write_text(requirement)
         command = [sys.executable, "-m", *PIP, "--dest", folder, "-r", str(requirements)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        if "(from versions: none)" in done.stderr:  # all that pip says without a network
+        if done.returncode and "(from versions: none)" in done.stderr:  # as without a network
             raise OSError("no package index was reached, or none has it")
         if done.returncode:
             raise OSError(done.stderr.strip().split("\n")[-1])

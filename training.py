@@ -444,9 +444,9 @@ def load_checkpoint(
 def weights_sha256(weights: dict[str, Tensor]) -> str:
     """SHA-256 of names, types, shapes and values of tensors: the identity of a checkpoint."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
+    for name, tensor in sorted(weights.items()):  # whose dimensions of size 1 have any stride
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous()[..., None].view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -545,6 +545,20 @@ def test_other_files_are_not_taken_for_a_checkpoint(tmp_path: Path):
             load_checkpoint(path, "base")
 
 
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [((1,), (7,)), ((3, 1), (1, 5)), ((1, 3), (1, 1)), ((2, 3), (1, 2)), ((), ())],
+)
+def test_tensors_of_any_strides_can_be_saved(
+    tmp_path: Path, shape: tuple[int, ...], stride: tuple[int, ...]
+):
+    """NumPy's columns and transposes keep their strides in PyTorch, even with one element."""
+    weights = {"w": torch.empty_strided(shape, stride).fill_(1.5)}
+    training.save_checkpoint(tmp_path / "x.pth", {"kind": "base", "weights": weights})
+    sha256 = training.load_checkpoint(tmp_path / "x.pth", "base")["weights_sha256"]
+    assert sha256 == training.weights_sha256({"w": torch.full(shape, 1.5)})
+
+
 def test_a_checkpoint_of_another_kind_is_not_called_damaged(tmp_path: Path):
     save_checkpoint(tmp_path / "a.pth", {"kind": "resume", "weights": {"x": torch.ones(2)}})
     with pytest.raises(ValueError, match=r"a\.pth is of kind resume, not base or classifier$"):
