@@ -110,7 +110,7 @@ def train(
     Gradients are averaged over all terms of the loss. The best step has the lowest "val_loss", or
     the highest `maximize`, of `validate`, which runs on every process. The log and the state to
     resume from, which must be of a run with the same `metadata`, lie beside `path`. Raises
-    FloatingPointError if a loss or gradient is not finite, Interrupted after SIGINT or SIGTERM.
+    FloatingPointError if loss, gradient or metric is not finite, Interrupted after SIGINT, SIGTERM.
     """
     run = _Run(model, config, runtime, path, metadata, maximize)
     with _stop_signals(runtime) as received_signal, run.start(resume) as bar:

@@ -1,13 +1,13 @@
 """The recipe of `main.py` with other settings, compared on text held out from its training part.
 
-    python tests/benchmarks/recipe.py --results FILE [--set weight_decay=0.6 vocab_size=1024 ...]
+    python tests/benchmarks/recipe.py --results FILE [--set dropout=0.05 vocab_size=1024 ...]
 
 Trains on the first 90 % of TinyShakespeare's training part and measures on the rest of it, so that
 the validation part remains a test; `--test` trains and measures as `main.py` does. Appends a JSON
 line for each run; skips runs that the file has. A setting is an option of `main.py`, or one of:
 
     average=100       measure the mean weights of the last 100 steps; 0.99: a moving average
-    late_context=256  in the last fifth of the steps, windows of 256 tokens, fewer to a batch
+    late_context=512  in the last fifth of the steps, windows of 512 tokens, fewer to a batch
 """
 
 import copy
