@@ -128,16 +128,16 @@ def errors_as_messages() -> Iterator[None]:
 
 
 def stream_text(shown: Any, key: str, ids: Iterator, tokenizer: BPETokenizer, text: str) -> None:
-    """Shows text as it is generated, never as Markdown or HTML. Keeps it with a note in `shown` at
-    each token, so that an interrupted text stays."""
+    """Shows text as it is generated, never as Markdown or HTML. Keeps what is on the screen in
+    `shown`, with a note: Streamlit interrupts a run where it draws, before the drawing."""
     body, caption, tokens, started = st.empty(), st.empty(), [], time.perf_counter()
     counted = (tokens.append(token_id) or token_id for token_id in ids)
     for new_text in itertools.chain(tokenizer.decode_stream(counted), [""]):
         text += new_text
         speed = len(tokens) / (time.perf_counter() - started)
         note = f"{len(tokens)} tokens, {speed:.0f} tokens per second"
-        shown[key] = text, note if tokens else "The model produced no text."
         body.text(text)
+        shown[key] = text, note if tokens else "The model produced no text."
         caption.caption(shown[key][1])
 
 

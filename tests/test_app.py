@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import itertools
 import json
 import operator
 import re
@@ -14,6 +15,7 @@ import torch
 from conftest import dequantized, randomised, tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from streamlit.runtime.scriptrunner import StopException
 from streamlit.testing.v1 import AppTest
 
 import app
@@ -130,6 +132,35 @@ def test_generated_text_is_that_of_the_command_line(models: Path):
     assert "tokens per second" in at.caption[0].value
     at.button[1].click().run()  # Stop: what was shown stays
     assert at.text[0].value == expected
+
+
+@pytest.mark.parametrize("drawings", range(1, 9))
+def test_an_interrupted_text_stays_as_it_was_on_the_screen(
+    drawings: int, models: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Streamlit raises where a run draws, instead of drawing: text and note are two drawings."""
+    screen: dict[str, str] = {}
+
+    class Place:
+        def draw(self, name: str, text: str) -> None:
+            if next(count) == drawings:
+                raise StopException
+            screen[name] = text
+
+        def text(self, text: str) -> None:
+            self.draw("text", text)
+
+        def caption(self, text: str) -> None:
+            self.draw("caption", text)
+
+    count, shown = itertools.count(), {}
+    monkeypatch.setattr(app.st, "empty", Place)
+    _, tokenizer, _ = load_model(models / "model_weights.pth")
+    with pytest.raises(StopException):
+        app.stream_text(shown, "text", iter(tokenizer.encode("a long story")), tokenizer, "ROMEO")
+    assert shown["text"][0] == screen["text"]
+    if drawings % 2 == 0:
+        assert shown["text"][1] == screen["caption"]
 
 
 def test_an_empty_prompt_is_no_error(models: Path):
