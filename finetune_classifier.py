@@ -45,8 +45,7 @@ RECIPE |= {"learning_rate": 0.0004, "muon_learning_rate": 0.007}
 PUBLIC_RECIPE = {"steps": 100_000, "epochs": 1, "batch_size": 16, "grad_accumulation": 4}
 PUBLIC_RECIPE |= {"warmup_steps": 20, "decay_fraction": 0.9, "eval_every": 0, "dropout": 0.0}
 PUBLIC_RECIPE |= {"optimizer": "adamw", "learning_rate": 5e-5, "weight_decay": 0.0}
-PUBLIC_RECIPE |= {"review_lm_steps": 0, "prefix_loss": 0.0}
-PUBLIC_RECIPE |= {"text_template": "Review: {}\nSentiment:"}
+PUBLIC_RECIPE |= {"review_lm_steps": 0, "prefix_loss": 0, "text_template": "Review: {}\nSentiment:"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,9 +191,8 @@ def prefix_classification_loss(
     """Summed cross entropy in nats, `weight` of it over all prefixes, and the number of texts.
 
     At each token a causal model has read a prefix of the text: all of them are examples. Their mean
-    is weighted by position, because a short prefix says less.
-
-    The batch holds token ids (B, T), lengths (B,) and labels (B,).
+    is weighted by position, because a short prefix says less. The batch holds token ids (B, T),
+    lengths (B,) and labels (B,).
     """
     ids, lengths, labels = batch
     B, T = ids.shape
@@ -236,8 +234,7 @@ def calibrate(
         with torch.no_grad():
             head.weight *= scale
             if head.bias is not None:
-                head.bias *= scale
-                head.bias += torch.tensor(shift).to(head.bias)
+                head.bias.mul_(scale).add_(torch.tensor(shift).to(head.bias))
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

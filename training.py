@@ -16,6 +16,7 @@ import hashlib
 import inspect
 import json
 import math
+import multiprocessing.util
 import os
 import re
 import shlex
@@ -703,6 +704,8 @@ def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends a script at once: tearing down PyTorch is slow, and library threads may abort it."""
+    """Ends a script at once: tearing down PyTorch is slow, and library threads may abort it. Locks
+    of `tqdm` and `joblib` are given back before, of which macOS and Python 3.14 warn otherwise."""
     sys.stdout.flush()
+    multiprocessing.util._exit_function()
     os._exit(code)

@@ -611,3 +611,11 @@ def test_precision_is_asked_of_the_hardware(monkeypatch: pytest.MonkeyPatch):
     assert bfloat16_is_faster(torch.device("cuda"))
     assert not bfloat16_is_faster(torch.device("mps"))
     assert isinstance(bfloat16_is_faster(torch.device("cpu")), bool)
+
+
+def test_scripts_end_without_a_warning_where_processes_are_spawned():
+    """As on macOS and from Python 3.14 on, where a lock of `tqdm` is a semaphore with a name."""
+    code = "import multiprocessing as m; m.set_start_method('spawn'); lock = m.RLock()\n"
+    code += "import training; training.exit_process(3)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (3, "")
