@@ -614,7 +614,7 @@ def _get(url: str, n_rows: int) -> bytes:
         if not url.endswith("parquet"):
             return file.read(file.size)
         # As JSON Lines. Only the first row groups are read: 7 MB of 260 for 20,000 rows.
-        batches = parquet.ParquetFile(file).iter_batches(1000, use_threads=False)
+        batches = parquet.ParquetFile(file, pre_buffer=False).iter_batches(1000, use_threads=False)
         rows = itertools.islice((row for batch in batches for row in batch.to_pylist()), n_rows)
         return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 

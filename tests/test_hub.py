@@ -43,8 +43,10 @@ SHA256 = hashlib.sha256(DOLLY).hexdigest()
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reviews, and after them 8 MB that nobody asks for."""
     path = tmp_path_factory.mktemp("shard") / "shard.parquet"
-    make_shard(path, REVIEWS)
+    rng = np.random.default_rng(0)
+    make_shard(path, REVIEWS + [{**row, "content": rng.bytes(150).hex()} for row in REVIEWS * 9])
     return path
 
 
