@@ -136,7 +136,7 @@ def test_generated_text_is_that_of_the_command_line(models: Path):
 
 @pytest.mark.parametrize("drawings", range(1, 9))
 def test_an_interrupted_text_stays_as_it_was_on_the_screen(
-    drawings: int, models: Path, monkeypatch: pytest.MonkeyPatch
+    drawings: int, all_models: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Streamlit raises where a run draws, instead of drawing: text and note are two drawings."""
     screen: dict[str, str] = {}
@@ -155,7 +155,7 @@ def test_an_interrupted_text_stays_as_it_was_on_the_screen(
 
     count, shown = itertools.count(), {}
     monkeypatch.setattr(app.st, "empty", Place)
-    _, tokenizer, _ = load_model(models / "model_weights.pth")
+    _, tokenizer, _ = load_model(all_models / "model_weights.pth")
     with pytest.raises(StopException):
         app.stream_text(shown, "text", iter(tokenizer.encode("a long story")), tokenizer, "ROMEO")
     assert shown["text"][0] == screen["text"]
