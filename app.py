@@ -128,8 +128,8 @@ def errors_as_messages() -> Iterator[None]:
 
 
 def stream_text(shown: Any, key: str, ids: Iterator, tokenizer: BPETokenizer, text: str) -> None:
-    """Shows text as it is generated, never as Markdown or HTML. Keeps what is on the screen in
-    `shown`, with a note: Streamlit interrupts a run where it draws, before the drawing."""
+    """Shows text as it is generated, never as Markdown or HTML. Stores it in `shown`, with a
+    note, once it is on the screen: Streamlit interrupts a run just before it draws."""
     body, caption, tokens, started = st.empty(), st.empty(), [], time.perf_counter()
     counted = (tokens.append(token_id) or token_id for token_id in ids)
     for new_text in itertools.chain(tokenizer.decode_stream(counted), [""]):

@@ -445,7 +445,7 @@ def load_checkpoint(
 def weights_sha256(weights: dict[str, Tensor]) -> str:
     """SHA-256 of names, types, shapes and values of tensors: the identity of a checkpoint."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):  # whose dimensions of size 1 have any stride
+    for name, tensor in sorted(weights.items()):  # dimensions of size 1 may have any stride
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous()[..., None].view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -704,8 +704,8 @@ def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends a script at once: tearing down PyTorch is slow, and library threads may abort it. Locks
-    of `tqdm` and `joblib` are given back before, of which macOS and Python 3.14 warn otherwise."""
+    """Ends a script at once: tearing down PyTorch is slow, and library threads may abort it. First
+    releases the named locks of `tqdm` and `joblib`: macOS and Python 3.14 would warn about them."""
     sys.stdout.flush()
     multiprocessing.util._exit_function()
     os._exit(code)

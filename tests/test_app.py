@@ -138,7 +138,7 @@ def test_generated_text_is_that_of_the_command_line(models: Path):
 def test_an_interrupted_text_stays_as_it_was_on_the_screen(
     drawings: int, all_models: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Streamlit raises where a run draws, instead of drawing: text and note are two drawings."""
+    """Streamlit raises StopException instead of drawing; text and note are drawn one by one."""
     screen: dict[str, str] = {}
 
     class Place:

@@ -43,7 +43,7 @@ SHA256 = hashlib.sha256(DOLLY).hexdigest()
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reviews, and after them 8 MB that nobody asks for."""
+    """The reviews, followed by 8 MB of rows that no test loads."""
     path = tmp_path_factory.mktemp("shard") / "shard.parquet"
     rng = np.random.default_rng(0)
     make_shard(path, REVIEWS + [{**row, "content": rng.bytes(150).hex()} for row in REVIEWS * 9])

@@ -614,7 +614,7 @@ def test_precision_is_asked_of_the_hardware(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_scripts_end_without_a_warning_where_processes_are_spawned():
-    """As on macOS and from Python 3.14 on, where a lock of `tqdm` is a semaphore with a name."""
+    """On macOS, and on Linux from Python 3.14 on, a lock of `tqdm` is a named semaphore."""
     code = "import multiprocessing as m; m.set_start_method('spawn'); lock = m.RLock()\n"
     code += "import training; training.exit_process(3)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
