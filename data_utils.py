@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
-import jinja2.sandbox
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -294,9 +293,6 @@ def encode_text(text: str, tokenizer: BPETokenizer, max_length: int) -> np.ndarr
 
 # How a conversation becomes text with models trained from scratch; public ones bring their own.
 CHAT_TEMPLATE = (data_loader.ASSETS / "chat_template.jinja").read_text("utf-8").strip()
-TEMPLATES = jinja2.sandbox.ImmutableSandboxedEnvironment(  # by text, compiled once
-    loader=jinja2.FunctionLoader(str), trim_blocks=True, lstrip_blocks=True
-)
 MIN_PROMPT = 32  # tokens of a long instruction and context that are always kept
 
 
@@ -367,7 +363,7 @@ def _encode_turns(system, turns, tokenizer, n):
             messages.append({"role": "assistant", "content": mark(response, is_response=True)})
     options = {"add_generation_prompt": not response.strip(), "enable_thinking": False}
     options["eos_token"] = tokenizer.vocab[tokenizer.end_id].decode()
-    filled = TEMPLATES.get_template(template).render(messages=messages, **options)
+    filled = _compile_template(template).render(messages=messages, **options)
     parts = [  # of the template, and at odd positions the numbers of texts
         texts[int(part)] if i % 2 else (tokenizer.encode(part, allow_special=True), False)
         for i, part in enumerate(re.split("\ue000(\\d+)\ue001", filled))
@@ -386,6 +382,13 @@ def _encode_turns(system, turns, tokenizer, n):
         targets += part[:n_learned] + [IGNORE] * len(part[n_learned:])
         is_end = is_response
     return EncodedInstruction(ids, targets)
+
+
+@functools.cache
+def _compile_template(template):
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # slow to import
+
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
 
 
 def escape_headings(text: str) -> str:

@@ -214,12 +214,10 @@ def load_linear_baseline(path: str | Path) -> tuple[Any, None, dict[str, Any]]:
 
 
 def _new_linear_model(words: list[str] | None = None) -> Any:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
+    from sklearn import feature_extraction, linear_model, pipeline
 
-    features = TfidfVectorizer(ngram_range=(1, 2), vocabulary=words)
-    return make_pipeline(features, LogisticRegression(C=10, max_iter=1000))
+    features = feature_extraction.text.TfidfVectorizer(ngram_range=(1, 2), vocabulary=words)
+    return pipeline.make_pipeline(features, linear_model.LogisticRegression(C=10, max_iter=1000))
 
 
 # ---- the comparison of a model set

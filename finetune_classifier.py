@@ -217,8 +217,7 @@ def calibrate(
     "Probabilistic outputs for support vector machines"; Guo et al. 2017,
     https://arxiv.org/abs/1706.04599). It is skipped where the logits carry no information.
     """
-    from scipy.optimize import minimize
-    from scipy.special import log_softmax
+    from scipy import optimize, special
 
     probabilities = class_probabilities(model, tokenizer, [row.text for row in rows], runtime)
     logits, labels = np.log(np.maximum(probabilities, 1e-9)), [row.label for row in rows]
@@ -226,10 +225,10 @@ def calibrate(
 
     def loss(parameters: np.ndarray) -> float:
         scale, shift = parameters[0], parameters[1:] * (head.bias is not None)
-        log_likelihood = log_softmax(scale * logits + shift, axis=1)[range(len(rows)), labels]
-        return scale**2 / 2 - log_likelihood.sum()  # a small scale, if labels are separable
+        nats = -special.log_softmax(scale * logits + shift, axis=1)[range(len(rows)), labels]
+        return scale**2 / 2 + nats.sum()  # a small scale, if labels are separable
 
-    scale, *shift = minimize(loss, [1.0, *np.zeros(logits.shape[1])]).x
+    scale, *shift = optimize.minimize(loss, [1.0, *np.zeros(logits.shape[1])]).x
     if scale > 0:
         with torch.no_grad():
             head.weight *= scale

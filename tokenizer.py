@@ -5,7 +5,7 @@ written as UTF-8 bytes. The most frequent pair of adjacent symbols is merged int
 the vocabulary is full (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; on bytes: Radford et
 al. 2019, "Language Models are Unsupervised Multitask Learners"). Decoding restores the text.
 
-`plain_bpe` is the whole idea; `BPETokenizer` learns the same merges a hundred times faster. It
+`plain_bpe` is the whole idea; `BPETokenizer` learns the same merges hundreds of times faster. It
 reads and writes the `tokenizer.json` of Hugging Face `tokenizers` and gives the same ids as that
 library: for ours, and for GPT-2, SmolLM2, Llama 3 and Qwen, each of which splits text its own way.
 
@@ -47,7 +47,7 @@ def plain_bpe(text: str, n_tokens: int) -> tuple[list[bytes], Merges]:
         if token not in vocab:  # two different pairs can make the same token
             vocab.append(token)
         merges.append((*pair, vocab.index(token)))
-        words = [_replace_pair(word, *pair, vocab.index(token)) for word in words]
+        words = [_replace_pair(word, *merges[-1]) for word in words]
     return vocab, merges
 
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("*.py"))
@@ -25,6 +27,9 @@ import inference  # noqa: E402
 import ladder  # noqa: E402
 import run  # noqa: E402
 import scaling  # noqa: E402
+import steps  # noqa: E402
+
+from training import CPU  # noqa: E402
 
 SCRIPTS = [
     "main",
@@ -157,6 +162,26 @@ def test_the_documentation_quotes_the_benchmarks():
     assert ladder.summary(rows, 600).strip() in PROSE
     longer = [f" {row['nats_per_byte']:.3f}" for row in rows if row["steps"] > 600]
     assert longer and all(number in PROSE for number in longer)
+
+
+@pytest.mark.parametrize(
+    ("task", "ours", "peer"),
+    [
+        ("sentiment", "lora", "peft"),
+        ("instructions", "lora", "peft"),
+        ("instructions", "qlora", "qlora-peft"),
+    ],
+)
+def test_the_benchmark_trains_the_same_adapters_with_peft(task, ours, peer):
+    results = []
+    for method in (ours, peer):
+        torch.manual_seed(0)
+        model, batch, loss_fn = steps.adapter_task(task, method, CPU)
+        loss, _ = loss_fn(model.eval(), tuple(tensor[:2] for tensor in batch))
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append(torch.stack([loss.detach(), nn.utils.get_total_norm(gradients)]))
+    torch.testing.assert_close(*results)
 
 
 def test_versions_are_pinned():

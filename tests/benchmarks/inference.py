@@ -8,9 +8,13 @@ prompts at once. Prefill: one pass over 512 tokens. Memory is all that is reside
 mapped files included. Quality: bits per byte of the first 30 kB of The Wizard of Oz; and because
 the public file was rounded to 4 bits before, the same of the shipped base on its held-out text, and
 the accuracy of the shipped classifier. Writes `inference.json`, one entry per processor.
+
+llama.cpp takes part, on the packaged file, where `pip install llama-cpp-python==0.3.36` has built
+it (eight minutes) and the data directory holds that file.
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import statistics
@@ -41,6 +45,7 @@ from training import CPU  # noqa: E402
 
 RESULTS = Path(__file__).with_name("inference.json")
 PEERS = ("transformers fp32", "transformers bf16")
+LLAMA_CPP, GGUF = "llama.cpp Q4_1", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEW_TOKENS, PREFILL_TOKENS, TEXT_BYTES = 128, 512, 30_000
 PROMPT = "Once upon a time, in a small town by the sea, there lived"
 
@@ -131,6 +136,31 @@ def contest(name: str, path: Path, folder: Path, with_quality: bool) -> dict[str
     return result
 
 
+def llama_cpp_contest(path: Path) -> dict[str, float]:
+    """The same of llama.cpp, one text at a time."""
+    from llama_cpp import Llama
+
+    started, n = time.perf_counter(), torch.get_num_threads()
+    model = Llama(str(path), n_ctx=1024, n_threads=n, n_threads_batch=n, verbose=False)
+    result = {"load_seconds": time.perf_counter() - started, "weight_bytes": path.stat().st_size}
+    ids = model.tokenize(PROMPT.encode(), add_bos=False)
+    long = torch.randint(1000, 40_000, (PREFILL_TOKENS,), generator=torch.manual_seed(0)).tolist()
+
+    def decode() -> list[int]:
+        model.reset()
+        stream = model.generate(ids, temp=0.0)
+        return [next(stream) for _ in range(NEW_TOKENS)]
+
+    def prefill() -> None:
+        model.reset()
+        model.eval(long)
+
+    result["tokens"] = decode()
+    result["decode"] = NEW_TOKENS / seconds(decode, 2)
+    result["prefill"] = PREFILL_TOKENS / seconds(prefill, 3)
+    return result | {"bytes": resident_bytes()}
+
+
 def main() -> None:
     """Runs the contestants in turns, prints a table and stores it under this processor's name."""
     parser = argparse.ArgumentParser(description="Inference with a public base.")
@@ -141,9 +171,14 @@ def main() -> None:
     path = ROOT / "models" / args.base / "model_weights.pth"
     if args.only:
         name, folder, quality = args.only
-        print(json.dumps(contest(name, path, Path(folder), quality == "1")))
+        if name == LLAMA_CPP:
+            print(json.dumps(llama_cpp_contest(find_data_dir(None) / GGUF)))
+        else:
+            print(json.dumps(contest(name, path, Path(folder), quality == "1")))
         return
-    names, found = (*PEERS, *WEIGHTS), {name: [] for name in (*PEERS, *WEIGHTS)}
+    has_llama = importlib.util.find_spec("llama_cpp") and (find_data_dir(None) / GGUF).is_file()
+    names = (*PEERS, *WEIGHTS, *([LLAMA_CPP] if has_llama else []))
+    found = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, "hf")
         export_hf(path, folder)
@@ -158,7 +193,8 @@ def main() -> None:
 
     keys = ("decode", "decode_8", "prefill", "bytes", "weight_bytes", "load_seconds")
     table = {
-        n: {k: statistics.median(r[k] for r in rows) for k in keys} for n, rows in found.items()
+        name: {k: statistics.median(r[k] for r in rows) for k in keys if k in rows[0]}
+        for name, rows in found.items()
     }
     for name in WEIGHTS:
         table[name] |= {k: v for k, v in found[name][0].items() if "bits_per" in k or "acc" in k}
@@ -181,7 +217,7 @@ def summaries(record: dict[str, Any]) -> tuple[str, str]:
     rates = [f"| {names} |", "|---|---|---|---|---|---|---|---|"]
     for name, row in table.items():
         cells = [
-            f"{row[key]:,.{digits}f} ({row[key] / first[key]:.2f})"
+            f"{row[key]:,.{digits}f} ({row[key] / first[key]:.2f})" if key in row else ""
             for key, digits in (("decode", 1), ("decode_8", 1), ("prefill", 0))
         ]
         share = row["decode"] * row["weight_bytes"] / record["bandwidth"]

@@ -28,7 +28,13 @@ from torch import Tensor, nn  # noqa: E402
 import finetune_lora_classifier  # noqa: E402
 import finetune_qlora_instructions  # noqa: E402
 from finetune_classifier import prefix_classification_loss  # noqa: E402
-from lora import LoRAConfig, apply_lora, lora_state_dict, quantize_4bit  # noqa: E402
+from lora import (  # noqa: E402
+    LoRAConfig,
+    apply_lora,
+    lora_state_dict,
+    quantize_4bit,
+    resolve_targets,
+)
 from model import GPTClassificationModel, GPTConfig, GPTModel  # noqa: E402
 from training import (  # noqa: E402
     LossFn,
@@ -90,7 +96,7 @@ def with_peft(model: nn.Module, config: LoRAConfig) -> nn.Module:
         peft.LoraConfig(
             r=config.r,
             lora_alpha=config.lora_alpha,
-            target_modules=list(config.target_modules),
+            target_modules=list(resolve_targets(model, config).target_modules),
             modules_to_save=head,
         ),
     )
