@@ -323,7 +323,7 @@ def test_another_tokenizer_is_refused(base_checkpoint: Path, capsys: pytest.Capt
 
 
 def test_opening_a_model_imports_neither_pytorchs_compiler_nor_arrow(base_checkpoint: Path):
-    """Nor other slow imports: PyTorch's compiler costs a start a second, Jinja a tenth of one."""
+    """Nor other slow modules: PyTorch's compiler costs a start a second, Jinja a tenth of one."""
     code = "import sys, generation; generation.load_for_inference(sys.argv[1], weights='bf16')"
     code += "; print({'torch._dynamo', 'pyarrow', 'sklearn', 'pandas', 'jinja2'} & {*sys.modules})"
     command = [sys.executable, "-c", code, str(base_checkpoint)]

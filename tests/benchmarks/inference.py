@@ -9,8 +9,8 @@ mapped files included. Quality: bits per byte of the first 30 kB of The Wizard o
 the public file was rounded to 4 bits before, the same of the shipped base on its held-out text, and
 the accuracy of the shipped classifier. Writes `inference.json`, one entry per processor.
 
-llama.cpp takes part, on the packaged file, where `pip install llama-cpp-python==0.3.36` has built
-it (eight minutes) and the data directory holds that file.
+llama.cpp runs the packaged file, if `llama-cpp-python==0.3.36` is installed (pip builds it in eight
+minutes) and the data directory holds that file.
 """
 
 import argparse
@@ -137,7 +137,7 @@ def contest(name: str, path: Path, folder: Path, with_quality: bool) -> dict[str
 
 
 def llama_cpp_contest(path: Path) -> dict[str, float]:
-    """The same of llama.cpp, one text at a time."""
+    """What llama.cpp reaches, one text at a time."""
     from llama_cpp import Llama
 
     started, n = time.perf_counter(), torch.get_num_threads()
@@ -177,6 +177,8 @@ def main() -> None:
             print(json.dumps(contest(name, path, Path(folder), quality == "1")))
         return
     has_llama = importlib.util.find_spec("llama_cpp") and (find_data_dir(None) / GGUF).is_file()
+    if not has_llama:
+        log0(f"without {LLAMA_CPP}: it is not installed, or the data directory has no {GGUF}")
     names = (*PEERS, *WEIGHTS, *([LLAMA_CPP] if has_llama else []))
     found = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as parent:
