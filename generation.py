@@ -351,18 +351,20 @@ def load_for_inference(
 def prepare_for_inference(model: nn.Module, weights: str | None = None) -> nn.Module:
     """Merges adapters in place, dequantises 4-bit weights, and converts the result to a format in
     `lora.WEIGHTS`: by default the fastest for a large model, and float32 for a small one."""
+    device = next(model.parameters()).device
+    dtype = torch.bfloat16 if training.bfloat16_is_faster(device) else torch.float32
     if weights is None:
         weights = "fp32"
         if lora.count_parameters(model)[1] > LARGE_MODEL:
-            gpt = getattr(model, "backbone", model)
-            sizes, device = (gpt.config.n_embd, gpt.config.n_ff), gpt.final_norm.weight.device
-            weights = lora.fastest_weights(nn.Linear(*sizes, device=device))
+            config = getattr(model, "backbone", model).config
+            sizes = config.n_embd, config.n_ff
+            weights = lora.fastest_weights(nn.Linear(*sizes, device=device), dtype)
             log0(f"weights: {weights}, the fastest here")
     if weights == "fp32":  # before the merge, so that it does not round
         model.float()
     lora.merge_lora(model)
     try:
-        lora.convert_weights(model, weights)
+        lora.convert_weights(model, weights, dtype)
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"no {weights} on this machine ({reason}): use --weights bf16") from None

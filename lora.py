@@ -357,29 +357,30 @@ def quantized_weight(layer: nn.Module) -> NF4Weight | None:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights and a scale for each row, for bf16 inputs. The speed of one
-    token at a time is limited by reading the weights from memory, so fewer bytes are faster."""
+    """A linear layer with 8-bit weights and a scale for each row. The speed of one token at a time
+    is limited by reading the weights from memory, so fewer bytes are faster. As an embedding, it
+    returns vectors of `dtype`; else the outputs have the type of the inputs."""
 
-    MAX_ROWS = 16  # of the kernel; with more it is faster to convert the weights first
+    MAX_ROWS = 16  # of the bf16 kernel; with more it is faster to convert the weights first
 
-    def __init__(self, layer: nn.Linear):
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
         weight = layer.weight.detach().to(torch.float32, copy=True)
         scales = weight.norm(torch.inf, dim=1, keepdim=True).clamp(min=1e-12) / 127
         self.register_buffer("weight", weight.div_(scales).round_().to(torch.int8))
         self.register_buffer("scales", scales[:, 0].bfloat16())
-        self.bias = layer.bias
+        self.bias, self.dtype = layer.bias, dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out); token ids (B, T) to (B, T, C), for the embedding tied to it."""
         if not x.is_floating_point():
-            return self.weight[x] * self.scales[x, None]
+            return self.weight[x] * self.scales[x, None].to(self.dtype)
         rows = x.flatten(0, -2)
         if len(rows) > self.MAX_ROWS:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scales
         else:
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scales)
-        y = y.view(*x.shape[:-1], -1)
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scales)
+        y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
@@ -388,7 +389,7 @@ class Int4Linear(nn.Module):
 
     GROUP = 32
 
-    def __init__(self, layer: nn.Linear):
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
         groups = layer.weight.detach().to(torch.float32, copy=True).unflatten(1, (-1, self.GROUP))
         low, high = groups.aminmax(dim=2, keepdim=True)
@@ -401,24 +402,28 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        rows, groups = x.flatten(0, -2), self.GROUP
+        rows, groups = x.flatten(0, -2).bfloat16(), self.GROUP
         y = torch._weight_int4pack_mm_for_cpu(rows, self.weight, groups, self.scales)
-        y = y.view(*x.shape[:-1], -1)
+        y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
-def convert_weights(model: nn.Module, weights: str) -> None:
+def convert_weights(model: nn.Module, weights: str, dtype: torch.dtype = torch.bfloat16) -> None:
     """Converts a merged model to a format in WEIGHTS, in place. With "int8" and "int4", norms and
-    untied embeddings are bf16; with "int4", the head has 8 bits."""
+    activations are of `dtype`, the faster one for many tokens; with "int4", the head has 8 bits."""
     embeddings = {m.weight: n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
     for name, layer in list(model.named_modules()) if weights.startswith("int") else ():
         if isinstance(layer, nn.Linear) and name != HEAD:
             in_block = "blocks" in name.split(".") and not layer.in_features % Int4Linear.GROUP
-            packed = (Int4Linear if weights == "int4" and in_block else Int8Linear)(layer)
+            kind = Int4Linear if weights == "int4" and in_block else Int8Linear
+            packed = kind(layer, dtype)
             model.set_submodule(name, packed)
             if tied := embeddings.get(layer.weight):
                 model.set_submodule(tied, packed)
-    model.to(torch.float32 if weights == "fp32" else torch.bfloat16).requires_grad_(False)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(weights, dtype)
+    for parameter in model.parameters():  # not the buffers: the kernels' scales are in bf16
+        parameter.data = parameter.data.to(dtype)
+    model.requires_grad_(False)
     return_freed_memory()
 
 
@@ -428,16 +433,17 @@ def return_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def fastest_weights(layer: nn.Linear) -> str:
+def fastest_weights(layer: nn.Linear, dtype: torch.dtype) -> str:
     """The format in WEIGHTS with which a layer of this shape multiplies one vector fastest, timed;
-    not "int4", which changes results, nor one whose kernel this machine lacks."""
+    not "int4", which changes results, nor one whose kernel this machine lacks. `dtype` is the one
+    that is faster for many vectors: where it is float32, bf16 would read a prompt too slowly."""
     seconds = {}
-    for weights in WEIGHTS[:3]:
+    for weights in ("fp32", "int8", *(["bf16"] if dtype == torch.bfloat16 else [])):
         copied = nn.Sequential(copy.deepcopy(layer))
         x = torch.ones(1, layer.in_features, device=layer.weight.device)
         with contextlib.suppress(RuntimeError), torch.inference_mode():
-            convert_weights(copied, weights)
-            x = x.to(torch.float32 if weights == "fp32" else torch.bfloat16)
+            convert_weights(copied, weights, dtype)
+            x = x.to(torch.float32 if weights == "fp32" else dtype)
             seconds[weights] = min(timeit.repeat(partial(copied, x), number=4, repeat=15))
     return min(seconds, key=seconds.get)
 

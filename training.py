@@ -36,7 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from data_loader import atomic_write, is_rank_zero, log0
@@ -177,19 +177,11 @@ def scale_and_clip_(parameters: list[nn.Parameter], n_terms: float, max_norm: fl
     return norm
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
-    """AdamW and Muon over the parameters that require gradients.
+def make_optimizers(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> list[Optimizer]:
+    """AdamW and Muon, which computes in `dtype`, over the parameters that require gradients.
 
     AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) scales each element of the
-    momentum by its own history. Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) makes
-    the whole matrix nearly orthogonal, so that it moves equally in all directions. Newton-Schulz
-    iterations push the singular values towards one, without a decomposition:
-
-        X = momentum / momentum.norm()
-        for _ in range(5):
-            A = X @ X.T
-            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-        weight -= learning_rate * X
+    momentum by its own history, Muon the matrix as a whole.
     """
     groups: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": [], "undecayed": []}
     for name, parameter in model.named_parameters():
@@ -205,8 +197,45 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     if adamw := [{"params": groups[k], "weight_decay": d} for k, d in decays.items() if groups[k]]:
         optimizers.append(AdamW(adamw, config.learning_rate, betas=(0.9, 0.95), fused=True))
     if groups["muon"]:
-        optimizers.append(Muon(groups["muon"], config.muon_learning_rate, config.weight_decay))
+        rates = config.muon_learning_rate, config.weight_decay
+        optimizers.append(Muon(groups["muon"], *rates, dtype))
     return optimizers
+
+
+class Muon(Optimizer):
+    """Moves matrices by their momentum, made nearly orthogonal so that it is equally large in all
+    directions (Jordan 2024, https://kellerjordan.github.io/posts/muon).
+
+    As `torch.optim.Muon`, which computes in bf16 on every machine: without instructions for it, the
+    optimizer would take four fifths of the time of a training.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, decay: float, dtype: torch.dtype):
+        super().__init__(parameters, {"lr": lr, "weight_decay": decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update, with Nesterov momentum and decoupled weight decay."""
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state, gradient = self.state[parameter], parameter.grad
+                momentum = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
+                momentum.lerp_(gradient, 0.05)
+                update = orthogonalize(gradient.lerp(momentum, 0.95).to(self.dtype))
+                rate = group["lr"] * max(1, parameter.shape[0] / parameter.shape[1]) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """Pushes the singular values of a matrix towards one by Newton-Schulz iterations, which need no
+    decomposition."""
+    is_tall = x.shape[0] > x.shape[1]
+    x = (x.T if is_tall else x) / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        A = x @ x.T
+        x = torch.addmm(x, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T if is_tall else x
 
 
 def mean_loss(
@@ -267,7 +296,7 @@ class _Run:
     def __init__(self, model, config, runtime, path, metadata, maximize):
         self.model, self.config, self.runtime = model, config, runtime
         self.monitor, self.sign = maximize or "val_loss", -1 if maximize else 1
-        self.optimizers = make_optimizers(model, config)
+        self.optimizers = make_optimizers(model, config, runtime.dtype)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         world = {"world_size": runtime.world_size, "precision": str(runtime.dtype)}
@@ -577,7 +606,13 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    seconds = [min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=20)) for x in matrices]
+    seconds = [math.inf, math.inf]
+    for n in range(20):
+        for i, x in enumerate(matrices):
+            product = functools.partial(F.linear, x, x)
+            seconds[i] = min(seconds[i], timeit.timeit(product, number=1))
+        if n and seconds[1] > 3 * seconds[0]:
+            break  # without instructions for bf16 it takes ten times as long
     return seconds[1] * 1.3 < seconds[0]
 
 

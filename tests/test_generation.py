@@ -308,7 +308,7 @@ def test_for_inference_a_model_has_no_adapters_and_no_4_bit_weights(
     torch.testing.assert_close(merged(*inputs), expected, rtol=1e-4, atol=atol)
     monkeypatch.setattr(generation, "LARGE_MODEL", 1)
     for fastest, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        monkeypatch.setattr(lora, "fastest_weights", lambda _, fastest=fastest: fastest)
+        monkeypatch.setattr(lora, "fastest_weights", lambda *_, fastest=fastest: fastest)
         model, _, _ = generation.load_for_inference(all_models / name)
         assert {p.dtype for p in model.parameters()} == {dtype}
         torch.testing.assert_close(model(*inputs).float(), expected, rtol=0.1, atol=0.3)

@@ -25,6 +25,7 @@ from training import (
     Batch,
     Interrupted,
     LossFn,
+    Muon,
     Runtime,
     TrainConfig,
     add_run_flags,
@@ -36,6 +37,7 @@ from training import (
     mean_loss,
     new_parser,
     next_token_loss,
+    orthogonalize,
     report_errors,
     save_checkpoint,
     save_result,
@@ -172,7 +174,7 @@ def test_the_schedule():
 def test_each_parameter_goes_to_its_optimizer():
     net = new_net()
     net.norm.weight.requires_grad = False
-    adamw, muon = make_optimizers(net, TrainConfig(steps=1))
+    adamw, muon = make_optimizers(net, TrainConfig(steps=1), torch.float32)
     assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(net.hidden.weight)]
     matrices, vectors = adamw.param_groups
     assert {id(p) for p in matrices["params"]} == {id(net.embedding.weight), id(net.head.weight)}
@@ -182,8 +184,29 @@ def test_each_parameter_goes_to_its_optimizer():
         id(net.head.bias),
     }
     assert matrices["weight_decay"] > 0 == vectors["weight_decay"]
-    (only,) = make_optimizers(net, TrainConfig(steps=1, optimizer="adamw"))
+    (only,) = make_optimizers(net, TrainConfig(steps=1, optimizer="adamw"), torch.float32)
     assert sum(len(g["params"]) for g in only.param_groups) == 6
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (12, 12)])
+def test_muon_is_that_of_pytorch(shape: tuple[int, int]):
+    """In bf16 bit by bit; in float32 it may differ by what bf16 rounds."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), torch.randn(5, *shape)
+
+    def trained(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Tensor:
+        parameter = nn.Parameter(start.clone())
+        optimizer = make([parameter])
+        for parameter.grad in gradients:
+            optimizer.step()
+        return parameter.data
+
+    expected = trained(lambda p: torch.optim.Muon(p, lr=0.05, weight_decay=0.3))
+    assert torch.equal(trained(lambda p: Muon(p, 0.05, 0.3, torch.bfloat16)), expected)
+    found = trained(lambda p: Muon(p, 0.05, 0.3, torch.float32))
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
+    values = torch.linalg.svdvals(orthogonalize(gradients[0]))
+    assert values.min() > 0.6 and values.max() < 1.3
 
 
 def test_the_step_follows_adamw_on_the_mean_loss(tmp_path: Path, runtime: Runtime):
@@ -611,6 +634,24 @@ def test_precision_is_asked_of_the_hardware(monkeypatch: pytest.MonkeyPatch):
     assert bfloat16_is_faster(torch.device("cuda"))
     assert not bfloat16_is_faster(torch.device("mps"))
     assert isinstance(bfloat16_is_faster(torch.device("cpu")), bool)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "faster", "products"), [(0.5, True, 40), (0.9, False, 40), (10.0, False, 4)]
+)
+def test_a_slow_precision_is_not_timed_for_long(
+    seconds: float, faster: bool, products: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Without instructions for bf16, twenty products would delay every start by four seconds."""
+    timed = []
+
+    def timeit(product, **_):
+        timed.append(product.args[0].dtype)
+        return seconds if timed[-1] == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr(training.timeit, "timeit", timeit)
+    assert bfloat16_is_faster.__wrapped__(torch.device("cpu")) is faster
+    assert len(timed) == products
 
 
 def test_scripts_end_without_a_warning_where_processes_are_spawned():

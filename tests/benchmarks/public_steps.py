@@ -121,7 +121,7 @@ def measure(name: str, path: Path, folder: Path, steps: int) -> dict[str, float]
         torch.manual_seed(1)
         model = peft_model(is_lora, folder) if is_peft else our_model(is_lora, path, runtime)
         settings = {"optimizer": "adamw", "learning_rate": 2e-4, "weight_decay": 0.0}
-        optimizers = make_optimizers(model.train(), TrainConfig(steps=1, **settings))
+        optimizers = make_optimizers(model.train(), TrainConfig(steps=1, **settings), runtime.dtype)
         script = finetune_lora_classifier if is_lora else finetune_qlora_instructions
         n_micro = (script.PUBLIC if is_lora else script.PUBLIC_RECIPE)["grad_accumulation"]
         parts = [x.tensor_split(1 if is_peft else n_micro) for x in make_batch(is_lora, 49_000)]

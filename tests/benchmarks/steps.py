@@ -143,7 +143,7 @@ def measure(name: str, steps: int, optimizer: str) -> dict[str, float]:
         else:
             model, batch, loss_fn = adapter_task(task, method, runtime)
         config = TrainConfig(steps=1, optimizer=optimizer, learning_rate=1e-3)
-        optimizers = make_optimizers(model.train(), config)
+        optimizers = make_optimizers(model.train(), config, runtime.dtype)
         before, times = resident_bytes(), []
         for step in range(WARM_UP + steps):
             torch.manual_seed(step)  # of dropout
