@@ -551,12 +551,11 @@ def curves() -> None:
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """Complete lines of a log; the last one may still be written."""
-    text, rows = "", []
+    rows = []
     with contextlib.suppress(FileNotFoundError):  # a run in progress has just ended
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    for line in text.split("\n"):
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and {"step", "seconds"} <= row.keys()]
 
 

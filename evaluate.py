@@ -140,11 +140,9 @@ def stop_rate(model: GPTModel, tokenizer: BPETokenizer, rows: list[Instruction])
     weights = _weights_for_answers(model)
     judged = rows[: JUDGED_RESPONSES if weights == "fp32" else JUDGED_OF_LARGE]
     model = generation.prepare_for_inference(copy.deepcopy(model), weights)
-    lengths = [
-        len(list(generation.generate_response(model, tokenizer, row, seed=seed)))
-        for seed, row in enumerate(tqdm(judged, "responses"))
-    ]
-    return float(np.mean(np.array(lengths) < generation.MAX_RESPONSE_TOKENS))
+    seeded = enumerate(tqdm(judged, "responses"))
+    responses = (generation.generate_response(model, tokenizer, row, seed=i) for i, row in seeded)
+    return float(np.mean([len(list(ids)) < generation.MAX_RESPONSE_TOKENS for ids in responses]))
 
 
 def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path) -> Metrics:
@@ -186,9 +184,8 @@ def fit_linear_baseline(split: Split[Review], names: Sequence[str]) -> tuple[dic
     linear.fit([row.text for row in train], [row.label for row in train])
     provenance = training.provenance(training.CPU, time.perf_counter() - started)
     metrics = baseline_metrics(linear, split, names)
-    features, model = linear[0], linear[1]
-    words = "\n".join(features.get_feature_names_out())
-    arrays = {"idf": features.idf_, "coef": model.coef_, "intercept": model.intercept_}
+    words = "\n".join(linear[0].get_feature_names_out())
+    arrays = {"idf": linear[0].idf_, "coef": linear[1].coef_, "intercept": linear[1].intercept_}
     weights = {name: torch.tensor(a, dtype=torch.float32) for name, a in arrays.items()}
     contents = {"kind": "linear", "words": words, "labels": list(names), "weights": weights}
     return metrics, {**contents, "metrics": {"test": metrics[LINEAR]}, "provenance": provenance}
@@ -360,8 +357,7 @@ def measure_file(
     task: str, path: str | Path, data: str | Path | None, runtime: Runtime, **columns: str | None
 ) -> Metrics:
     """Metrics of the checkpoint at `path` on a file; `columns` are those of `read_reviews`."""
-    _, _, _, kinds = TASKS[task]
-    model, tokenizer, checkpoint = generation.load_model(path, kinds, runtime)
+    model, tokenizer, checkpoint = generation.load_model(path, TASKS[task][-1], runtime)
     if task == "questions":
         return question_metrics(model, tokenizer, data or QUESTIONS)
     if task == "perplexity":
@@ -393,8 +389,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.task is None:
             _write_report(args, runtime)
             return 0
-        _, _, default, _ = TASKS[args.task]
-        path = args.checkpoint or generation.default_path(default, args.models)
+        path = args.checkpoint or generation.default_path(TASKS[args.task][2], args.models)
         if args.text is not None:
             metrics = classify_text(path, args.text, runtime)
         else:

@@ -155,11 +155,9 @@ def _review_lm(base, tokenizer, split, config, origin, args, runtime):
 
 
 def _train(model, tokenizer, split, config, metadata, path, args, runtime):
-    """Trains on the labels; keeps the weights that rank the validation texts best.
-
-    The area under the ROC curve, with several labels the mean of each against the rest, is less
-    noisy than the error rate on few texts and, unlike the loss, unaffected by overconfidence.
-    """
+    """Trains on the labels; keeps the weights that rank the validation texts best. The area under
+    the ROC curve, with several labels the mean of each against the rest, is less noisy than the
+    error rate on few texts and, unlike the loss, unaffected by overconfidence."""
     from sklearn.metrics import log_loss, roc_auc_score
 
     texts, labels = [row.text for row in split.validation], [row.label for row in split.validation]
@@ -177,23 +175,19 @@ def _train(model, tokenizer, split, config, metadata, path, args, runtime):
 
     length, size = config.context_length, config.batch_size
     batches = review_batches(split.train, tokenizer, length, size, args.seed)
-    loss_fn = partial(prefix_classification_loss, weight=config.prefix_loss)
+    loss = partial(prefix_classification_loss, weight=config.prefix_loss)
     recipe = training.fine_tuning_config(vars(args), batches.steps_per_epoch)
     resume = args.resume and training.state_path(path).is_file()
-    return train(
-        model, batches, loss_fn, recipe, runtime, validate, path, metadata, resume, "val_auc"
-    )
+    return train(model, batches, loss, recipe, runtime, validate, path, metadata, resume, "val_auc")
 
 
 def prefix_classification_loss(
     model: GPTClassificationModel, batch: training.Batch, weight: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy in nats, `weight` of it over all prefixes, and the number of texts.
-
-    At each token a causal model has read a prefix of the text: all of them are examples. Their mean
-    is weighted by position, because a short prefix says less. The batch holds token ids (B, T),
-    lengths (B,) and labels (B,).
-    """
+    """Summed cross entropy in nats, `weight` of it over all prefixes, and the number of texts. At
+    each token a causal model has read a prefix of the text: all of them are examples. Their mean is
+    weighted by position, because a short prefix says less. The batch holds token ids (B, T),
+    lengths (B,) and labels (B,)."""
     ids, lengths, labels = batch
     B, T = ids.shape
     logits = model.classifier_head(model.backbone.hidden(ids)).float().flatten(0, 1)
@@ -210,13 +204,10 @@ def calibrate(
     model: GPTClassificationModel, tokenizer: BPETokenizer, rows: list[Review], runtime: Runtime
 ) -> None:
     """Scales and, where the head has a bias, shifts the logits so that probabilities match
-    frequencies.
-
-    Training drives probabilities towards 0 and 1, and may favour a class. One scale and a shift for
-    each class, which minimise the cross entropy of unseen texts, correct both (Platt 1999,
-    "Probabilistic outputs for support vector machines"; Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599). It is skipped where the logits carry no information.
-    """
+    frequencies. Training drives probabilities towards 0 and 1, and may favour a class. One scale
+    and a shift for each class, which minimise the cross entropy of unseen texts, correct both
+    (Platt 1999, "Probabilistic outputs for support vector machines"; Guo et al. 2017,
+    https://arxiv.org/abs/1706.04599). It is skipped where the logits carry no information."""
     from scipy import optimize, special
 
     probabilities = class_probabilities(model, tokenizer, [row.text for row in rows], runtime)

@@ -24,13 +24,9 @@ import lora
 import training
 from data_loader import CATALOG, find_data_dir, load_instructions, log0
 from data_utils import CHAT_TEMPLATE, ExampleBatches, Split, encode_instructions, split_examples
-from evaluate import INSTRUCTION_CONTEXT, RESPONSE_COLUMNS, response_metrics
-from lora import LoRAConfig
 from tokenizer import BPETokenizer
-from training import Runtime, TrainConfig
 
-RECIPE = {"steps": 450, "learning_rate": 0.004, "muon_learning_rate": 0.01}
-RECIPE |= {"decay_fraction": 0.9, "eval_every": 0}
+RECIPE = {"steps": 450, "muon_learning_rate": 0.01, "decay_fraction": 0.9, "eval_every": 0}
 # The head, too: it has never had to predict <|endoftext|> or modern words.
 RECIPE |= {"r": 16, "lora_alpha": 32.0, "target_modules": ("qkv", "fc", "proj", "head")}
 # For a public base, which answers already.
@@ -53,7 +49,7 @@ class InstructionConfig:
     """
 
     batch_size: int = 16
-    context_length: int = INSTRUCTION_CONTEXT
+    context_length: int = evaluate.INSTRUCTION_CONTEXT
     dropout: float = 0.05
     epochs: int = 5
 
@@ -70,16 +66,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace, runtime: Runtime) -> None:
+def run(args: argparse.Namespace, runtime: training.Runtime) -> None:
     """Fine-tunes by one of three methods: "qlora", "lora" or "full"."""
     config = training.from_options(InstructionConfig, vars(args))
-    adapter = None if args.method == "full" else training.from_options(LoRAConfig, vars(args))
+    adapter = None if args.method == "full" else training.from_options(lora.LoRAConfig, vars(args))
     length, kind = config.context_length, f"{args.method}_instruction"
     path = args.out_dir / f"{kind}_weights.pth"
     with training.rank_zero_first(runtime):
         training.check_output(args, path.name)
-        is_frozen = args.public_recipe and args.method != "full"
-        dtype = runtime.dtype if is_frozen else torch.float32
+        dtype = runtime.dtype if adapter and args.public_recipe else torch.float32
         base, tokenizer, origin = generation.open_base(args, length, dtype)
         adapter = adapter and lora.resolve_targets(base, adapter)
         data_dir = find_data_dir(args.data_dir)
@@ -88,7 +83,7 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
         encoded = _encode(rows, tokenizer, length)
         log0(f"instructions: {tasks.name}, {encoded.sizes()}; runtime: {runtime.describe()}")
     model = generation.reconfigure(base, length, config.dropout).to(runtime.device)
-    before = response_metrics(model, tokenizer, encoded.test, runtime)
+    before = evaluate.response_metrics(model, tokenizer, encoded.test, runtime)
     metadata = {"model_config": asdict(model.config), **origin, **tasks.metadata}
     metadata |= {"instruction_config": asdict(config), "lora_config": adapter and asdict(adapter)}
     metadata |= {"chat_template": tokenizer.chat_template or CHAT_TEMPLATE}
@@ -96,10 +91,10 @@ def run(args: argparse.Namespace, runtime: Runtime) -> None:
     _prepare_model(model, encoded.train[:CALIBRATION], args, adapter, runtime)
     best, provenance = _train(model, tokenizer, encoded, config, args, runtime, path, metadata)
     if runtime.rank == 0:
-        runtime = Runtime(runtime.device, runtime.dtype)  # the other processes have left
+        runtime = training.Runtime(runtime.device, runtime.dtype)  # the other processes have left
         weights = lora.lora_state_dict(model) if adapter else model.state_dict()
         model.load_state_dict(training.half_precision(weights), strict=False)  # as saved
-        after = response_metrics(model, tokenizer, encoded.test, runtime)
+        after = evaluate.response_metrics(model, tokenizer, encoded.test, runtime)
         after["stops"] = evaluate.stop_rate(model, tokenizer, rows.test)
         metadata |= {"metrics": {**best, "base": before, "test": after}, "provenance": provenance}
         print(training.save_result(path, kind, weights, **metadata))
@@ -158,7 +153,7 @@ def _train(model, tokenizer, encoded, config, args, runtime, path, metadata):
 def _report(name, model, tokenizer, rows, metrics) -> None:
     """Prints metrics before and after, and a few responses."""
     table = [{"model": "base", **metrics["base"]}, {"model": name, **metrics["test"]}]
-    lines = evaluate.table_cells({"responses": "{n:,}"} | RESPONSE_COLUMNS, table)
+    lines = evaluate.table_cells({"responses": "{n:,}"} | evaluate.RESPONSE_COLUMNS, table)
     print(evaluate.markdown_table(lines))
     generation.prepare_for_inference(model)  # answers several times faster than 4 bits
     for row in rows.test[:3]:
@@ -173,7 +168,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_mutually_exclusive_group().add_argument
     add("--no-quantize", const="lora", help="plain LoRA on the base in full precision", **method)
     add("--full", const="full", help="train every weight, without adapters", **method)
-    for config_class in (InstructionConfig, LoRAConfig, TrainConfig):
+    for config_class in (InstructionConfig, lora.LoRAConfig, training.TrainConfig):
         training.add_config_flags(parser, config_class)
     parser.set_defaults(method="qlora")
     return generation.parse_for_base(parser, argv, RECIPE, PUBLIC_RECIPE)

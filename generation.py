@@ -29,14 +29,7 @@ import lora
 import training
 from data_loader import PRETRAINED, Instruction, atomic_write, log0
 from data_utils import CHAT_TEMPLATE, encode_instruction, text_batches
-from model import (
-    GPTClassificationModel,
-    GPTConfig,
-    GPTModel,
-    config_to_hf,
-    hf_tensors,
-    weights_to_hf,
-)
+from model import GPTClassificationModel, GPTConfig, GPTModel, hf_config, hf_tensors, weights_to_hf
 from tokenizer import BPETokenizer
 from training import CPU, Runtime, adapters_on, load_checkpoint, new_parser, report_errors
 
@@ -353,13 +346,11 @@ def prepare_for_inference(model: nn.Module, weights: str | None = None) -> nn.Mo
     `lora.WEIGHTS`: by default the fastest for a large model, and float32 for a small one."""
     device = next(model.parameters()).device
     dtype = torch.bfloat16 if training.bfloat16_is_faster(device) else torch.float32
-    if weights is None:
-        weights = "fp32"
-        if lora.count_parameters(model)[1] > LARGE_MODEL:
-            config = getattr(model, "backbone", model).config
-            sizes = config.n_embd, config.n_ff
-            weights = lora.fastest_weights(nn.Linear(*sizes, device=device), dtype)
-            log0(f"weights: {weights}, the fastest here")
+    if weights is None and lora.count_parameters(model)[1] > LARGE_MODEL:
+        config = getattr(model, "backbone", model).config
+        weights = lora.fastest_weights(nn.Linear(config.n_embd, config.n_ff, device=device), dtype)
+        log0(f"weights: {weights}, the fastest here")
+    weights = weights or "fp32"
     if weights == "fp32":  # before the merge, so that it does not round
         model.float()
     lora.merge_lora(model)
@@ -412,14 +403,13 @@ def cached_model(path: str | Path, metadata: dict[str, Any]) -> tuple | None:
         return None
     try:
         cached = load_model(path, "base")
+        if metadata.items() <= cached[2].items():
+            log0(f"using {path}")
+            return cached
+        note = adapters_on(path.parent, [path.name])
+        log0(f"replacing {path}: the data, the base or the options differ{note}")
     except ValueError as error:
         log0(f"training it again: {error}")
-        return None
-    if metadata.items() <= cached[2].items():
-        log0(f"using {path}")
-        return cached
-    note = adapters_on(path.parent, [path.name])
-    log0(f"replacing {path}: the data, the base or the options differ{note}")
     return None
 
 
@@ -511,12 +501,10 @@ def export_hf(path: str | Path, folder: str | Path) -> None:
     stops, vocab = stop_ids(tokenizer), tokenizer.vocab
     special = {"bos_token_id": None, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
     tokens = {"eos_token": vocab[stops[0]].decode(), "pad_token": vocab[tokenizer.pad_id].decode()}
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
-    tokenizer_config["model_max_length"] = config.context_length
-    tokenizer_config["clean_up_tokenization_spaces"] = False
+    tokens |= {"model_max_length": config.context_length, "clean_up_tokenization_spaces": False}
+    files = {"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}}
     if checkpoint["kind"] in INSTRUCTION_MODELS or tokenizer.chat_template:
-        tokenizer_config["chat_template"] = tokenizer.chat_template or CHAT_TEMPLATE
-    files = {"tokenizer_config": tokenizer_config}
+        files["tokenizer_config"]["chat_template"] = tokenizer.chat_template or CHAT_TEMPLATE
     if labels:
         tensors.pop("lm_head.weight", None)
         tensors |= _classifier_tensors(model)
@@ -525,7 +513,7 @@ def export_hf(path: str | Path, folder: str | Path) -> None:
     else:
         files["generation_config"] = special
     task = "SequenceClassification" if labels else "CausalLM"
-    files["config"] = {**config_to_hf(config, task), **special, "dtype": "float32"}
+    files["config"] = {**hf_config(config, task), **special, "dtype": "float32"}
     _write_folder(folder, tensors, "model.safetensors", **files)
     tokenizer.save(Path(folder, "tokenizer.json"))
 
@@ -563,11 +551,10 @@ def _classifier_tensors(model: GPTClassificationModel) -> dict[str, Tensor]:
     head, norm = model.classifier_head, model.backbone.final_norm
     tensors = {"score.weight": head.weight.detach()}
     if head.bias is not None:
-        shift = torch.linalg.pinv(head.weight.double()) @ head.bias.double()
-        before = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
-        moved = {"weight": norm.weight.detach(), "bias": (before + shift.float()).detach()}
-        for name, tensor in moved.items():
-            tensors |= hf_tensors(f"final_norm.{name}", tensor, model.backbone.config)
+        shift = (torch.linalg.pinv(head.weight.double()) @ head.bias.double()).float()
+        bias = shift if norm.bias is None else norm.bias + shift
+        for name, tensor in (("weight", norm.weight), ("bias", bias)):
+            tensors |= hf_tensors(f"final_norm.{name}", tensor.detach(), model.backbone.config)
     return tensors
 
 

@@ -440,10 +440,9 @@ def fastest_weights(layer: nn.Linear, dtype: torch.dtype) -> str:
     seconds = {}
     for weights in ("fp32", "int8", *(["bf16"] if dtype == torch.bfloat16 else [])):
         copied = nn.Sequential(copy.deepcopy(layer))
-        x = torch.ones(1, layer.in_features, device=layer.weight.device)
+        x = torch.ones_like(layer.weight[:1], dtype=torch.float32 if weights == "fp32" else dtype)
         with contextlib.suppress(RuntimeError), torch.inference_mode():
             convert_weights(copied, weights, dtype)
-            x = x.to(torch.float32 if weights == "fp32" else dtype)
             seconds[weights] = min(timeit.repeat(partial(copied, x), number=4, repeat=15))
     return min(seconds, key=seconds.get)
 

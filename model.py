@@ -370,7 +370,7 @@ def config_from_hf(data: dict[str, Any]) -> GPTConfig:
     return GPTConfig(**values)
 
 
-def config_to_hf(config: GPTConfig, task: str) -> dict[str, Any]:
+def hf_config(config: GPTConfig, task: str) -> dict[str, Any]:
     """The `config.json` with which `transformers` computes the same; ValueError if it cannot."""
     kind, column = find_family(config)
     architecture = kind.title().replace("Gpt", "GPT") + "For" + task

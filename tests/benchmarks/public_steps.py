@@ -4,10 +4,10 @@
 
 LoRA: 16 reviews of 128 tokens, rank 8 on attention, and a classification head. QLoRA: 8
 instructions of 256 tokens, half of them a response, rank 16 on all linear layers of an NF4 base.
-Ours are those of the fine-tuning scripts, with their micro-batches; `peft` has one batch under
-bfloat16 autocast, as in its documentation. Every measurement is a process of its own, the
-contestants taking turns; medians over the repeats. Memory is the peak of the whole process. Writes
-`public_steps.json`, one entry per processor.
+Ours are those of the fine-tuning scripts, with their micro-batches; `peft` has one batch, under
+bfloat16 autocast where that is faster, as in its documentation. Every measurement is a process of
+its own, the contestants taking turns; medians over the repeats. Memory is the peak of the whole
+process. Writes `public_steps.json`, one entry per processor.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def our_model(is_lora: bool, path: Path, runtime: Runtime) -> nn.Module:
     return model
 
 
-def peft_model(is_lora: bool, folder: Path) -> nn.Module:
+def peft_model(is_lora: bool, folder: Path, runtime: Runtime) -> nn.Module:
     """The same by `transformers` and `peft`."""
     import peft
     import transformers
@@ -92,7 +92,7 @@ def peft_model(is_lora: bool, folder: Path) -> nn.Module:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=runtime.dtype,
         )
         config |= {"task_type": "CAUSAL_LM", "target_modules": ATTENTION + FEED_FORWARD}
     model = auto.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
@@ -119,7 +119,8 @@ def measure(name: str, path: Path, folder: Path, steps: int) -> dict[str, float]
     is_lora, is_peft, times, losses = name.startswith("lora"), name.endswith("peft"), [], []
     with start_runtime() as runtime:
         torch.manual_seed(1)
-        model = peft_model(is_lora, folder) if is_peft else our_model(is_lora, path, runtime)
+        make, source = (peft_model, folder) if is_peft else (our_model, path)
+        model = make(is_lora, source, runtime)
         settings = {"optimizer": "adamw", "learning_rate": 2e-4, "weight_decay": 0.0}
         optimizers = make_optimizers(model.train(), TrainConfig(steps=1, **settings), runtime.dtype)
         script = finetune_lora_classifier if is_lora else finetune_qlora_instructions
