@@ -344,13 +344,15 @@ def load_for_inference(
 def prepare_for_inference(model: nn.Module, weights: str | None = None) -> nn.Module:
     """Merges adapters in place, dequantises 4-bit weights, and converts the result to a format in
     `lora.WEIGHTS`: by default the fastest for a large model, and float32 for a small one."""
+    if weights is None and lora.count_parameters(model)[1] <= LARGE_MODEL:
+        weights = "fp32"
     device = next(model.parameters()).device
-    dtype = torch.bfloat16 if training.bfloat16_is_faster(device) else torch.float32
-    if weights is None and lora.count_parameters(model)[1] > LARGE_MODEL:
+    has_bf16 = weights != "fp32" and training.bfloat16_is_faster(device)
+    dtype = torch.bfloat16 if has_bf16 else torch.float32
+    if weights is None:
         config = getattr(model, "backbone", model).config
         weights = lora.fastest_weights(nn.Linear(config.n_embd, config.n_ff, device=device), dtype)
         log0(f"weights: {weights}, the fastest here")
-    weights = weights or "fp32"
     if weights == "fp32":  # before the merge, so that it does not round
         model.float()
     lora.merge_lora(model)

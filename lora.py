@@ -308,10 +308,8 @@ class NF4Linear(nn.Linear):
 
 def quantize_4bit(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Quantises the linear layers of the blocks to NF4, in place; embeddings, norms and head stay.
-
     Uses bitsandbytes, which computes in `dtype`, or if that does not run, warns and uses the slower
-    `NF4Linear`, with the same values. Move the model to its device before.
-    """
+    `NF4Linear`, with the same values. Move the model to its device before."""
     for name, layer in list(model.named_modules()):
         if "blocks" not in name.split(".") or type(layer) is not nn.Linear:
             continue

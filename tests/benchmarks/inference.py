@@ -223,7 +223,8 @@ def summaries(record: dict[str, Any]) -> tuple[str, str]:
             for key, digits in (("decode", 1), ("decode_8", 1), ("prefill", 0))
         ]
         share = row["decode"] * row["weight_bytes"] / record["bandwidth"]
-        peak = record["peak"]["float32" if name.endswith("fp32") else "bfloat16"]
+        fp32_peak, bf16_peak = record["peak"].values()
+        peak = fp32_peak if name.endswith("fp32") else max(fp32_peak, bf16_peak)
         cells.insert(1, f"{share:.0%}")
         cells.append(f"{record['flop_per_token'] * row['prefill'] / peak:.0%}")
         cells.append(f"{row['bytes'] / 2**20:,.0f} MiB ({row['bytes'] / first['bytes']:.2f})")
