@@ -200,12 +200,10 @@ def input_moments(model: nn.Module, texts: Iterable[Tensor]) -> dict[str, Tensor
 def absorb_quantization_error(
     model: nn.Module, weights: dict[str, Tensor], moments: dict[str, Tensor]
 ) -> None:
-    """Starts the adapters of a quantised model as the best correction of their rank.
-
-    With Q the 4-bit weight, W the original one in `weights`, and the `input_moments` M = L L^T, B A
-    is the truncated SVD of (W - Q) L, times the inverse of L: it minimises the error of the outputs
-    rather than of the weights (QERA, Zhang et al. 2024, https://arxiv.org/abs/2410.06040).
-    """
+    """Starts the adapters of a quantised model as the best correction of their rank. With Q the
+    4-bit weight, W the original one in `weights`, and the `input_moments` M = L L^T, B A is the
+    truncated SVD of (W - Q) L, times the inverse of L: it minimises the error of the outputs rather
+    than of the weights (QERA, Zhang et al. 2024, https://arxiv.org/abs/2410.06040)."""
     for name, adapter in lora_layers(model):
         if q := quantized_weight(adapter.base_layer):
             error = weights[f"{name}.weight"].float() - dequantize_nf4(q).float()
@@ -234,12 +232,10 @@ class NF4Weight(NamedTuple):
 
 
 def quantize_nf4(weight: Tensor) -> NF4Weight:
-    """Rounds each weight to one of 16 levels times the largest magnitude of its block of 64.
-
-    The levels are quantiles of a normal distribution, so each is used about equally often. The
-    scales, 32 bits per 64 weights, are themselves quantised to 8 bits in blocks of 256 (double
-    quantisation): 4.13 bits per weight (Dettmers et al. 2023).
-    """
+    """Rounds each weight to one of 16 levels times the largest magnitude of its block of 64. The
+    levels are quantiles of a normal distribution, so each is used about equally often. The scales,
+    32 bits per 64 weights, are themselves quantised to 8 bits in blocks of 256 (double
+    quantisation): 4.13 bits per weight (Dettmers et al. 2023)."""
     codes, scales = _quantize_blocks(weight.detach().float().flatten(), nf4_levels(), 64)
     mean = scales.mean()
     scale_codes, scale_scales = _quantize_blocks(scales - mean, dynamic_levels(), 256)

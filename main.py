@@ -157,7 +157,8 @@ def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Pa
                 raise ValueError(f"{path} holds {held}: use --out-dir")
             log0(f"using {path}: delete it to convert {source} again")
             return path
-        published = data_loader.open_pretrained(source, find_data_dir(args.data_dir))
+        adapters = training.adapters_on(path.parent, [BASE])
+        published = data_loader.open_pretrained(source, find_data_dir(args.data_dir), adapters)
         try:
             config = config_from_hf(published.config)
             tokenizer = BPETokenizer.load(published.folder / "tokenizer.json")

