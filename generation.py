@@ -360,7 +360,7 @@ def prepare_for_inference(model: nn.Module, weights: str | None = None) -> nn.Mo
         lora.convert_weights(model, weights, dtype)
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"no {weights} on this machine ({reason}): use --weights bf16") from None
+        raise ValueError(f"no {weights} on this machine ({reason}): leave --weights out") from None
     return model
 
 

@@ -383,7 +383,7 @@ class Int4Linear(nn.Module):
 
     GROUP = 32
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, layer: nn.Linear):
         super().__init__()
         groups = layer.weight.detach().to(torch.float32, copy=True).unflatten(1, (-1, self.GROUP))
         low, high = groups.aminmax(dim=2, keepdim=True)
@@ -409,8 +409,8 @@ def convert_weights(model: nn.Module, weights: str, dtype: torch.dtype = torch.b
     for name, layer in list(model.named_modules()) if weights.startswith("int") else ():
         if isinstance(layer, nn.Linear) and name != HEAD:
             in_block = "blocks" in name.split(".") and not layer.in_features % Int4Linear.GROUP
-            kind = Int4Linear if weights == "int4" and in_block else Int8Linear
-            packed = kind(layer, dtype)
+            is_int4 = weights == "int4" and in_block
+            packed = Int4Linear(layer) if is_int4 else Int8Linear(layer, dtype)
             model.set_submodule(name, packed)
             if tied := embeddings.get(layer.weight):
                 model.set_submodule(tied, packed)
@@ -432,7 +432,7 @@ def fastest_weights(layer: nn.Linear, dtype: torch.dtype) -> str:
     not "int4", which changes results, nor one whose kernel this machine lacks. `dtype` is the one
     that is faster for many vectors: where it is float32, bf16 would read a prompt too slowly."""
     seconds = {}
-    for weights in ("fp32", "int8", *(["bf16"] if dtype == torch.bfloat16 else [])):
+    for weights in ("fp32", "int8", "bf16") if dtype == torch.bfloat16 else ("fp32", "int8"):
         copied = nn.Sequential(copy.deepcopy(layer))
         x = torch.ones_like(layer.weight[:1], dtype=torch.float32 if weights == "fp32" else dtype)
         with contextlib.suppress(RuntimeError), torch.inference_mode():

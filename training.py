@@ -203,8 +203,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -
 
 class Muon(Optimizer):
     """Moves matrices by their momentum, made nearly orthogonal so that it is equally large in all
-    directions (Jordan 2024, https://kellerjordan.github.io/posts/muon). As `torch.optim.Muon`,
-    which always computes in bf16: without instructions for it that takes most of a step's time."""
+    directions (Jordan 2024, https://kellerjordan.github.io/posts/muon). `torch.optim.Muon` does the
+    same, but always in bf16, which is very slow on a processor without instructions for it."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, decay: float, dtype: torch.dtype):
         super().__init__(parameters, {"lr": lr, "weight_decay": decay})
@@ -224,8 +224,8 @@ class Muon(Optimizer):
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Pushes the singular values of a matrix towards one by Newton-Schulz iterations, which need no
-    decomposition."""
+    """Pushes the singular values of a matrix (m, n) towards one by Newton-Schulz iterations, which
+    need no decomposition."""
     is_tall = x.shape[0] > x.shape[1]
     x = (x.T if is_tall else x) / x.norm().clamp(min=1e-7)
     for _ in range(5):
