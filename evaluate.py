@@ -130,7 +130,7 @@ def classification_metrics(
 
 
 def _weights_for_answers(model: GPTModel) -> str:
-    """Large models answer in bf16, on every machine, so that their answers are the same."""
+    """Large models answer in bf16 on every machine, so that their answers differ little."""
     return "bf16" if count_parameters(model)[1] > generation.LARGE_MODEL else "fp32"
 
 
