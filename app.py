@@ -23,7 +23,7 @@ import streamlit as st
 import torch
 
 import generation
-from data_loader import Instruction, read_unlabelled
+from data_loader import HINT, Instruction, read_unlabelled
 from data_utils import IGNORE, encode_instruction
 from evaluate import LINEAR, REPORT, REPORT_COLUMNS, load_linear_baseline, table_cells
 from generation import BASE, LORA_CLASSIFIER, QLORA, TEMPERATURE, TOP_P, command_for
@@ -276,7 +276,7 @@ def answer(turns: list, files: dict, title: str, system: str, sampling: dict) ->
     task = dataclasses.replace(conversation(turns, title, system), response="")
     half = model.config.context_length // 2  # for the conversation, and as much for the answer
     if len(encode_instruction(task, tokenizer, 1 << 30)) > half:
-        st.caption("The conversation is too long for the context: its oldest turns were left out.")
+        st.caption("Too long: the oldest turns or the end of the question were left out.")
     sampling = {**sampling, "max_new_tokens": min(MAX_ANSWER, half)}
     ids = generation.generate_response(model, tokenizer, task, **sampling)
     stream_text(turns[-1][1], title, ids, tokenizer, "")
@@ -348,8 +348,8 @@ def classify_file() -> None:
         frame[[f"probability_{label}" for label in probabilities]] = probabilities.round(4)
         st.dataframe(frame)
         if "json" in Path(upload.name.lower().removesuffix(".gz")).suffix:
-            lines = (json.dumps(row, default=str) + "\n" for row in frame.to_dict("records"))
-            file, content = "predictions.jsonl", "".join(lines)
+            options = {"orient": "records", "lines": True, "force_ascii": False}
+            file, content = "predictions.jsonl", frame.to_json(default_handler=str, **options)
         else:
             file, content = "predictions.csv", frame.to_csv(index=False)
         st.download_button("Download with predictions", content, file, on_click="ignore")
@@ -363,7 +363,8 @@ def read_upload(content: bytes, name: str, column: str | None = None) -> tuple[l
         try:
             rows, texts = read_unlabelled(path, column)
         except ValueError as error:
-            raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from None
+            text = str(error).replace(f"{folder}{os.sep}", "")
+            raise ValueError(text.replace(HINT, "name the column of the texts above")) from None
     if len(rows) > MAX_ROWS:
         raise ValueError(f"the file has {len(rows):,} rows; the maximum is {MAX_ROWS:,}")
     return rows, [text[: 10 * MAX_TEXT] for text in texts]

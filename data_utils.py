@@ -328,10 +328,9 @@ def encode_instruction(
     row: Instruction, tokenizer: BPETokenizer, context_length: int
 ) -> EncodedInstruction:
     """Token ids of an example in the tokenizer's chat template or ours: at most `context_length`
-    inputs, hence one id more. Every response carries loss, with the token that ends it.
-
-    A long example loses its oldest turns, then the end of its context, then of its instruction down
-    to `MIN_PROMPT` tokens, and only then the end of its response. A system text loses what exceeds
+    inputs, hence one id more. Every response carries loss, with the token that ends it. A long
+    example loses its oldest turns, then the end of its context, then of its instruction down to
+    `MIN_PROMPT` tokens, and only then the end of its response. A system text loses what exceeds
     half the context. With an empty last response, the ids are the prompt that a model answers."""
     turns, n = row.turns, context_length + 1
     while len(example := _encode_turns(row.system, turns, tokenizer, n)) > n and len(turns) > 1:

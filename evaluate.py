@@ -150,16 +150,17 @@ def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path)
     such an answer contains one of the "answers" as a whole word, and none of the "wrong" ones.
     Leaves the model prepared for inference."""
     rows = [row for _, row in data_loader.read_records(path, ("instruction", "answers"))]
-    lists = [row.get("answers") for row in rows if isinstance(row, dict) and "instruction" in row]
-    if not rows or [type(answers) for answers in lists] != [list] * len(rows):
+    valid = [row for row in rows if isinstance(row, dict) and "instruction" in row]
+    lists = [words for row in valid for words in (row.get("answers"), row.get("wrong") or [])]
+    if not rows or [*map(type, lists)] != [list] * 2 * len(rows):
         raise ValueError(f"{path}: each row needs an instruction and a list of answers")
     generation.prepare_for_inference(model, _weights_for_answers(model))
     answers, marks = [], defaultdict(list)
     options = {"temperature": 0.0, "max_new_tokens": ANSWER_TOKENS}
     for row in tqdm(rows, "questions"):
-        task = Instruction(row["instruction"], row.get("context", ""))
+        task = Instruction(str(row["instruction"]), str(row.get("context") or ""))
         answer = tokenizer.decode(generation.generate_response(model, tokenizer, task, **options))
-        is_right = _has_word(answer, row["answers"]) and not _has_word(answer, row.get("wrong", []))
+        is_right = _has(answer, row["answers"]) and not _has(answer, row.get("wrong") or [])
         marks["right"].append(is_right)
         if category := row.get("category"):
             marks[f"right: {category}"].append(is_right)
@@ -168,8 +169,8 @@ def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path)
     return {**fractions, "n": len(answers), "answers": answers}
 
 
-def _has_word(text: str, words: Sequence[str]) -> bool:
-    patterns = (rf"(?<!\w){re.escape(word)}(?!\w)" for word in words)
+def _has(text: str, words: Sequence[Any]) -> bool:
+    patterns = (rf"(?<!\w){re.escape(str(word))}(?!\w)" for word in words if word != "")
     return any(re.search(pattern, text, re.IGNORECASE) for pattern in patterns)
 
 
@@ -410,6 +411,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write_report(args: argparse.Namespace, runtime: Runtime) -> None:
     models = args.models or generation.default_model_set()
+    if not models.is_dir():
+        raise FileNotFoundError(f"no folder {models}: name one, such as models/NAME")
     log0(f"measuring {models}")
     where = models, data_loader.find_data_dir(args.data_dir), runtime
     rows = {task: [_measure_row(*where, *row) for row in part] for task, part in REPORT.items()}

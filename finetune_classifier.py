@@ -60,8 +60,7 @@ class ReviewConfig:
         review_lm_steps: Maximum number of steps of the language model on the training reviews; 0
             starts from the base itself.
         prefix_loss: Fraction of the loss that is on the prefixes of the texts.
-        text_template: What the model reads, with {} in place of the text.
-    """
+        text_template: What the model reads, with {} in place of the text."""
 
     batch_size: int = 32
     context_length: int = 256
@@ -73,9 +72,9 @@ class ReviewConfig:
 
     def __post_init__(self) -> None:
         training.check_range(self, 1, math.inf, "batch_size", "epochs")
-        training.check_range(self, 0, math.inf, "review_lm_steps", "prefix_loss")
-        if self.text_template.count("{}") != 1:
-            raise ValueError("text_template must contain {} once")
+        training.check_range(self, 0, math.inf, "review_lm_steps")
+        if not 0 <= self.prefix_loss <= 1 or self.text_template.count("{}") != 1:
+            raise ValueError("prefix_loss must lie in [0, 1], and text_template contain {} once")
 
 
 @training.report_errors

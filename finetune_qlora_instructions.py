@@ -45,8 +45,7 @@ class InstructionConfig:
         batch_size: Examples per step, over all processes.
         context_length: Maximum number of tokens of prompt and response together.
         dropout: Dropout rate of embeddings and block outputs.
-        epochs: Maximum number of passes over the examples; `steps` may end the training sooner.
-    """
+        epochs: Maximum number of passes over the examples; `steps` may end the training sooner."""
 
     batch_size: int = 16
     context_length: int = evaluate.INSTRUCTION_CONTEXT
@@ -101,14 +100,12 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> None:
         _report(path.name, model, tokenizer, rows, metadata["metrics"])
 
 
-def _encode(rows: Split, tokenizer: BPETokenizer, context_length: int) -> Split:
+def _encode(rows: Split, tokenizer: BPETokenizer, length: int) -> Split:
     """Token ids of all splits; truncated responses are not trained on, unless all are truncated."""
-    train, *others = (
-        encode_instructions(split, tokenizer, context_length) for split in vars(rows).values()
-    )
+    train, *others = (encode_instructions(x, tokenizer, length) for x in vars(rows).values())
     ends = generation.stop_ids(tokenizer)
     complete = [x for x in train if x.targets[-1] in ends or x.targets[-2] in ends]
-    if n_cut := len(train) - len(complete):
+    if complete and (n_cut := len(train) - len(complete)):
         log0(f"skipped {n_cut:,} training responses: too long for the context")
     return Split(complete or train, *others)
 
@@ -153,8 +150,9 @@ def _train(model, tokenizer, encoded, config, args, runtime, path, metadata):
 def _report(name, model, tokenizer, rows, metrics) -> None:
     """Prints metrics before and after, and a few responses."""
     table = [{"model": "base", **metrics["base"]}, {"model": name, **metrics["test"]}]
-    lines = evaluate.table_cells({"responses": "{n:,}"} | evaluate.RESPONSE_COLUMNS, table)
-    print(evaluate.markdown_table(lines))
+    columns = {"responses": "{n:,}"} | evaluate.RESPONSE_COLUMNS
+    del columns["right answers"]  # which takes minutes: `evaluate.py`
+    print(evaluate.markdown_table(evaluate.table_cells(columns, table)))
     generation.prepare_for_inference(model)  # answers several times faster than 4 bits
     for row in rows.test[:3]:
         ids = generation.generate_response(model, tokenizer, row)

@@ -31,7 +31,7 @@ from data_loader import PRETRAINED, Instruction, atomic_write, log0
 from data_utils import CHAT_TEMPLATE, encode_instruction, text_batches
 from model import GPTClassificationModel, GPTConfig, GPTModel, hf_config, hf_tensors, weights_to_hf
 from tokenizer import BPETokenizer
-from training import CPU, Runtime, adapters_on, load_checkpoint, new_parser, report_errors
+from training import CPU, Runtime, dependents, load_checkpoint, new_parser, report_errors
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # sampling defaults
 MAX_RESPONSE_TOKENS = 200
@@ -40,12 +40,10 @@ MAX_RESPONSE_TOKENS = 200
 def generate(
     model: GPTModel, prompt: Tensor, max_new_tokens: int, stops: Sequence[int] = (), **sampling: Any
 ) -> Iterator[Tensor]:
-    """Yields, step by step, the next token of each row (B,) of a prompt (B, T).
-
-    Expects evaluation mode; the prompt may be longer than the context. A row ends when it samples a
-    token in `stops`: while others continue, it yields `stops[0]` as padding and costs nothing more.
-    `sampling` goes to `sample_next_token`.
-    """
+    """Yields, step by step, the next token of each row (B,) of a prompt (B, T). Expects evaluation
+    mode; the prompt may be longer than the context. A row ends when it samples a token in `stops`:
+    while others continue, it yields `stops[0]` as padding and costs nothing more. `sampling` goes
+    to `sample_next_token`."""
     if prompt.shape[1] == 0 or max_new_tokens < 0:
         raise ValueError("the prompt needs at least one token, and max-new-tokens 0 or more")
     cache = KVCache(model, len(prompt), prompt.shape[1] + max_new_tokens)
@@ -184,7 +182,7 @@ def generate_response(
     model: GPTModel, tokenizer: BPETokenizer, task: Instruction, **sampling: Any
 ) -> Iterator[int]:
     """Yields the token ids of a response to the last turn of a task, as `continue_prompt` does. A
-    prompt of half a context or more is shortened as in training."""
+    prompt of more than half a context is shortened as in training."""
     task = replace(task, response="")
     prompt = encode_instruction(task, tokenizer, model.config.context_length // 2 - 1).ids
     sampling = {"max_new_tokens": MAX_RESPONSE_TOKENS, **sampling}
@@ -273,12 +271,10 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
 ) -> tuple[Any, BPETokenizer, dict[str, Any]]:
     """Opens a checkpoint: the model in evaluation mode, its tokenizer, and the checkpoint itself.
-
     The tokenizer is the `tokenizer.json` beside the checkpoint. An adapter is loaded onto its base,
     at the relative path that the checkpoint records; for QLoRA the base is quantised again, to
     exactly the same values. `dtype` is that of the base's weights; with None they stay as in the
-    file, mapped into memory. Files that do not match, or of other kinds, raise a ValueError.
-    """
+    file, mapped into memory. Files that do not match, or of other kinds, raise a ValueError."""
     with open_checkpoint(path, kinds) as checkpoint:
         lora_config = checkpoint.get("lora_config")
         weights = _base_weights(path, checkpoint) if lora_config else checkpoint["weights"]
@@ -286,7 +282,7 @@ def load_model(
         tokenizer = BPETokenizer.load(tokenizer_path)
         if tokenizer.sha256 != checkpoint.get("tokenizer_sha256"):
             text = f"{path} was trained with another tokenizer than {tokenizer_path}: put the"
-            raise ValueError(f"{text} right one back, or train again with `python main.py`")
+            raise ValueError(f"{text} right one back, or repeat `{command_for(path)}`")
         weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
         head = {name: weights.pop(name) for name in list(weights) if name.startswith(lora.HEAD)}
         is_quantized = checkpoint["kind"] == "qlora_instruction"
@@ -315,6 +311,8 @@ def open_checkpoint(path: str | Path, kinds: str | tuple[str, ...] = ANY_KIND) -
     checkpoint = load_checkpoint(path, kinds, hint)
     try:
         yield checkpoint
+    except torch.OutOfMemoryError:  # a RuntimeError that says nothing of the file
+        raise
     except (KeyError, TypeError, RuntimeError) as error:
         first_line = str(error).replace(":\n\t", ": ").split("\n")[0]
         text = f"{path} does not fit this program's model ({first_line})"
@@ -353,9 +351,7 @@ def prepare_for_inference(model: nn.Module, weights: str | None = None) -> nn.Mo
         config = getattr(model, "backbone", model).config
         weights = lora.fastest_weights(nn.Linear(config.n_embd, config.n_ff, device=device), dtype)
         log0(f"weights: {weights}, the fastest here")
-    if weights == "fp32":  # before the merge, so that it does not round
-        model.float()
-    lora.merge_lora(model)
+    lora.merge_lora(model, torch.float32 if weights == "fp32" else None)
     try:
         lora.convert_weights(model, weights, dtype)
     except RuntimeError as error:
@@ -408,7 +404,7 @@ def cached_model(path: str | Path, metadata: dict[str, Any]) -> tuple | None:
         if metadata.items() <= cached[2].items():
             log0(f"using {path}")
             return cached
-        note = adapters_on(path.parent, [path.name])
+        note = dependents(path.parent, [path.name])
         log0(f"replacing {path}: the data, the base or the options differ{note}")
     except ValueError as error:
         log0(f"training it again: {error}")
@@ -427,9 +423,12 @@ def parse_for_base(
     path = folders[0] / BASE if folders else path
     is_public = False
     with contextlib.suppress(Exception):  # `load_model` says what is wrong with a file
-        is_public = "pretrained" in torch.load(path, "cpu", weights_only=True, mmap=True)
+        saved = torch.load(path, "cpu", weights_only=True, mmap=True)
+        is_public = bool(saved.get("pretrained") or saved.get("public_base"))
     parser.set_defaults(**(public_recipe if is_public else recipe))
     args = parser.parse_args(argv)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: create it with `{command_for(path)}`")
     args.base, args.public_recipe = path, public_recipe if is_public else {}
     if args.out_dir is None:  # by default, what comes with the clone is never overwritten
         args.out_dir = Path("models") if path.parent.name == "shipped" else path.parent
@@ -495,7 +494,7 @@ def default_path(file: str, folder: str | Path | None = None) -> Path:
 def export_hf(path: str | Path, folder: str | Path) -> None:
     """Writes a checkpoint as a folder for `transformers`, in float32 and with adapters merged."""
     model, tokenizer, checkpoint = load_model(path)
-    lora.merge_lora(model)
+    lora.merge_lora(model.float(), torch.float32)
     labels, gpt = checkpoint.get("labels"), getattr(model, "backbone", model)
     is_tied = gpt.head.weight is gpt.token_embedding.weight  # no longer after adapters of the head
     config = replace(gpt.config, tie_weights=is_tied)
@@ -523,10 +522,12 @@ def export_hf(path: str | Path, folder: str | Path) -> None:
 def export_peft(path: str | Path, folder: str | Path) -> None:
     """Writes an adapter that `peft` loads onto the same base in `transformers`. Where our layer
     joins several of theirs (queries, keys and values), these share A, and the rows of B are divided
-    among them: exactly the same update, of the same rank."""
+    among them: exactly the same update, of the same rank. One for a 4-bit base needs that again."""
     model, _, checkpoint = load_model(path)
     if not checkpoint.get("lora_config"):
         raise ValueError(f"{path} has no adapter: use --export-hf")
+    if checkpoint["kind"] == "qlora_instruction":
+        log0("the adapter fits the base in NF4 with double quantisation, and no other precision")
     labels, config = checkpoint.get("labels"), getattr(model, "backbone", model).config
     tensors = _classifier_tensors(model) if labels else {}
     saved = sorted({name.rpartition(".")[0] for name in tensors})

@@ -2,8 +2,9 @@
 quantised to 4 bits (QLoRA; Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
 
 A frozen linear layer W gets a trainable low-rank update: y = W x + (alpha / r) B A x. One of A and
-B starts at zero, so training starts from the unchanged model; afterwards the update can be added to
-W. Only A, B and a classification head, together the adapter, are trained and saved.
+B starts at zero, so training starts from the unchanged model; in QLoRA they start as a correction
+of the 4-bit weights. Afterwards the update can be added to W. Only A, B and a classification head,
+together the adapter, are trained and saved.
 
 Shapes: r rank, A (r, in), B (out, r); B batch, T time (tokens), C channels, V vocabulary.
 """
@@ -38,8 +39,7 @@ class LoRAConfig:
         lora_alpha: The update is scaled by lora_alpha / r.
         lora_dropout: Dropout rate of the inputs of A; adapters of embeddings have no dropout.
         target_modules: Linear layers and embeddings to adapt, by the end of their names, such as
-            "qkv" or "blocks.2.attn.proj"; "blocks.-1" is the last block.
-    """
+            "qkv" or "blocks.2.attn.proj"; in "blocks.-1.attn.qkv", -1 is the last block."""
 
     r: int = 8
     lora_alpha: float = 16.0
@@ -147,19 +147,20 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear | LoRAEmbedding]
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> None:
+def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Adds each adapter to its layer's weight and removes it: an equivalent, faster model. 4-bit
-    weights are dequantised first, also in layers without an adapter."""
+    weights are dequantised first, also in layers without an adapter. The changed weights get
+    `dtype`, by default their own, which may be half precision and round the sum."""
     for name, layer in list(model.named_modules()):
         if q := quantized_weight(layer):
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(dequantize_nf4(q), requires_grad=False)
+            plain.weight = nn.Parameter(dequantize_nf4(q).to(dtype), requires_grad=False)
             plain.bias = layer.bias
             model.set_submodule(name, plain)
     for name, adapter in lora_layers(model):
         layer = adapter.base_layer
         # A new tensor, because the head may share the weight of the embedding.
-        merged = (layer.weight + adapter.delta_weight()).to(layer.weight.dtype)
+        merged = (layer.weight + adapter.delta_weight()).to(dtype or layer.weight.dtype)
         layer.weight = nn.Parameter(merged, requires_grad=False)
         model.set_submodule(name, layer)
 
@@ -431,6 +432,8 @@ def fastest_weights(layer: nn.Linear, dtype: torch.dtype) -> str:
     """The format in WEIGHTS with which a layer of this shape multiplies one vector fastest, timed;
     not "int4", which changes results, nor one whose kernel this machine lacks. `dtype` is the one
     that is faster for many vectors: where it is float32, bf16 would read a prompt too slowly."""
+    if layer.weight.device.type != "cpu":  # the calls return before the work is done
+        return "bf16" if dtype == torch.bfloat16 else "fp32"
     seconds = {}
     for weights in ("fp32", "int8", "bf16") if dtype == torch.bfloat16 else ("fp32", "int8"):
         copied = nn.Sequential(copy.deepcopy(layer))

@@ -49,8 +49,7 @@ class DataConfig:
     Attributes:
         batch_size: Windows of text per step, over all processes.
         resegment_probability: Probability that a token is split into the two it was merged from,
-            at the first step; it falls to zero at the last one.
-    """
+            at the first step; it falls to zero at the last one."""
 
     batch_size: int = 16
     resegment_probability: float = 0.2
@@ -142,6 +141,7 @@ def _open_model(
     if not 1 <= args.context_length <= length:
         raise ValueError(f"--context-length must lie in [1, {length}]")
     origin = {"init_from": str(args.init_from), "init_from_sha256": checkpoint["weights_sha256"]}
+    origin["public_base"] = checkpoint.get("pretrained") or checkpoint.get("public_base")
     return model, tokenizer, {**origin, "chat_template": checkpoint.get("chat_template")}
 
 
@@ -152,12 +152,12 @@ def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Pa
     path = (args.out_dir if is_result else MODELS / Path(source).name.lower()) / BASE
     with training.lock_output_dir(path.parent, runtime), training.rank_zero_first(runtime):
         if path.is_file():
-            held = training.load_checkpoint(path, "base").get("pretrained", "a model of yours")
-            if held != source:
+            held = training.load_checkpoint(path, "base", training.command_line())
+            if (held := held.get("pretrained", "a model of yours")) != source:
                 raise ValueError(f"{path} holds {held}: use --out-dir")
             log0(f"using {path}: delete it to convert {source} again")
             return path
-        adapters = training.adapters_on(path.parent, [BASE])
+        adapters = training.dependents(path.parent, [BASE])
         published = data_loader.open_pretrained(source, find_data_dir(args.data_dir), adapters)
         try:
             config = config_from_hf(published.config)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Rotary = tuple[Tensor, Tensor] | None  # cosines and signed sines (T, D)
-Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # keys, values: T new to all S
+Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # KVCache: T new k and v to all S
 
 
 class CausalSelfAttention(nn.Module):
@@ -40,7 +40,7 @@ class CausalSelfAttention(nn.Module):
         """(B, T, C) to (B, T, C); `mask` (T, S) is 0 where a token may attend and -inf elsewhere.
         Each key/value head serves H / K query heads (Ainslie et al. 2023,
         https://arxiv.org/abs/2305.13245). PyTorch's kernel computes single tokens, prompts in fp32,
-        and all on a GPU; else attention is spelled out, which in bf16 on a CPU is faster."""
+        and all on CUDA; else attention is spelled out, which in bf16 on a CPU is faster."""
         (B, T, _), K = x.shape, self.n_kv_head
         q, k, v = self.project(x, rotary)
         k, v = store(k, v) if store else (k, v)
@@ -138,8 +138,7 @@ class GPTConfig:
         norm: "layer" or "rms" (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
         norm_eps: Added to the variance before its root is taken.
         qk_norm: Whether to normalise q and k (Dehghani et al. 2023, https://arxiv.org/abs/2302.05442).
-        tie_weights: Whether the head shares the weights of the token embedding, as in GPT-2.
-    """
+        tie_weights: Whether the head shares the weights of the token embedding, as in GPT-2."""
 
     vocab_size: int = 2048
     context_length: int = 256

@@ -72,8 +72,7 @@ class BPETokenizer:
             even one that `tokenizers` recognises in any text, such as Qwen's `<think>`.
         end_id: Token that ends a text and separates it from the next; None if there is none.
         pad_id: Token that pads rows; `end_id` if there is no other.
-        end_of_turn_id: Token that ends a message of a chat, or None.
-    """
+        end_of_turn_id: Token that ends a message of a chat, or None."""
 
     def __init__(self, layout: dict):
         """`layout` is the content of a `tokenizer.json`."""

@@ -68,8 +68,7 @@ class TrainConfig:
         grad_accumulation: Micro-batches per step, processed one after the other to save memory.
         eval_every: Steps between validations, each of which also saves a resumable state; 0 means
             once per epoch (fine-tuning only).
-        seed: Seed of initial weights, batches and dropout.
-    """
+        seed: Seed of initial weights, batches and dropout."""
 
     steps: int
     optimizer: str = "muon"
@@ -106,13 +105,11 @@ def train(
     maximize: str = "",
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Trains the parameters of `model` that require gradients, and leaves it with the best weights.
-    Returns the metrics of the best step, and the provenance with the config.
-
-    Gradients are averaged over all terms of the loss. The best step has the lowest "val_loss", or
-    the highest `maximize`, of `validate`, which runs on every process. The log and the state to
-    resume from, which must be of a run with the same `metadata`, lie beside `path`. Raises
-    FloatingPointError if loss, gradient or metric is not finite, Interrupted after SIGINT, SIGTERM.
-    """
+    Returns the metrics of the best step, and the provenance with the config. Gradients are averaged
+    over all terms of the loss. The best step has the lowest "val_loss", or the highest `maximize`,
+    of `validate`, which runs on every process. The log and the state to resume from, which must be
+    of a run with the same `metadata`, lie beside `path`. Raises FloatingPointError if loss,
+    gradient or metric is not finite, Interrupted after SIGINT, SIGTERM."""
     run = _Run(model, config, runtime, path, metadata, maximize)
     with _stop_signals(runtime) as received_signal, run.start(resume) as bar:
         for step in range(run.step, config.steps):
@@ -128,7 +125,7 @@ def train(
             loss_sum, n_terms = all_reduce_(run.parameters, totals, runtime.world_size)
             if n_terms:
                 norm = scale_and_clip_(run.parameters, n_terms, config.max_grad_norm)
-                _check_finite(step, {"loss": loss_sum / n_terms, "gradient norm": norm})
+                _check_finite(step + 1, {"loss": loss_sum / n_terms, "gradient norm": norm})
                 for optimizer in run.optimizers:
                     optimizer.step()
             model.zero_grad(set_to_none=True)
@@ -178,11 +175,9 @@ def scale_and_clip_(parameters: list[nn.Parameter], n_terms: float, max_norm: fl
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> list[Optimizer]:
-    """AdamW and Muon, which computes in `dtype`, over the parameters that require gradients.
-
-    AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) scales each element of the
-    momentum by its own history, Muon the matrix as a whole.
-    """
+    """AdamW and Muon, which computes in `dtype`, over the parameters that require gradients. AdamW
+    (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) scales each element of the
+    momentum by its own history, Muon the matrix as a whole."""
     groups: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": [], "undecayed": []}
     for name, parameter in model.named_parameters():
         layer = model.get_submodule(name.rpartition(".")[0])
@@ -216,8 +211,8 @@ class Muon(Optimizer):
         for group in self.param_groups:
             for parameter in (p for p in group["params"] if p.grad is not None):
                 state, gradient = self.state[parameter], parameter.grad
-                momentum = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
-                momentum.lerp_(gradient, 0.05)
+                momentum = state["momentum_buffer"] if state else torch.zeros_like(gradient)
+                state["momentum_buffer"] = momentum.lerp_(gradient, 0.05)
                 update = orthogonalize(gradient.lerp(momentum, 0.95).to(self.dtype))
                 rate = group["lr"] * max(1, parameter.shape[0] / parameter.shape[1]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
@@ -250,13 +245,11 @@ def mean_loss(
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy in nats of the targets (B, T) other than -100, and their number.
-
-    The plain equivalent is `F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")`
-    with the logits (B * T, V). Here logits are computed only where there is a target, in slices
-    that stay in the cache: faster, and with a large vocabulary it saves gigabytes. Padding to a
-    multiple of 64 rows leaves few tensor sizes, so that their memory is reused.
-    """
+    """Summed cross entropy in nats of the targets (B, T) other than -100, and their number. The
+    plain equivalent is `F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")` with
+    the logits (B * T, V). Here logits are computed only where there is a target, in slices that
+    stay in the cache: faster, and with a large vocabulary it saves gigabytes. Padding to a multiple
+    of 64 rows leaves few tensor sizes, so that their memory is reused."""
     inputs, targets = batch
     has_loss = targets != -100
     hidden, targets = model.hidden(inputs)[has_loss], targets[has_loss]
@@ -354,7 +347,7 @@ class _Run:
         save_checkpoint(self.state_path, {**state, "optimizers": optimizers, **progress})
 
     def _load_state(self) -> None:
-        state = load_checkpoint(self.state_path, "resume", "the command with --overwrite")
+        state = load_checkpoint(self.state_path, "resume", command_line().replace(" --resume", ""))
         if differences := "; ".join(_differences(state["metadata"], self.metadata)):
             advice = "give the same options on an idle machine (precision is timed), or --overwrite"
             raise ValueError(f"{self.state_path} is of another run ({differences}): {advice}")
@@ -453,12 +446,14 @@ def load_checkpoint(
             raise ValueError(f"of format {version}, not {FORMAT_VERSION}")
         if weights_sha256(checkpoint["weights"]) != checkpoint["weights_sha256"]:
             raise ValueError("weights do not match the recorded SHA-256")
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:  # torch.load has no error class of its own: zip, pickle, EOF, ...
         if path.is_file() and path.stat().st_mtime_ns != written:  # replaced while it was read
             return load_checkpoint(path, kinds, hint)
         first_line = str(error).split("\n")[0]
-        text = f"{path} is damaged or another file ({first_line}): create one with `{hint}`"
-        raise ValueError(text) from None
+        text = f"{path} is damaged or another file ({first_line}): delete it, and create one with"
+        raise ValueError(f"{text} `{hint}`") from None
     if (kind := checkpoint.get("kind")) not in kinds:
         raise ValueError(f"{path} is of kind {kind}, not {' or '.join(kinds)}")
     return checkpoint
@@ -511,7 +506,8 @@ def start_runtime() -> Iterator[Runtime]:
     """Chooses device (CUDA, MPS, CPU) and precision; under torchrun, joins the other processes."""
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    has_mps = world_size == 1 and torch.backends.mps.is_available()  # gloo has no MPS
+    device = torch.device("mps" if has_mps else "cpu")
     if torch.cuda.is_available():
         if local_rank >= (n_gpus := torch.cuda.device_count()):
             raise ValueError(f"{world_size} processes need a GPU each, there are {n_gpus}")
@@ -577,20 +573,22 @@ def check_output(args: argparse.Namespace, *files: str, start: str = "") -> None
     files += tuple(Path(file).with_suffix(".log.jsonl").name for file in files)
     replaced = [file for file in files if (args.out_dir / file).is_file()]
     if replaced and not args.resume:
-        note = adapters_on(args.out_dir, replaced)
+        note = dependents(args.out_dir, replaced)
         log0(f"will replace {', '.join(replaced)} in {args.out_dir}{note}")
 
 
-def adapters_on(folder: str | Path, files: Sequence[str]) -> str:
-    """A note on the adapters in a folder whose base is among `files`, if there are any."""
+def dependents(folder: str | Path, files: Sequence[str]) -> str:
+    """A note on the models in a folder that need one of `files`, their tokenizer or base."""
     names = []
     for path in sorted(Path(folder).glob("*.pth")):
         with contextlib.suppress(Exception):  # a damaged file is no adapter
             checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
             metadata = checkpoint.get("metadata", checkpoint)  # nested in a resumable state
-            if metadata["lora_config"] and metadata["base"] in files:
+            on_base = metadata.get("lora_config") and metadata["base"] in files
+            on_tokenizer = "tokenizer_sha256" in metadata and "tokenizer.json" in files
+            if path.name not in files and (on_base or on_tokenizer):
                 names.append(path.name)
-    return f"; adapters that depend on it: {', '.join(names)}" if names else ""
+    return f"; models that depend on it: {', '.join(names)}" if names else ""
 
 
 @functools.cache

@@ -249,7 +249,11 @@ def test_uploads_are_read_as_the_scripts_read_files():
         ("a.csv", b"", "has no valid row"),
         ("a.csv", b"\xff" + bytes(9), r"^a\.csv is not text"),
         ("a.csv", b"n;m;o;p\n1;2;3;4\n", r"^a\.csv: 4 columns without known names, n, m"),
-        ("a.jsonl", b'{"n": 1}', "row 1: no text; ignored columns: n; name .* --text-column"),
+        (
+            "a.jsonl",
+            b'{"n": 1}',
+            "row 1: no text; ignored columns: n; name the column of the texts above",
+        ),
         ("a.csv", b"text\nI love it, really\n", "row 2: 2 fields instead of 1"),
         ("a.jsonl", b"{", "row 1: not JSON"),
         ("a.jsonl", b'{"text": "a"}\nnull', "row 2: not an object"),

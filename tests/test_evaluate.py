@@ -95,6 +95,11 @@ def test_the_table_names_the_command_for_what_is_missing(
     assert all("problem" in row for part in rows.values() for row in part)
 
 
+def test_a_model_set_that_is_not_there_is_not_created(tmp_path: Path, capsys):
+    assert evaluate.main(["--models", str(tmp_path / "smollm2")]) == 2
+    assert "such as models/NAME" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_the_shipped_report_is_not_rewritten_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -180,9 +185,14 @@ def test_a_right_answer_has_the_word_and_no_wrong_one(
     metrics = evaluate.question_metrics(model, tokenizer, path)
     assert metrics["right"] == 2 / 5 and metrics["n"] == 5 and metrics["answers"] == said
     assert metrics["right: facts"] == metrics["right: kinds"] == 1 / 2
-    path.write_text('{"instruction": "?"}\n')
-    with pytest.raises(ValueError, match="each row needs an instruction and a list of answers"):
-        evaluate.question_metrics(model, tokenizer, path)
+    answers = iter([[4], [4]])
+    rows = [{"answers": [12], "context": None, "wrong": None}, {"answers": ["no", ""]}]
+    path.write_text("".join(json.dumps({"instruction": 1, **row}) + "\n" for row in rows))
+    assert evaluate.question_metrics(model, tokenizer, path)["right"] == 1 / 2
+    for row in ("{}", '{"answers": "no"}', '{"answers": ["no"], "wrong": "yes"}'):
+        path.write_text(row.replace("{", '{"instruction": "?", ').replace(", }", "}"))
+        with pytest.raises(ValueError, match="each row needs an instruction and a list of answers"):
+            evaluate.question_metrics(model, tokenizer, path)
 
 
 def test_a_large_model_answers_in_bfloat16_and_is_measured_in_float32(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import randomised
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -158,6 +159,23 @@ def test_an_instruction_model_answers_there_as_here(
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
         assert_equal_logits(theirs.eval(), model, ids(model))
+
+
+def test_a_4_bit_base_in_bfloat16_is_merged_and_exported_in_float32(
+    base: GPTModel, tokenizer: BPETokenizer, tmp_path: Path
+):
+    path = tmp_path / "models" / QLORA
+    config = LoRAConfig(r=4, target_modules=TARGETS[:4])
+    more = {**origin(base, config), "compute_dtype": "torch.bfloat16"}
+    more |= {"base_dtype": "torch.bfloat16"}
+    quantize_4bit(base)
+    save(path, "qlora_instruction", adapted(base, config), base.config, tokenizer, **more)
+    export_hf(path, tmp_path / "out")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = generation.prepare_for_inference(load_model(path)[0], "fp32")
+    assert_equal_logits(theirs, model, ids(model))
 
 
 def test_a_failed_export_is_one_line_and_leaves_no_file(

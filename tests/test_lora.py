@@ -218,6 +218,12 @@ def test_a_4_bit_base_in_bfloat16_merges_into_bfloat16(n_embd: int):
         quantize_4bit(base, torch.bfloat16)
     ids = torch.arange(7)[None]
     logits = adapted(base, LoRAConfig(r=3, target_modules=("qkv", "mlp.proj")))(ids)
+    exact = copy.deepcopy(base).float()
+    merge_lora(exact, torch.float32)
+    for name, adapter in lora_layers(base):
+        weight = lora.dequantize_nf4(lora.quantized_weight(adapter.base_layer)).float()
+        expected = weight + adapter.delta_weight()
+        torch.testing.assert_close(exact.get_submodule(name).weight, expected, rtol=0, atol=0)
     merge_lora(base)
     assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
     assert relative_error(base(ids), logits.float()) < 0.1
@@ -450,3 +456,6 @@ def test_weights_without_a_kernel_are_not_chosen(monkeypatch: pytest.MonkeyPatch
     assert fastest_weights(layer, torch.float32) == "fp32"  # in bf16 a prompt would be slow
     seconds[torch.bfloat16] = 4.0
     assert fastest_weights(layer, torch.bfloat16) == "fp32"
+    elsewhere = nn.Linear(32, 16, device="meta")  # only a CPU is timed
+    assert fastest_weights(elsewhere, torch.bfloat16) == "bf16"
+    assert fastest_weights(elsewhere, torch.float32) == "fp32"

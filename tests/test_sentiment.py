@@ -85,6 +85,12 @@ def test_figures_against_scikit_learn_and_by_hand():
     assert nine_of_ten["ci95"] == pytest.approx([0.5958, 0.9821], abs=1e-4)  # Wilson, published
 
 
+@pytest.mark.parametrize("options", [{"prefix_loss": 1.5}, {"text_template": "Review:"}])
+def test_impossible_options_are_refused(options: dict):
+    with pytest.raises(ValueError, match=r"prefix_loss must lie in \[0, 1\], and text_template"):
+        finetune_classifier.ReviewConfig(**options)
+
+
 def test_prefix_loss_by_hand():
     torch.manual_seed(0)
     model = randomised(GPTClassificationModel(GPTModel(tiny_config(50)), 2))
@@ -346,7 +352,9 @@ def test_a_public_base_that_is_not_there_yet_is_named_with_its_command(
     if base.startswith("models"):
         Path(base).mkdir(parents=True)
     assert finetune_lora_classifier.main(["--base", base, "--dataset", "sample"]) == 2
-    assert "`python main.py --pretrained smollm2-135m-instruct`" in capsys.readouterr().err
+    said = capsys.readouterr().err  # at once: no word on what the run would replace
+    assert said.startswith("error: no checkpoint") and said.count("\n") == 1
+    assert "`python main.py --pretrained smollm2-135m-instruct`" in said
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -398,7 +398,7 @@ def test_another_run_is_not_resumed(
 
 
 def test_nothing_to_resume_is_an_error(tmp_path: Path, runtime: Runtime):
-    with pytest.raises(FileNotFoundError, match="the command with --overwrite"):
+    with pytest.raises(FileNotFoundError, match="create it with `python "):
         run(tmp_path, runtime, resume=True)
 
 
@@ -436,14 +436,15 @@ def test_an_unfinished_run_is_refused_by_name_and_stays(
     assert state.read_bytes() == b"158 steps"
 
 
-def test_what_will_be_replaced_is_named_with_the_adapters_on_it(
+def test_what_will_be_replaced_is_named_with_the_models_on_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     check_output(output_options(tmp_path), "base.pth", "tokenizer.json")
     assert capsys.readouterr().err == ""  # nothing there, nothing to say
-    adapter = {"base": "base.pth", "lora_config": {"r": 1}, "weights": {}}
+    adapter = {"base": "base.pth", "lora_config": {"r": 1}, "weights": {}, "tokenizer_sha256": ""}
     on_another, merged = {**adapter, "base": "other.pth"}, {**adapter, "lora_config": None}
-    files = {"base": {"weights": {}}, "on it": adapter, "on other": on_another, "full": merged}
+    files = {name: {"weights": {}} for name in ("base", "linear")}
+    files |= {"on it": adapter, "on other": on_another, "full": merged}
     files["unfinished.resume"] = {"metadata": adapter, "weights": {}}
     for name, content in files.items():
         save_checkpoint(tmp_path / f"{name}.pth", {"kind": name, **content})
@@ -453,8 +454,12 @@ def test_what_will_be_replaced_is_named_with_the_adapters_on_it(
     check_output(output_options(tmp_path), "base.pth", "tokenizer.json")
     said = capsys.readouterr().err
     assert said == (
-        f"will replace base.pth, tokenizer.json, base.log.jsonl in {tmp_path}; adapters that "
-        "depend on it: on it.pth, unfinished.resume.pth\n"
+        f"will replace base.pth, tokenizer.json, base.log.jsonl in {tmp_path}; models that "
+        "depend on it: full.pth, on it.pth, on other.pth, unfinished.resume.pth\n"
+    )
+    check_output(output_options(tmp_path), "base.pth")  # the tokenizer stays
+    assert capsys.readouterr().err.endswith(
+        f"in {tmp_path}; models that depend on it: on it.pth, unfinished.resume.pth\n"
     )
     check_output(output_options(tmp_path), "on it.pth")
     assert capsys.readouterr().err == f"will replace on it.pth in {tmp_path}\n"
@@ -536,7 +541,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_good_states(
             net.head.weight.data.fill_(math.nan)
         return batches(step, parts)
 
-    with pytest.raises(FloatingPointError, match="at step 12: lower the learning rates"):
+    with pytest.raises(FloatingPointError, match="at step 13: lower the learning rates"):
         run(tmp_path, runtime, net, batches=poisoned)
     state = load_checkpoint(tmp_path / "run.resume.pth", "resume")
     assert all(tensor.isfinite().all() for tensor in state["weights"].values())
