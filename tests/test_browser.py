@@ -198,7 +198,7 @@ def test_generate_stops_and_keeps_the_text(address: str, page: Page):
     assert page.get_by_text(SPEED).inner_text() == shown
 
 
-def test_the_first_page_is_ready_soon_and_asks_nobody_else(address: str, page: Page):
+def test_the_first_page_opens_and_asks_nobody_else(address: str, page: Page):
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     started = time.perf_counter()

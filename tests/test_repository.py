@@ -19,12 +19,15 @@ DOCS = [  # every page of documentation
     ROOT / "tests" / "README.md",
     ROOT / "tests" / "benchmarks" / "README.md",
     ROOT / "models" / "shipped" / "README.md",
+    ROOT / "models" / "smollm2-135m-instruct" / "README.md",
     ROOT / ".github" / "CONTRIBUTING.md",
 ]
 PROSE = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
 import inference  # noqa: E402
+import labels  # noqa: E402
 import ladder  # noqa: E402
+import public_steps  # noqa: E402
 import run  # noqa: E402
 import scaling  # noqa: E402
 import steps  # noqa: E402
@@ -156,6 +159,9 @@ def test_the_documentation_quotes_the_benchmarks():
     assert all(run.summary(results[name]) in PROSE for name in run.BENCHMARKS)
     fits = json.loads((ROOT / "tests" / "benchmarks" / "scaling.json").read_text())["exponents"]
     assert scaling.summary(fits) in PROSE
+    assert labels.summary(json.loads(labels.RESULTS.read_text())) in PROSE
+    for rows in json.loads(public_steps.RESULTS.read_text()).values():
+        assert public_steps.summary(rows) in PROSE
     machines = [*map(inference.summaries, json.loads(inference.RESULTS.read_text()).values())]
     assert all(rates in PROSE for rates, _ in machines)
     assert machines[0][1] in PROSE  # the quality of the weights

@@ -3,8 +3,8 @@
     python tests/benchmarks/ladder.py [--steps 600] [--seeds 0] [--only RUN ...]
 
 The climb starts from a bigram table and adds a part per rung until it is the recipe of `main.py`;
-then each part is left out of the recipe once. All runs read the same number of tokens, at the same
-cost: BPE reads 2.8 times as much text with them as bytes do, and sees as much more at once. A run
+then each part is left out of the recipe once. All runs read the same number of tokens:
+BPE reads 2.8 times as much text with them as bytes do, and sees as much more at once. A run
 without Muon is trained at two rates of AdamW, and the better one counts: a rate that suits the
 whole model is too high for one without norms.
 

@@ -150,6 +150,20 @@ def measure(name: str, path: Path, folder: Path, steps: int) -> dict[str, float]
     return {"seconds": seconds, "bytes": peak, "first_loss": losses[0], "last_loss": losses[-1]}
 
 
+def summary(medians: dict[str, dict[str, float]]) -> str:
+    """The table in Markdown."""
+    head = "| step | seconds | of peft's speed | GiB | of peft's | first, last loss |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    for name, row in medians.items():
+        peer = medians[name.split()[0] + " peft"]
+        losses = f"{row['first_loss']:.4f}, {row['last_loss']:.4f}"
+        lines.append(
+            f"| {name} | {row['seconds']:.2f} | {peer['seconds'] / row['seconds']:.2f} "
+            f"| {row['bytes'] / 2**30:.2f} | {row['bytes'] / peer['bytes']:.2f} | {losses} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Runs the contestants and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -176,15 +190,7 @@ def main() -> None:
         name: {key: statistics.median(row[key] for row in found) for key in found[0]}
         for name, found in rows.items()
     }
-    print("| step | seconds | of peft's speed | GiB | of peft's | first, last loss |")
-    print("|---|---|---|---|---|---|")
-    for name, row in medians.items():
-        peer = medians[name.split()[0] + " peft"]
-        losses = f"{row['first_loss']:.4f}, {row['last_loss']:.4f}"
-        print(
-            f"| {name} | {row['seconds']:.2f} | {peer['seconds'] / row['seconds']:.2f} "
-            f"| {row['bytes'] / 2**30:.2f} | {row['bytes'] / peer['bytes']:.2f} | {losses} |"
-        )
+    print(summary(medians))
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     RESULTS.write_text(json.dumps({**results, processor(): medians}, indent=1) + "\n")
 
