@@ -276,7 +276,7 @@ def answer(turns: list, files: dict, title: str, system: str, sampling: dict) ->
     task = dataclasses.replace(conversation(turns, title, system), response="")
     half = model.config.context_length // 2  # for the conversation, and as much for the answer
     if len(encode_instruction(task, tokenizer, 1 << 30)) > half:
-        st.caption("Too long: the oldest turns or the end of the question were left out.")
+        st.caption("Too long: the oldest turns or the end of a text were left out.")
     sampling = {**sampling, "max_new_tokens": min(MAX_ANSWER, half)}
     ids = generation.generate_response(model, tokenizer, task, **sampling)
     stream_text(turns[-1][1], title, ids, tokenizer, "")
@@ -343,13 +343,13 @@ def classify_file() -> None:
             with st.spinner(f"Classifying {len(texts):,} texts"):
                 st.session_state["classified"] = request, classify(name, texts)
         _, probabilities = st.session_state["classified"]
-        frame = pd.DataFrame(rows, dtype=object)
+        frame = pd.DataFrame(rows, dtype=object).replace({float("nan"): None})
         frame["prediction"] = probabilities.idxmax(axis=1)
         frame[[f"probability_{label}" for label in probabilities]] = probabilities.round(4)
         st.dataframe(frame)
         if "json" in Path(upload.name.lower().removesuffix(".gz")).suffix:
-            options = {"orient": "records", "lines": True, "force_ascii": False}
-            file, content = "predictions.jsonl", frame.to_json(default_handler=str, **options)
+            lines = (json.dumps(row, default=str) + "\n" for row in frame.to_dict("records"))
+            file, content = "predictions.jsonl", "".join(lines)
         else:
             file, content = "predictions.csv", frame.to_csv(index=False)
         st.download_button("Download with predictions", content, file, on_click="ignore")

@@ -150,10 +150,10 @@ def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path)
     such an answer contains one of the "answers" as a whole word, and none of the "wrong" ones.
     Leaves the model prepared for inference."""
     rows = [row for _, row in data_loader.read_records(path, ("instruction", "answers"))]
-    valid = [row for row in rows if isinstance(row, dict) and "instruction" in row]
+    valid = [row for row in rows if isinstance(row, dict) and row.get("instruction")]
     lists = [words for row in valid for words in (row.get("answers"), row.get("wrong") or [])]
     if not rows or [*map(type, lists)] != [list] * 2 * len(rows):
-        raise ValueError(f"{path}: each row needs an instruction and a list of answers")
+        raise ValueError(f"{path}: each row needs an instruction and lists: answers, perhaps wrong")
     generation.prepare_for_inference(model, _weights_for_answers(model))
     answers, marks = [], defaultdict(list)
     options = {"temperature": 0.0, "max_new_tokens": ANSWER_TOKENS}
@@ -412,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
 def _write_report(args: argparse.Namespace, runtime: Runtime) -> None:
     models = args.models or generation.default_model_set()
     if not models.is_dir():
-        raise FileNotFoundError(f"no folder {models}: name one, such as models/NAME")
+        raise FileNotFoundError(f"no folder {models}: use --models models/NAME")
     log0(f"measuring {models}")
     where = models, data_loader.find_data_dir(args.data_dir), runtime
     rows = {task: [_measure_row(*where, *row) for row in part] for task, part in REPORT.items()}

@@ -452,7 +452,7 @@ def load_checkpoint(
         if path.is_file() and path.stat().st_mtime_ns != written:  # replaced while it was read
             return load_checkpoint(path, kinds, hint)
         first_line = str(error).split("\n")[0]
-        text = f"{path} is damaged or another file ({first_line}): delete it, and create one with"
+        text = f"{path} is damaged or another file ({first_line}): move it, and create one with"
         raise ValueError(f"{text} `{hint}`") from None
     if (kind := checkpoint.get("kind")) not in kinds:
         raise ValueError(f"{path} is of kind {kind}, not {' or '.join(kinds)}")
@@ -561,7 +561,7 @@ def lock_output_dir(folder: str | Path, runtime: Runtime) -> Iterator[None]:
 
 def check_output(args: argparse.Namespace, *files: str, start: str = "") -> None:
     """Refuses to overwrite an unfinished run in `args.out_dir`: of one of `files`, or of `start`,
-    which the script trains first. Logs the files to be replaced, and the adapters on them."""
+    which the script trains first. Logs the files to be replaced, and what depends on them."""
     if not is_rank_zero():  # rank 0 has checked, and its new state may lie there by now
         return
     states = [state_path(args.out_dir / file) for file in (*files, start or files[0])]
@@ -586,7 +586,7 @@ def dependents(folder: str | Path, files: Sequence[str]) -> str:
             metadata = checkpoint.get("metadata", checkpoint)  # nested in a resumable state
             on_base = metadata.get("lora_config") and metadata["base"] in files
             on_tokenizer = "tokenizer_sha256" in metadata and "tokenizer.json" in files
-            if path.name not in files and (on_base or on_tokenizer):
+            if path.name.replace(".resume", "") not in files and (on_base or on_tokenizer):
                 names.append(path.name)
     return f"; models that depend on it: {', '.join(names)}" if names else ""
 
@@ -713,8 +713,8 @@ def report_errors(main: Callable[[list[str] | None], int]) -> Callable[[list[str
             return main(argv)
         except (ValueError, OSError, FloatingPointError) as error:
             message, code = f"error: {error}", 2
-        except torch.OutOfMemoryError:
-            message, code = "error: out of GPU memory: in a training, raise --grad-accumulation", 2
+        except (torch.OutOfMemoryError, MemoryError):
+            message, code = "error: out of memory: in a training, raise --grad-accumulation", 2
         except Interrupted as stop:
             sys.argv = [*(a for a in sys.argv if a not in ("--resume", "--overwrite")), "--resume"]
             message, code = f"interrupted; continue with: {command_line()}", 128 + stop.args[0]

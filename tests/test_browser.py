@@ -1,6 +1,7 @@
 """The served app in a real browser, as a person uses it, with the models that the clone carries."""
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -237,6 +238,16 @@ def test_a_file_is_judged(address: str, page: Page, tmp_path: Path):
     assert (
         lines[0] == "text,prediction,probability_negative,probability_positive" and len(lines) == 3
     )
+    path = tmp_path / "reviews.jsonl"
+    path.write_text('{"text": "I love it", "n": 1.23456789012345}\n{"text": "awful waste"}\n')
+    page.locator("input[type=file]").set_input_files(path)
+    expect(page.get_by_text("reviews.jsonl")).to_be_visible()
+    settle(page)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download with predictions").click()
+    rows = [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
+    assert [row["n"] for row in rows] == [1.23456789012345, None]
+    assert [row["prediction"] for row in rows] == ["positive", "negative"]
 
 
 def test_two_sessions_at_once_get_their_own_text(address: str, page: Page):

@@ -97,7 +97,7 @@ def test_the_table_names_the_command_for_what_is_missing(
 
 def test_a_model_set_that_is_not_there_is_not_created(tmp_path: Path, capsys):
     assert evaluate.main(["--models", str(tmp_path / "smollm2")]) == 2
-    assert "such as models/NAME" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "use --models models/NAME" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_the_shipped_report_is_not_rewritten_by_default(
@@ -191,7 +191,7 @@ def test_a_right_answer_has_the_word_and_no_wrong_one(
     assert evaluate.question_metrics(model, tokenizer, path)["right"] == 1 / 2
     for row in ("{}", '{"answers": "no"}', '{"answers": ["no"], "wrong": "yes"}'):
         path.write_text(row.replace("{", '{"instruction": "?", ').replace(", }", "}"))
-        with pytest.raises(ValueError, match="each row needs an instruction and a list of answers"):
+        with pytest.raises(ValueError, match="needs an instruction and lists"):
             evaluate.question_metrics(model, tokenizer, path)
 
 

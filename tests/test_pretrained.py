@@ -1003,7 +1003,7 @@ def test_a_damaged_copy_of_a_public_model_names_what_mends_it(llama: Path, capsy
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     line = refusal(capsys, main.main(arguments))
-    assert line.endswith(f"delete it, and create one with `python main.py --pretrained {llama}`")
+    assert line.endswith(f"move it, and create one with `python main.py --pretrained {llama}`")
     path.unlink()
     assert main.main(arguments) == 0
     load_checkpoint(path, "base")

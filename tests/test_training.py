@@ -443,7 +443,7 @@ def test_what_will_be_replaced_is_named_with_the_models_on_it(
     assert capsys.readouterr().err == ""  # nothing there, nothing to say
     adapter = {"base": "base.pth", "lora_config": {"r": 1}, "weights": {}, "tokenizer_sha256": ""}
     on_another, merged = {**adapter, "base": "other.pth"}, {**adapter, "lora_config": None}
-    files = {name: {"weights": {}} for name in ("base", "linear")}
+    files = {name: {"weights": {}} for name in ("base", "base.resume", "linear")}
     files |= {"on it": adapter, "on other": on_another, "full": merged}
     files["unfinished.resume"] = {"metadata": adapter, "weights": {}}
     for name, content in files.items():
