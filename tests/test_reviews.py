@@ -218,7 +218,7 @@ REFUSED = {
     "twice.csv": (b"text,label,label\na,1,0\n", "two columns are named 'label'"),
     "texts.jsonl": (
         b'{"text": "a", "Body": "b", "label": 1}',
-        "row 1: ambiguous: text and Body; name the columns with --text-column",
+        "row 1: ambiguous: text and Body; name the column",  # there a flag, here a field
     ),
     "arrays.json": (b'{"a": [1], "b": [2]}', "row 1: no text; ignored columns: a, b"),
     "quote.csv": (b'text,label\n"Great,1\nb,0\nc,0\n', "row 2: a quotation mark that is never"),

@@ -443,7 +443,7 @@ def test_what_will_be_replaced_is_named_with_the_models_on_it(
     assert capsys.readouterr().err == ""  # nothing there, nothing to say
     adapter = {"base": "base.pth", "lora_config": {"r": 1}, "weights": {}, "tokenizer_sha256": ""}
     on_another, merged = {**adapter, "base": "other.pth"}, {**adapter, "lora_config": None}
-    files = {name: {"weights": {}} for name in ("base", "base.resume", "linear")}
+    files = {name: {"weights": {}} for name in ("base", "linear")}
     files |= {"on it": adapter, "on other": on_another, "full": merged}
     files["unfinished.resume"] = {"metadata": adapter, "weights": {}}
     for name, content in files.items():
@@ -463,6 +463,9 @@ def test_what_will_be_replaced_is_named_with_the_models_on_it(
     )
     check_output(output_options(tmp_path), "on it.pth")
     assert capsys.readouterr().err == f"will replace on it.pth in {tmp_path}\n"
+    save_checkpoint(tmp_path / "base.resume.pth", {"metadata": adapter, "weights": {}})
+    check_output(output_options(tmp_path, overwrite=True), "base.pth", "tokenizer.json")
+    assert "base.resume" not in capsys.readouterr().err  # it is discarded, too
 
 
 def test_the_log_of_a_finished_run_stays_until_the_new_result_is_whole(
