@@ -153,14 +153,14 @@ def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path)
     valid = [row for row in rows if isinstance(row, dict) and row.get("instruction")]
     lists = [words for row in valid for words in (row.get("answers"), row.get("wrong") or [])]
     if not rows or [*map(type, lists)] != [list] * 2 * len(rows):
-        raise ValueError(f"{path}: each row needs an instruction and lists: answers, perhaps wrong")
+        raise ValueError(f"{path}: rows need an instruction and a list of answers; wrong is a list")
     generation.prepare_for_inference(model, _weights_for_answers(model))
     answers, marks = [], defaultdict(list)
     options = {"temperature": 0.0, "max_new_tokens": ANSWER_TOKENS}
     for row in tqdm(rows, "questions"):
         task = Instruction(str(row["instruction"]), str(row.get("context") or ""))
         answer = tokenizer.decode(generation.generate_response(model, tokenizer, task, **options))
-        is_right = _has(answer, row["answers"]) and not _has(answer, row.get("wrong") or [])
+        is_right = _says(answer, row["answers"]) and not _says(answer, row.get("wrong") or [])
         marks["right"].append(is_right)
         if category := row.get("category"):
             marks[f"right: {category}"].append(is_right)
@@ -169,7 +169,7 @@ def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path)
     return {**fractions, "n": len(answers), "answers": answers}
 
 
-def _has(text: str, words: Sequence[Any]) -> bool:
+def _says(text: str, words: Sequence[Any]) -> bool:
     patterns = (rf"(?<!\w){re.escape(str(word))}(?!\w)" for word in words if word != "")
     return any(re.search(pattern, text, re.IGNORECASE) for pattern in patterns)
 

@@ -522,7 +522,7 @@ def export_hf(path: str | Path, folder: str | Path) -> None:
 def export_peft(path: str | Path, folder: str | Path) -> None:
     """Writes an adapter that `peft` loads onto the same base in `transformers`. Where our layer
     joins several of theirs (queries, keys and values), these share A, and the rows of B are divided
-    among them: exactly the same update, of the same rank. One for a 4-bit base fits no other."""
+    among them: exactly the same update, of the same rank. One of a 4-bit base fits that alone."""
     model, _, checkpoint = load_model(path)
     if not checkpoint.get("lora_config"):
         raise ValueError(f"{path} has no adapter: use --export-hf")

@@ -581,7 +581,7 @@ def dependents(folder: str | Path, files: Sequence[str]) -> str:
     """A note on the models in a folder that need one of `files`, their tokenizer or base."""
     names = []
     for path in sorted(Path(folder).glob("*.pth")):
-        with contextlib.suppress(Exception):  # a damaged file is no adapter
+        with contextlib.suppress(Exception):  # a damaged file is no model
             checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
             metadata = checkpoint.get("metadata", checkpoint)  # nested in a resumable state
             on_base = metadata.get("lora_config") and metadata["base"] in files

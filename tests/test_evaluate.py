@@ -191,7 +191,9 @@ def test_a_right_answer_has_the_word_and_no_wrong_one(
     assert evaluate.question_metrics(model, tokenizer, path)["right"] == 1 / 2
     for row in ("{}", '{"answers": "no"}', '{"answers": ["no"], "wrong": "yes"}'):
         path.write_text(row.replace("{", '{"instruction": "?", ').replace(", }", "}"))
-        with pytest.raises(ValueError, match="needs an instruction and lists"):
+        with pytest.raises(
+            ValueError, match="rows need an instruction and a list of answers; wrong is a list"
+        ):
             evaluate.question_metrics(model, tokenizer, path)
 
 

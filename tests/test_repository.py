@@ -159,7 +159,10 @@ def test_the_documentation_quotes_the_benchmarks():
     assert all(run.summary(results[name]) in PROSE for name in run.BENCHMARKS)
     fits = json.loads((ROOT / "tests" / "benchmarks" / "scaling.json").read_text())["exponents"]
     assert scaling.summary(fits) in PROSE
-    assert labels.summary(json.loads(labels.RESULTS.read_text())) in PROSE
+    accuracies = json.loads(labels.RESULTS.read_text())
+    assert PROSE.count(labels.summary(accuracies)) == 2  # of the benchmarks, and a model card
+    for accuracy in accuracies["250"]:
+        assert f"{accuracy:.1%}".replace("%", " %") in README
     for rows in json.loads(public_steps.RESULTS.read_text()).values():
         assert public_steps.summary(rows) in PROSE
     machines = [*map(inference.summaries, json.loads(inference.RESULTS.read_text()).values())]

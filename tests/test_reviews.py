@@ -218,7 +218,7 @@ REFUSED = {
     "twice.csv": (b"text,label,label\na,1,0\n", "two columns are named 'label'"),
     "texts.jsonl": (
         b'{"text": "a", "Body": "b", "label": 1}',
-        "row 1: ambiguous: text and Body; name the column",  # there a flag, here a field
+        "row 1: ambiguous: text and Body; name the columns with --text-column",
     ),
     "arrays.json": (b'{"a": [1], "b": [2]}', "row 1: no text; ignored columns: a, b"),
     "quote.csv": (b'text,label\n"Great,1\nb,0\nc,0\n', "row 2: a quotation mark that is never"),
@@ -231,9 +231,13 @@ REFUSED = {
 def test_scripts_and_app_refuse_the_same_for_the_reason(tmp_path: Path, name: str):
     content, reason = REFUSED[name]
     (tmp_path / name).write_bytes(content)
-    for read in (lambda: read_reviews(tmp_path / name), lambda: app.read_upload(content, name)):
-        with pytest.raises(ValueError, match=reason):
-            read()
+    with pytest.raises(ValueError, match=reason):
+        read_reviews(tmp_path / name)
+    field = "name the column of the texts above"  # in place of the flags
+    with pytest.raises(
+        ValueError, match=reason.replace("name the columns with --text-column", field)
+    ):
+        app.read_upload(content, name)
 
 
 LABELLED = [

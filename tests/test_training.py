@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import generation
 import training
 from training import (
     FORMAT_VERSION,
@@ -532,6 +533,28 @@ def test_flags_are_not_abbreviated_and_exclude_each_other(capsys: pytest.Capture
 
 
 # ---- faults
+
+
+@pytest.mark.parametrize("fault", [PermissionError(13, "Permission denied"), MemoryError()])
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(
+    fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    def refuse(*_: object) -> None:
+        raise fault
+
+    save_checkpoint(tmp_path / "a.pth", {"kind": "base", "weights": {}})
+    monkeypatch.setattr(training.zipfile, "ZipFile", refuse)
+    main = report_errors(lambda _: load_checkpoint(tmp_path / "a.pth", "base"))
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and "damaged" not in said
+    assert ("Permission denied" if fault.args else "out of memory") in said
+
+
+def test_a_full_gpu_is_not_called_a_model_that_does_not_fit(tmp_path: Path):
+    save_checkpoint(tmp_path / "a.pth", {"kind": "base", "weights": {}})
+    with pytest.raises(torch.OutOfMemoryError), generation.open_checkpoint(tmp_path / "a.pth"):
+        raise torch.OutOfMemoryError
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_good_states(
