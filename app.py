@@ -490,8 +490,7 @@ def show_adapter() -> None:
     norms = {"layer": list(updates), "relative norm of update": [x for x, _ in updates.values()]}
     left.altair_chart(bars(pd.DataFrame(norms)[:SHOWN_TOKENS], ".1%"))
     values = updates[right.selectbox("Layer", list(updates))][1]
-    columns = {"number": range(1, len(values) + 1), "singular value": values}
-    right.altair_chart(bars(columns, ".2f"))
+    right.altair_chart(bars({"number": range(1, len(values) + 1), "singular value": values}, ".2f"))
 
 
 def badge(token: bytes, token_id: int) -> str:

@@ -283,8 +283,7 @@ def _read_snippets(path):
     """Rows are a number, a mean rating from -4 to 4, and a text; skips those within 0.5 of 0."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     rows = (line.strip().split("\t") for line in lines if line.strip())
-    rated = ((text, float(rating)) for _, rating, text in rows)
-    return [Review(text, int(r > 0)) for text, r in rated if abs(r) > 0.5], LABELS
+    return [Review(text, int(float(r) > 0)) for _, r, text in rows if abs(float(r)) > 0.5], LABELS
 
 
 def read_instructions(path: str | Path) -> list[Instruction]:

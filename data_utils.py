@@ -444,8 +444,7 @@ class ExampleBatches:
 
 def _by_length(rows: Sequence, batch_size: int) -> Sequence[Tensor]:
     """Indices of rows in batches, shortest rows first."""
-    order = torch.tensor([*map(len, rows)]).argsort(stable=True)
-    return order.split(batch_size) if rows else ()
+    return torch.tensor([*map(len, rows)]).argsort(stable=True).split(batch_size) if rows else ()
 
 
 def pad_batch(rows: Sequence[Sequence], pad_id: int, max_length: int) -> tuple[Tensor, Tensor]:

@@ -64,8 +64,9 @@ def generate(
             rows, tokens = rows[~ended], tokens[~ended]
             cache.keys, cache.values = cache.keys[:, ~ended], cache.values[:, ~ended]
             if not len(rows):
-                return
+                break
         yield padding.scatter(0, rows, tokens[:, -1])
+    lora.return_freed_memory()  # of the cache, which in a long context is large
 
 
 class KVCache:
@@ -76,7 +77,7 @@ class KVCache:
         config, weight = model.config, model.final_norm.weight
         max_length = min(max_length or config.context_length, config.context_length)
         shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_size)
-        self.keys, self.values = weight.new_zeros(shape), weight.new_zeros(shape)
+        self.keys, self.values = weight.new_empty((2, *shape))
         self.length = 0
 
     def extend(self, T: int) -> list[Callable[[Tensor, Tensor], tuple[Tensor, ...]]]:

@@ -220,8 +220,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for name in sorted(fixed - {"context_length"}):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: already set by the trained model")
-    if args.steps is None and (args.data or args.resume or args.overwrite):
-        raise ValueError("--pretrained with --data, --resume or --overwrite needs --steps")
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    if args.steps is None and (idle := given - {"pretrained", "out_dir", "data_dir"}):
+        raise ValueError(f"--{min(idle).replace('_', '-')} with --pretrained needs --steps")
     return args
 
 

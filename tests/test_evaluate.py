@@ -137,8 +137,12 @@ def test_the_table_measures_in_and_out_of_domain(
 
 
 def test_fine_tuned_models_are_measured_on_the_part_they_did_not_see(
-    all_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    all_models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
+    monkeypatch.setattr(evaluate, "JUDGED_RESPONSES", 5)
     options = ["--models", str(all_models), "--data-dir", str(tmp_path)]
     assert evaluate.main(options) == 0
     rows = json.loads((all_models / "report.json").read_text())

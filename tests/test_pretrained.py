@@ -947,7 +947,7 @@ def test_options_that_the_model_decides_are_refused_even_if_they_are_defaults(
         (["--init-from", "first/tokenizer.json"], "damaged or another file"),
         (["--init-from", "first/model_weights.pth", "--context-length", "33"], "in [1, 32]"),
         (["--init-from", "first/model_weights.pth", "--context-length", "0"], "in [1, 32]"),
-        (["--pretrained", "gpt2"], "--steps"),  # --data without --steps
+        (["--pretrained", "gpt2"], "--data with --pretrained needs --steps"),
         (["--pretrained", "gpt2", "--n-layer", "2"], "--n-layer"),
         (["--pretrained", ""], "config.json"),
     ],
@@ -956,6 +956,12 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, base: Path, c
     data = ["--data", "x.txt"] if arguments[1] else []
     assert message in refusal(capsys, main.main([*arguments, *data, "--out-dir", "second"]))
     assert files_in(Path()) == [*files_in(Path("first")), "x.txt"]
+
+
+@pytest.mark.parametrize("option", ["--learning-rate 1e-3", "--batch-size 4", "--resume"])
+def test_no_option_of_a_training_is_ignored(option: str, base: Path, capsys):
+    line = refusal(capsys, main.main(["--pretrained", "gpt2", *option.split()]))
+    assert line.endswith(f"{option.split()[0]} with --pretrained needs --steps")
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(base: Path, monkeypatch, capsys):
