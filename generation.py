@@ -54,8 +54,7 @@ def generate(
     for _ in range(max_new_tokens):
         new_start = window_start(tokens.shape[1], model.config.context_length)
         if new_start != start:  # the window has moved: all its tokens are computed again
-            start = n_seen = new_start
-            cache.length = 0
+            start, n_seen, cache.length = new_start, new_start, 0
         with torch.inference_mode():
             logits = model.head(model.hidden(tokens[:, n_seen:], cache)[:, -1])
             next_token = sample_next_token(logits, tokens, **sampling)
@@ -66,7 +65,8 @@ def generate(
             if not len(rows):
                 break
         yield padding.scatter(0, rows, tokens[:, -1])
-    lora.return_freed_memory()  # of the cache, which in a long context is large
+    del cache
+    lora.return_freed_memory()
 
 
 class KVCache:
