@@ -20,6 +20,8 @@ from model import GPTModel
 from tokenizer import BPETokenizer
 from training import Runtime, load_checkpoint
 
+QUESTION = '{"instruction": "Name a fish.", "answers": ["cod"]}\n'
+
 
 def test_a_model_that_guesses_evenly(tokenizer: BPETokenizer, runtime: Runtime):
     uniform = GPTModel(tiny_config(400)).eval()  # a fresh head is all zeros
@@ -142,6 +144,8 @@ def test_fine_tuned_models_are_measured_on_the_part_they_did_not_see(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
+    (questions := tmp_path / "questions.jsonl").write_text(QUESTION)
+    monkeypatch.setattr(evaluate, "QUESTIONS", questions)
     monkeypatch.setattr(evaluate, "JUDGED_RESPONSES", 5)
     options = ["--models", str(all_models), "--data-dir", str(tmp_path)]
     assert evaluate.main(options) == 0
@@ -210,7 +214,7 @@ def test_a_large_model_answers_in_bfloat16_and_is_measured_in_float32(
 ):
     """Decoding 80 answers in float32 would take many times as long."""
     questions, answering = tmp_path / "questions.jsonl", []
-    questions.write_text('{"instruction": "Name a fish.", "answers": ["cod"]}\n')
+    questions.write_text(QUESTION)
     monkeypatch.setattr(evaluate, "QUESTIONS", questions)
     monkeypatch.setattr(evaluate, "JUDGED_OF_LARGE", 2)
     monkeypatch.setattr(evaluate, "JUDGED_RESPONSES", 2)
