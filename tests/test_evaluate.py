@@ -113,19 +113,21 @@ def test_the_shipped_report_is_not_rewritten_by_default(
     assert (tmp_path / "models" / "shipped" / "report.json").is_file()
 
 
-def test_the_table_measures_in_and_out_of_domain(
-    base_checkpoint: Path,
-    tmp_path: Path,
-    play: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-):
+@pytest.fixture
+def data(tmp_path: Path, play: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Data directory with a short play and a book."""
     texts = {"tinyshakespeare.txt": play[:5000], "wizard_of_oz.txt": "Dorothy " * 99}
     for name, content in texts.items():
         sha256 = data_loader.hashlib.sha256(content.encode()).hexdigest()
         (tmp_path / name).write_text(content)
         monkeypatch.setitem(data_loader.DOWNLOADS, name, {"sha256": sha256, "sources": []})
-    options = ["--models", str(base_checkpoint.parent), "--data-dir", str(tmp_path)]
+    return str(tmp_path)
+
+
+def test_the_table_measures_in_and_out_of_domain(
+    base_checkpoint: Path, data: str, capsys: pytest.CaptureFixture[str]
+):
+    options = ["--models", str(base_checkpoint.parent), "--data-dir", data]
     assert evaluate.main(options) == 0
     table = capsys.readouterr().out
     rows = json.loads((base_checkpoint.parent / "report.json").read_text())
@@ -140,6 +142,7 @@ def test_the_table_measures_in_and_out_of_domain(
 
 def test_fine_tuned_models_are_measured_on_the_part_they_did_not_see(
     all_models: Path,
+    data: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -147,7 +150,7 @@ def test_fine_tuned_models_are_measured_on_the_part_they_did_not_see(
     (questions := tmp_path / "questions.jsonl").write_text(QUESTION)
     monkeypatch.setattr(evaluate, "QUESTIONS", questions)
     monkeypatch.setattr(evaluate, "JUDGED_RESPONSES", 5)
-    options = ["--models", str(all_models), "--data-dir", str(tmp_path)]
+    options = ["--models", str(all_models), "--data-dir", data]
     assert evaluate.main(options) == 0
     rows = json.loads((all_models / "report.json").read_text())
     (all_models / "report.json").unlink()

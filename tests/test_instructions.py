@@ -299,7 +299,7 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_real_dolly_file(data_dir: Path):
-    found = load_instructions("dolly", None, data_dir, 4_000)
+    found = load_instructions("dolly", None, data_dir, 2_500)
     assert len(found.rows) == 2_500
     split = split_examples(found)
     keys = [{row.key for row in part} for part in vars(split).values()]
