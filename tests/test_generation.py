@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,22 @@ def test_the_cache_is_as_long_as_the_text_at_most_the_context(
     monkeypatch.setattr(generation, "KVCache", lambda *a: caches.append(KVCache(*a)) or caches[-1])
     assert len([*generate(model, torch.ones(2, n_prompt, dtype=torch.long), n_new)]) == n_new
     assert caches[0].keys.shape[3] == caches[0].values.shape[3] == expected
+
+
+def test_the_memory_of_the_cache_is_freed_before_it_is_returned(
+    model: GPTModel, monkeypatch: pytest.MonkeyPatch
+):
+    tensors, alive = [], []
+
+    def cache(*arguments: object) -> KVCache:
+        new = KVCache(*arguments)
+        tensors.extend(map(weakref.ref, (new.keys, new.values)))
+        return new
+
+    monkeypatch.setattr(generation, "KVCache", cache)
+    monkeypatch.setattr(lora, "return_freed_memory", lambda: alive.append([x() for x in tensors]))
+    assert len([*generate(model, torch.ones(2, 3, dtype=torch.long), 4)]) == 4
+    assert alive == [[None, None]]
 
 
 def test_the_seed_decides(model: GPTModel, tokenizer: BPETokenizer):
