@@ -170,8 +170,7 @@ def question_metrics(model: GPTModel, tokenizer: BPETokenizer, path: str | Path)
 
 
 def _says(text: str, words: Sequence[Any]) -> bool:
-    patterns = (rf"(?<!\w){re.escape(str(word))}(?!\w)" for word in words if word != "")
-    return any(re.search(pattern, text, re.IGNORECASE) for pattern in patterns)
+    return any(re.search(rf"(?<!\w){re.escape(w)}(?!\w)", text, re.I) for w in map(str, words) if w)
 
 
 # ---- the linear baseline

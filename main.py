@@ -220,8 +220,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for name in sorted(fixed - {"context_length"}):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: already set by the trained model")
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    if args.steps is None and (idle := given - {"pretrained", "out_dir", "data_dir"}):
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
+    idle = {n for n, v in given.items() if v is not None} - {"pretrained", "out_dir", "data_dir"}
+    if args.steps is None and idle:
         raise ValueError(f"--{min(idle).replace('_', '-')} with --pretrained needs --steps")
     return args
 

@@ -105,7 +105,7 @@ class BPETokenizer:
         vocab = {name: i for i, name in enumerate(names[: 1 + max(self._ids.values())])}
         # `transformers` saves truncation and padding of its last call, but does not read them.
         self._layout = {**layout, "added_tokens": added, "truncation": None, "padding": None}
-        merges = [(names[left], names[right]) for left, right, _ in self.merges]  # the same strings
+        merges = [(names[left], names[right]) for left, right, _ in self.merges]  # less memory
         self._layout["model"] = {**model, "vocab": vocab, "merges": merges}
 
     @classmethod
@@ -226,7 +226,7 @@ class BPETokenizer:
         """Reads a `tokenizer.json` or, without one, GPT-2's `vocab.json` and `merges.txt` in its
         folder. Ids equal those of `tokenizers`, but text never becomes an added token and nothing
         is truncated or padded; where other ids would differ, raises ValueError with the reason."""
-        path, advice = Path(path), ": put it back, or create it with `python main.py`"
+        path, advice = Path(path), ": restore the file, or create it with `python main.py`"
         try:
             if path.exists():
                 return cls(json.loads(path.read_text(encoding="utf-8")))

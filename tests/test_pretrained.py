@@ -958,7 +958,9 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, base: Path, c
     assert files_in(Path()) == [*files_in(Path("first")), "x.txt"]
 
 
-@pytest.mark.parametrize("option", ["--learning-rate 1e-3", "--batch-size 4", "--resume"])
+@pytest.mark.parametrize(
+    "option", ["--learning-rate 1e-3", "--batch-size 8", "--dataset auto", "--seed 0", "--resume"]
+)
 def test_no_option_of_a_training_is_ignored(option: str, base: Path, capsys):
     line = refusal(capsys, main.main(["--pretrained", "gpt2", *option.split()]))
     assert line.endswith(f"{option.split()[0]} with --pretrained needs --steps")

@@ -494,7 +494,7 @@ def test_what_is_no_path_or_no_file_is_said(tmp_path: Path):
     with pytest.raises(TypeError):
         BPETokenizer.load(None)
     with pytest.raises(
-        FileNotFoundError, match=r"no tokenizer at .*x\.json: put it back, or create it"
+        FileNotFoundError, match=r"no tokenizer at .*x\.json: restore the file, or create it"
     ):
         BPETokenizer.load(str(tmp_path / "x.json"))
 
@@ -596,7 +596,7 @@ def test_damaged_files_are_refused_with_the_command_that_creates_them(
     with pytest.raises(ValueError, match=r"{other}\.json: no byte-level BPE, or dam") as refusal:
         BPETokenizer.load(path)
     assert reason in str(refusal.value)
-    assert str(refusal.value).endswith(": put it back, or create it with `python main.py`")
+    assert str(refusal.value).endswith(": restore the file, or create it with `python main.py`")
 
 
 @pytest.mark.parametrize(
