@@ -222,7 +222,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')}: already set by the trained model")
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
     idle = {n for n, v in given.items() if v is not None} - {"pretrained", "out_dir", "data_dir"}
-    if args.steps is None and idle:
+    if args.steps is None and idle:  # without a training, only these three do something
         raise ValueError(f"--{min(idle).replace('_', '-')} with --pretrained needs --steps")
     return args
 

@@ -105,7 +105,7 @@ class BPETokenizer:
         vocab = {name: i for i, name in enumerate(names[: 1 + max(self._ids.values())])}
         # `transformers` saves truncation and padding of its last call, but does not read them.
         self._layout = {**layout, "added_tokens": added, "truncation": None, "padding": None}
-        merges = [(names[left], names[right]) for left, right, _ in self.merges]  # less memory
+        merges = [(names[left], names[right]) for left, right, _ in self.merges]  # shared strings
         self._layout["model"] = {**model, "vocab": vocab, "merges": merges}
 
     @classmethod

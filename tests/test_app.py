@@ -642,7 +642,7 @@ def test_any_text_gets_an_answer_on_every_page(odd: str, models: Path):
 
 
 @settings(
-    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
 def test_arbitrary_text_is_shown_and_judged(text: str, models: Path):

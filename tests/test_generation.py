@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 import generation
@@ -180,17 +180,19 @@ def test_the_cache_is_as_long_as_the_text_at_most_the_context(
 def test_the_memory_of_the_cache_is_freed_before_it_is_returned(
     model: GPTModel, monkeypatch: pytest.MonkeyPatch
 ):
-    tensors, alive = [], []
+    memory, is_freed = [], []
 
     def cache(*arguments: object) -> KVCache:
         new = KVCache(*arguments)
-        tensors.extend(map(weakref.ref, (new.keys, new.values)))
+        memory.append(StorageWeakRef(new.keys.untyped_storage()))
         return new
 
     monkeypatch.setattr(generation, "KVCache", cache)
-    monkeypatch.setattr(lora, "return_freed_memory", lambda: alive.append([x() for x in tensors]))
-    assert len([*generate(model, torch.ones(2, 3, dtype=torch.long), 4)]) == 4
-    assert alive == [[None, None]]
+    monkeypatch.setattr(lora, "return_freed_memory", lambda: is_freed.append(memory[-1].expired()))
+    prompt, every_token = torch.ones(2, 3, dtype=torch.long), range(model.config.vocab_size)
+    assert len([*generate(model, prompt, 4)]) == 4
+    assert not [*generate(model, prompt, 4, stops=every_token)]
+    assert is_freed == [True, True]
 
 
 def test_the_seed_decides(model: GPTModel, tokenizer: BPETokenizer):

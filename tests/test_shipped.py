@@ -25,7 +25,6 @@ from evaluate import (
     table_cells,
 )
 from generation import load_model
-from lora import merge_lora
 from tokenizer import BPETokenizer
 from training import Runtime, bfloat16_is_faster
 
@@ -72,7 +71,6 @@ def test_the_base_reaches_its_recorded_figure(data_dir: Path, tmp_path: Path, he
     assert found == pytest.approx(checkpoint["metrics"]["val_nats_per_byte"], rel=1e-3)
 
 
-@pytest.mark.slow
 def test_the_reviews_language_model_reaches_its_recorded_figure(data_dir: Path, here: Runtime):
     model, tokenizer, checkpoint = load_model(MODELS / "review_lm_weights.pth")
     reviews = load_reviews(checkpoint["dataset"], None, data_dir, checkpoint["rows"])
@@ -110,7 +108,6 @@ def test_the_instruction_model_reaches_its_recorded_figure(
     assert checkpoint["chat_template"] == CHAT_TEMPLATE
     test = split_examples(found).test
     encoded = encode_instructions(test, tokenizer, model.config.context_length)
-    merge_lora(model)  # equivalent, and several times as fast as 4-bit weights
     figures = response_metrics(model, tokenizer, encoded, here)
     recorded = checkpoint["metrics"]["test"]["response_bits_per_byte"]
     assert figures["response_bits_per_byte"] == pytest.approx(recorded, rel=2e-3)
