@@ -338,14 +338,18 @@ def classify_file() -> None:
         return
     with errors_as_messages():
         rows, texts = read_upload(upload.getvalue(), upload.name, column or None)
-        request = model_set(), name, texts
+        path = checkpoint_path(CLASSIFIERS[name], must_exist=True)
+        request = path, path.stat().st_mtime_ns, texts
         if request != st.session_state.get("classified", [None])[0]:  # else another widget changed
             with st.spinner(f"Classifying {len(texts):,} texts"):
                 st.session_state["classified"] = request, classify(name, texts)
         _, probabilities = st.session_state["classified"]
         frame = pd.DataFrame(rows, dtype=object).replace({float("nan"): None})
-        frame["prediction"] = probabilities.idxmax(axis=1)
-        frame[[f"probability_{label}" for label in probabilities]] = probabilities.round(4)
+        predictions = probabilities.round(4).add_prefix("probability_")
+        predictions.insert(0, "prediction", probabilities.idxmax(axis=1))
+        while {*predictions} & {*frame}:  # the file has columns of these names
+            predictions = predictions.add_suffix("_2")
+        frame[predictions.columns] = predictions
         st.dataframe(frame)
         if "json" in Path(upload.name.lower().removesuffix(".gz")).suffix:
             lines = (json.dumps(row, default=str) + "\n" for row in frame.to_dict("records"))

@@ -58,8 +58,7 @@ def sample_texts() -> list[str]:
 def prepare_token_ids(
     split: str, part: Corpus, corpus: Corpus, tokenizer: BPETokenizer, cache_dir: str | Path
 ) -> np.ndarray:
-    """Token ids (N,) of a split of the corpus, as a memory-mapped file that is written once, chunk
-    by chunk; see `encode_documents`."""
+    """Token ids (N,) of a split of the corpus, memory-mapped from a file that is written once."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
     def encode(path: Path) -> None:
@@ -234,7 +233,8 @@ def split_examples(examples: Examples[Example]) -> Split[Example]:
     for name, rows in vars(split).items():
         for label in {*range(len(examples.labels))} - {row.label for row in rows}:
             few = f"{examples.labels[label]!r}: {counts[label]:,}, none of them in the {name} split"
-            raise ValueError(f"{examples.name} has too few rows with the label {few}")
+            hint = f" (if it is a header, {data_loader.HINT})" if counts[label] == 1 else ""
+            raise ValueError(f"{examples.name} has too few rows with the label {few}{hint}")
     return split
 
 
@@ -310,8 +310,7 @@ class EncodedInstruction:
 def encode_instructions(
     rows: list[Instruction], tokenizer: BPETokenizer, context_length: int
 ) -> list[EncodedInstruction]:
-    """Token ids of examples; those without room for a response are skipped. Logs how many, and how
-    many conversations lost turns."""
+    """Token ids of examples; those without room for a response are skipped. Logs what is lost."""
     encoded = [encode_instruction(row, tokenizer, context_length) for row in rows]
     usable = [example for example in encoded if set(example.targets) != {IGNORE}]
     if len(usable) < len(encoded):
@@ -449,8 +448,7 @@ def _by_length(rows: Sequence, batch_size: int) -> Sequence[Tensor]:
 
 def pad_batch(rows: Sequence[Sequence], pad_id: int, max_length: int) -> tuple[Tensor, Tensor]:
     """Token ids (B, T), padded on the right, and lengths (B,). T is the longest row, rounded up to
-    a multiple of 16, but not above `max_length`: with few different shapes kernels and memory are
-    reused, which saves gigabytes on a CPU."""
+    a multiple of 16, at most `max_length`: with few shapes, gigabytes of memory are reused."""
     ids = pad_sequence([torch.as_tensor(row) for row in rows], True, pad_id)
     longest = ids.shape[1]
     T = max(longest, min(max_length, -(-longest // 16) * 16))

@@ -415,11 +415,16 @@ def _write_report(args: argparse.Namespace, runtime: Runtime) -> None:
     log0(f"measuring {models}")
     where = models, data_loader.find_data_dir(args.data_dir), runtime
     rows = {task: [_measure_row(*where, *row) for row in part] for task, part in REPORT.items()}
-    if args.models or models.name != "shipped":  # which no default command changes
-        with data_loader.atomic_write(models / "report.json") as file:
-            file.write(json.dumps(rows, indent=1).encode() + b"\n")
     tables = (table_cells(REPORT_COLUMNS[task], rows[task]) for task in rows)
     print(*map(markdown_table, tables), sep="\n\n")
+    if args.models or models.name != "shipped":  # which no default command changes
+        path, content = models / "report.json", json.dumps(rows, indent=1).encode() + b"\n"
+        earlier = path.read_bytes() if path.is_file() else b""
+        if earlier.count(b'"measured_on"') > content.count(b'"measured_on"'):
+            log0(f"kept {path}, since rows of it cannot be measured now: delete it to replace it")
+        else:
+            with data_loader.atomic_write(path) as file:
+                file.write(content)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

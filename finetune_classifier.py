@@ -184,9 +184,8 @@ def prefix_classification_loss(
     model: GPTClassificationModel, batch: training.Batch, weight: float = 0.5
 ) -> tuple[Tensor, Tensor]:
     """Summed cross entropy in nats, `weight` of it over all prefixes, and the number of texts. At
-    each token a causal model has read a prefix of the text: all of them are examples. Their mean is
-    weighted by position, because a short prefix says less. The batch holds token ids (B, T),
-    lengths (B,) and labels (B,)."""
+    each token a causal model has read a prefix: all are examples. Their mean is weighted by
+    position: a short prefix says less. The batch: token ids (B, T), lengths and labels (B,)."""
     ids, lengths, labels = batch
     B, T = ids.shape
     logits = model.classifier_head(model.backbone.hidden(ids)).float().flatten(0, 1)

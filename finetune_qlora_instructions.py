@@ -142,9 +142,8 @@ def _train(model, tokenizer, encoded, config, args, runtime, path, metadata):
     def validate():
         return {"val_loss": training.mean_loss(model, validation, loss_fn, runtime)}
 
-    return training.train(
-        model, batches, loss_fn, recipe, runtime, validate, path, metadata, args.resume
-    )
+    rest = runtime, validate, path, metadata, args.resume
+    return training.train(model, batches, loss_fn, recipe, *rest)
 
 
 def _report(name, model, tokenizer, rows, metrics) -> None:

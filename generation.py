@@ -40,10 +40,9 @@ MAX_RESPONSE_TOKENS = 200
 def generate(
     model: GPTModel, prompt: Tensor, max_new_tokens: int, stops: Sequence[int] = (), **sampling: Any
 ) -> Iterator[Tensor]:
-    """Yields, step by step, the next token of each row (B,) of a prompt (B, T). Expects evaluation
-    mode; the prompt may be longer than the context. A row ends when it samples a token in `stops`:
-    while others continue, it yields `stops[0]` as padding and costs nothing more. `sampling` goes
-    to `sample_next_token`."""
+    """Yields, step by step, the next token of each row (B,) of a prompt (B, T), which may be longer
+    than the context. A row ends when it samples a token in `stops`: while others continue, it
+    yields `stops[0]` as padding and costs nothing. `sampling` goes to `sample_next_token`."""
     if prompt.shape[1] == 0 or max_new_tokens < 0:
         raise ValueError("the prompt needs at least one token, and max-new-tokens 0 or more")
     cache = KVCache(model, len(prompt), prompt.shape[1] + max_new_tokens)
@@ -51,27 +50,28 @@ def generate(
     padding = torch.full_like(rows, stops[0] if stops else 0)
     stops = torch.tensor(stops, device=prompt.device)
     tokens, start, n_seen = prompt, 0, 0
-    for _ in range(max_new_tokens):
-        new_start = window_start(tokens.shape[1], model.config.context_length)
-        if new_start != start:  # the window has moved: all its tokens are computed again
-            start, n_seen, cache.length = new_start, new_start, 0
-        with torch.inference_mode():
-            logits = model.head(model.hidden(tokens[:, n_seen:], cache)[:, -1])
-            next_token = sample_next_token(logits, tokens, **sampling)
-        n_seen, tokens = tokens.shape[1], torch.cat([tokens, next_token[:, None]], dim=1)
-        if (ended := torch.isin(next_token, stops)).any():
-            rows, tokens = rows[~ended], tokens[~ended]
-            cache.keys, cache.values = cache.keys[:, ~ended], cache.values[:, ~ended]
-            if not len(rows):
-                break
-        yield padding.scatter(0, rows, tokens[:, -1])
-    del cache
-    lora.return_freed_memory()
+    try:
+        for _ in range(max_new_tokens):
+            new_start = window_start(tokens.shape[1], model.config.context_length)
+            if new_start != start:  # the window has moved: all its tokens are computed again
+                start, n_seen, cache.length = new_start, new_start, 0
+            with torch.inference_mode():
+                logits = model.head(model.hidden(tokens[:, n_seen:], cache)[:, -1])
+                next_token = sample_next_token(logits, tokens, **sampling)
+            n_seen, tokens = tokens.shape[1], torch.cat([tokens, next_token[:, None]], dim=1)
+            if (ended := torch.isin(next_token, stops)).any():
+                rows, tokens = rows[~ended], tokens[~ended]
+                cache.keys, cache.values = cache.keys[:, ~ended], cache.values[:, ~ended]
+                if not len(rows):
+                    break
+            yield padding.scatter(0, rows, tokens[:, -1])
+    finally:  # also if the caller stops early
+        del cache
+        lora.return_freed_memory()
 
 
 class KVCache:
-    """Keys and values (L, B, K, max_length, D) of the `length` tokens seen, so that a step computes
-    only the new ones; allocated once."""
+    """Keys and values (L, B, K, max_length, D) of the `length` tokens seen; allocated once."""
 
     def __init__(self, model: GPTModel, batch_size: int = 1, max_length: int | None = None):
         config, weight = model.config, model.final_norm.weight
@@ -333,8 +333,7 @@ def _base_weights(path: str | Path, checkpoint: dict[str, Any]) -> dict[str, Ten
 def load_for_inference(
     path: str | Path, runtime: Runtime = CPU, weights: str | None = None
 ) -> tuple[Any, BPETokenizer, dict[str, Any]]:
-    """`load_model`, then `prepare_for_inference`: for a model that is not trained further. The
-    checkpoint comes without weights."""
+    """`load_model`, then `prepare_for_inference`. The checkpoint comes without its weights."""
     model, tokenizer, checkpoint = load_model(path, runtime=runtime, dtype=None)
     del checkpoint["weights"]
     return prepare_for_inference(model, weights), tokenizer, checkpoint

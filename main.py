@@ -115,9 +115,8 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> Path:
     metadata |= {"sample_prompt": prompt, **origin}
     path = args.out_dir / BASE
     validate = partial(validation_metrics, model, tokenizer, validation_ids, runtime)
-    best, provenance = train(
-        model, batches, next_token_loss, config, runtime, validate, path, metadata, args.resume
-    )
+    rest = runtime, validate, path, metadata, args.resume
+    best, provenance = train(model, batches, next_token_loss, config, *rest)
     if runtime.rank == 0:
         metadata |= {"metrics": best, "provenance": provenance}
         print(training.save_result(path, "base", model.state_dict(), tokenizer, **metadata))

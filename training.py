@@ -219,8 +219,7 @@ class Muon(Optimizer):
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Pushes the singular values of a matrix (m, n) towards one by Newton-Schulz iterations, which
-    need no decomposition."""
+    """Pushes the singular values of a matrix (m, n) towards one by Newton-Schulz iterations."""
     is_tall = x.shape[0] > x.shape[1]
     x = (x.T if is_tall else x) / x.norm().clamp(min=1e-7)
     for _ in range(5):

@@ -505,6 +505,34 @@ def test_a_file_is_judged_once(models: Path, monkeypatch: pytest.MonkeyPatch):
     assert calls.count(2) == 2
 
 
+def test_a_file_is_judged_again_by_a_classifier_that_was_trained_again(models: Path):
+    at = page("sentiment")
+    at.file_uploader[0].set_value(("a.csv", b"text\ngood\n", "text/csv")).run()
+    before = at.dataframe[0].value["prediction"].tolist()
+    path = models / "finetuned_classifier_weights.pth"
+    with generation.open_checkpoint(path) as checkpoint:
+        contents = {**checkpoint, "labels": ("worse", "better")}
+    save_checkpoint(path, contents)
+    at.run()
+    assert_quiet(at)
+    labels = {"negative": "worse", "positive": "better"}
+    assert at.dataframe[0].value["prediction"].tolist() == [labels[name] for name in before]
+
+
+def test_predictions_replace_no_column_of_a_file(models: Path):
+    at = page("sentiment")
+    content = b"text,prediction,prediction_2,probability_negative\ngood,a,b,0.5\n"
+    at.file_uploader[0].set_value(("a.csv", content, "text/csv")).run()
+    assert_quiet(at)
+    (row,) = at.dataframe[0].value.to_dict("records")
+    given = {"text": "good", "prediction": "a", "prediction_2": "b", "probability_negative": "0.5"}
+    made = [
+        f"{name}_2_2" for name in ("prediction", "probability_negative", "probability_positive")
+    ]
+    assert given.items() <= row.items() and [*row] == [*given, *made]
+    assert row["prediction_2_2"] in ("negative", "positive")
+
+
 # ---- how it works
 
 

@@ -113,6 +113,27 @@ def test_the_shipped_report_is_not_rewritten_by_default(
     assert (tmp_path / "models" / "shipped" / "report.json").is_file()
 
 
+def test_a_report_is_not_replaced_by_one_that_measured_less(
+    base_checkpoint: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options, path = (
+        ["--models", str(base_checkpoint.parent)],
+        base_checkpoint.parent / "report.json",
+    )
+    assert evaluate.main([*options, "--data-dir", data]) == 0
+    report = path.read_bytes()
+    (tmp_path / "wizard_of_oz.txt").write_text("not the book")
+    capsys.readouterr()
+    assert evaluate.main([*options, "--data-dir", data]) == 0
+    said = capsys.readouterr()
+    assert "wizard_of_oz.txt is damaged" in said.out and path.read_bytes() == report
+    assert f"kept {path}, since rows of it cannot be measured now: delete it" in said.err
+    for content in (b"", b"{"):  # nothing to keep
+        path.write_bytes(content)
+        assert evaluate.main([*options, "--data-dir", data]) == 0
+        assert len(json.loads(path.read_bytes())["language"]) == 3
+
+
 @pytest.fixture
 def data(tmp_path: Path, play: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Data directory with a short play and a book."""

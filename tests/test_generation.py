@@ -192,7 +192,10 @@ def test_the_memory_of_the_cache_is_freed_before_it_is_returned(
     prompt, every_token = torch.ones(2, 3, dtype=torch.long), range(model.config.vocab_size)
     assert len([*generate(model, prompt, 4)]) == 4
     assert not [*generate(model, prompt, 4, stops=every_token)]
+    next(stopped := generate(model, prompt, 4))
     assert is_freed == [True, True]
+    stopped.close()
+    assert is_freed == [True, True, True]
 
 
 def test_the_seed_decides(model: GPTModel, tokenizer: BPETokenizer):
