@@ -339,7 +339,7 @@ def classify_file() -> None:
     with errors_as_messages():
         rows, texts = read_upload(upload.getvalue(), upload.name, column or None)
         path = checkpoint_path(CLASSIFIERS[name], must_exist=True)
-        request = path, path.stat().st_mtime_ns, texts
+        request = model_set(), path, path.stat().st_mtime_ns, texts
         if request != st.session_state.get("classified", [None])[0]:  # else another widget changed
             with st.spinner(f"Classifying {len(texts):,} texts"):
                 st.session_state["classified"] = request, classify(name, texts)

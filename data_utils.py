@@ -58,7 +58,7 @@ def sample_texts() -> list[str]:
 def prepare_token_ids(
     split: str, part: Corpus, corpus: Corpus, tokenizer: BPETokenizer, cache_dir: str | Path
 ) -> np.ndarray:
-    """Token ids (N,) of a split of the corpus, memory-mapped from a file that is written once."""
+    """Token ids (N,) of a split of the corpus, memory-mapped from a file written once in chunks."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
     def encode(path: Path) -> None:
@@ -233,7 +233,7 @@ def split_examples(examples: Examples[Example]) -> Split[Example]:
     for name, rows in vars(split).items():
         for label in {*range(len(examples.labels))} - {row.label for row in rows}:
             few = f"{examples.labels[label]!r}: {counts[label]:,}, none of them in the {name} split"
-            hint = f" (if it is a header, {data_loader.HINT})" if counts[label] == 1 else ""
+            hint = f" (if it is a header, {data_loader.HINT})" if counts[label] < 2 else ""
             raise ValueError(f"{examples.name} has too few rows with the label {few}{hint}")
     return split
 
@@ -448,7 +448,7 @@ def _by_length(rows: Sequence, batch_size: int) -> Sequence[Tensor]:
 
 def pad_batch(rows: Sequence[Sequence], pad_id: int, max_length: int) -> tuple[Tensor, Tensor]:
     """Token ids (B, T), padded on the right, and lengths (B,). T is the longest row, rounded up to
-    a multiple of 16, at most `max_length`: with few shapes, gigabytes of memory are reused."""
+    a multiple of 16, but not above `max_length`: few different shapes let a CPU reuse memory."""
     ids = pad_sequence([torch.as_tensor(row) for row in rows], True, pad_id)
     longest = ids.shape[1]
     T = max(longest, min(max_length, -(-longest // 16) * 16))

@@ -419,12 +419,10 @@ def _write_report(args: argparse.Namespace, runtime: Runtime) -> None:
     print(*map(markdown_table, tables), sep="\n\n")
     if args.models or models.name != "shipped":  # which no default command changes
         path, content = models / "report.json", json.dumps(rows, indent=1).encode() + b"\n"
-        earlier = path.read_bytes() if path.is_file() else b""
-        if earlier.count(b'"measured_on"') > content.count(b'"measured_on"'):
-            log0(f"kept {path}, since rows of it cannot be measured now: delete it to replace it")
-        else:
-            with data_loader.atomic_write(path) as file:
-                file.write(content)
+        if path.is_file() and b'"measured_on"' not in content:
+            raise ValueError(f"nothing could be measured: {path} stays as it was")
+        with data_loader.atomic_write(path) as file:
+            file.write(content)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -40,9 +40,9 @@ MAX_RESPONSE_TOKENS = 200
 def generate(
     model: GPTModel, prompt: Tensor, max_new_tokens: int, stops: Sequence[int] = (), **sampling: Any
 ) -> Iterator[Tensor]:
-    """Yields, step by step, the next token of each row (B,) of a prompt (B, T), which may be longer
-    than the context. A row ends when it samples a token in `stops`: while others continue, it
-    yields `stops[0]` as padding and costs nothing. `sampling` goes to `sample_next_token`."""
+    """Yields, step by step, the next token of each row (B,) of a prompt (B, T) of any length, in
+    evaluation mode. A row ends when it samples a token in `stops`: while others continue, it yields
+    `stops[0]` as padding and costs nothing more. `sampling` goes to `sample_next_token`."""
     if prompt.shape[1] == 0 or max_new_tokens < 0:
         raise ValueError("the prompt needs at least one token, and max-new-tokens 0 or more")
     cache = KVCache(model, len(prompt), prompt.shape[1] + max_new_tokens)
@@ -71,7 +71,8 @@ def generate(
 
 
 class KVCache:
-    """Keys and values (L, B, K, max_length, D) of the `length` tokens seen; allocated once."""
+    """Keys and values (L, B, K, max_length, D) of the `length` tokens seen, so that a step computes
+    only the new ones; allocated once."""
 
     def __init__(self, model: GPTModel, batch_size: int = 1, max_length: int | None = None):
         config, weight = model.config, model.final_norm.weight
@@ -333,7 +334,7 @@ def _base_weights(path: str | Path, checkpoint: dict[str, Any]) -> dict[str, Ten
 def load_for_inference(
     path: str | Path, runtime: Runtime = CPU, weights: str | None = None
 ) -> tuple[Any, BPETokenizer, dict[str, Any]]:
-    """`load_model`, then `prepare_for_inference`. The checkpoint comes without its weights."""
+    """`load_model` with a model for inference only; the checkpoint comes without its weights."""
     model, tokenizer, checkpoint = load_model(path, runtime=runtime, dtype=None)
     del checkpoint["weights"]
     return prepare_for_inference(model, weights), tokenizer, checkpoint

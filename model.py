@@ -344,7 +344,7 @@ FAMILIES = {  # model type: column above, values of OURS, and the only values we
 
 
 def config_from_hf(data: dict[str, Any]) -> GPTConfig:
-    """Our config for a `config.json` of gpt2, llama or qwen3; ValueError names what is not ours."""
+    """Our config for a `config.json` of gpt2, llama or qwen3; a ValueError names what we lack."""
     if (kind := data.get("model_type")) not in ("gpt2", "llama", "qwen3"):
         raise ValueError(f"model_type {kind!r} is not supported: only gpt2, llama and qwen3")
     column, ours, fixed = FAMILIES[kind]

@@ -113,7 +113,7 @@ def test_the_shipped_report_is_not_rewritten_by_default(
     assert (tmp_path / "models" / "shipped" / "report.json").is_file()
 
 
-def test_a_report_is_not_replaced_by_one_that_measured_less(
+def test_a_report_is_not_replaced_by_one_that_measured_nothing(
     base_checkpoint: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     options, path = (
@@ -122,16 +122,18 @@ def test_a_report_is_not_replaced_by_one_that_measured_less(
     )
     assert evaluate.main([*options, "--data-dir", data]) == 0
     report = path.read_bytes()
-    (tmp_path / "wizard_of_oz.txt").write_text("not the book")
-    capsys.readouterr()
+    texts = [tmp_path / name for name in ("wizard_of_oz.txt", "tinyshakespeare.txt")]
+    texts[0].write_text("not the book")
     assert evaluate.main([*options, "--data-dir", data]) == 0
+    first, second, _ = json.loads(path.read_bytes())["language"]
+    assert first == json.loads(report)["language"][0] and "is damaged" in second["problem"]
+    path.write_bytes(report)
+    texts[1].write_text("not the play")
+    capsys.readouterr()
+    assert evaluate.main([*options, "--data-dir", data]) == 2
     said = capsys.readouterr()
     assert "wizard_of_oz.txt is damaged" in said.out and path.read_bytes() == report
-    assert f"kept {path}, since rows of it cannot be measured now: delete it" in said.err
-    for content in (b"", b"{"):  # nothing to keep
-        path.write_bytes(content)
-        assert evaluate.main([*options, "--data-dir", data]) == 0
-        assert len(json.loads(path.read_bytes())["language"]) == 3
+    assert f"error: nothing could be measured: {path} stays as it was\n" in said.err
 
 
 @pytest.fixture

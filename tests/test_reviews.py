@@ -457,6 +457,10 @@ def test_a_fixed_test_part_stays_and_loses_what_stands_before_it():
             [Review(f"t{i}", int(i == 7)) for i in range(50)],
             r"'positive': 1, none of them in the \w+ split \(if it is a header, name the columns",
         ),
+        (
+            [Review(f"t{i}", 1 + (i > 9)) for i in range(50)],
+            r"'negative': 0, .*\(if it is a header",
+        ),
         ([Review(f"t{i}", int(i in (7, 8))) for i in range(50)], r"'positive': 2, none .* split$"),
     ],
 )
