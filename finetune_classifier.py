@@ -4,7 +4,7 @@
     python finetune_classifier.py --dataset sample    # the small bundled reviews
     python finetune_classifier.py --data FILE         # your own texts, with two or more labels
 
-Needs a base model (`python main.py`; else the one in `models/shipped`). The base is first
+Needs a base model (`python main.py`; else the one in `models/shipped`). One from scratch is first
 pretrained further on the training reviews, whose English is not Shakespeare's (ULMFiT, Howard and
 Ruder 2018, https://arxiv.org/abs/1801.06146); the result, `review_lm_weights.pth`, is kept, and
 `finetune_lora_classifier.py` starts from it, too. Then a classification head reads the hidden state
@@ -203,7 +203,7 @@ def calibrate(
 ) -> None:
     """Scales and, where the head has a bias, shifts the logits so that probabilities match
     frequencies. Training drives probabilities towards 0 and 1, and may favour a class. One scale
-    and a shift for each class, which minimise the cross entropy of unseen texts, correct both
+    and a shift for each class, which minimise the cross entropy of validation texts, correct both
     (Platt 1999, "Probabilistic outputs for support vector machines"; Guo et al. 2017,
     https://arxiv.org/abs/1706.04599). It is skipped where the logits carry no information."""
     from scipy import optimize, special
@@ -215,7 +215,7 @@ def calibrate(
     def loss(parameters: np.ndarray) -> float:
         scale, shift = parameters[0], parameters[1:] * (head.bias is not None)
         nats = -special.log_softmax(scale * logits + shift, axis=1)[range(len(rows)), labels]
-        return scale**2 / 2 + nats.sum()  # a small scale, if labels are separable
+        return scale**2 / 2 + nats.sum()  # keeps it finite, if labels are separable
 
     scale, *shift = optimize.minimize(loss, [1.0, *np.zeros(logits.shape[1])]).x
     if scale > 0:

@@ -3,8 +3,8 @@
     python finetune_lora_classifier.py
     python finetune_lora_classifier.py --r 4 --target-modules qkv attn.proj
 
-As `finetune_classifier.py`, with the same options, data and starting point,
-`review_lm_weights.pth`. That model stays unchanged: `models/lora_classifier_weights.pth` holds
+As `finetune_classifier.py`, with the same options, data and starting point (from scratch:
+`review_lm_weights.pth`). That model stays unchanged: `models/lora_classifier_weights.pth` holds
 low-rank updates to it and the classification head.
 """
 

@@ -1,6 +1,6 @@
 """Instruction tuning with QLoRA: a 4-bit base, low-rank adapters, loss on responses only.
 
-    python finetune_qlora_instructions.py                   # Dolly-15k, three minutes on two cores
+    python finetune_qlora_instructions.py                   # Dolly, three minutes on one core
     python finetune_qlora_instructions.py --dataset sample  # the small bundled instructions
     python finetune_qlora_instructions.py --data FILE       # your own
     python finetune_qlora_instructions.py --no-quantize     # plain LoRA on the full-precision base
@@ -34,7 +34,7 @@ PUBLIC_RECIPE = {"steps": 240, "warmup_steps": 10, "decay_fraction": 0.9, "eval_
 PUBLIC_RECIPE |= {"optimizer": "adamw", "learning_rate": 3e-4, "weight_decay": 0.0, "dropout": 0.0}
 PUBLIC_RECIPE |= {"batch_size": 8, "grad_accumulation": 8}
 PUBLIC_RECIPE |= {"r": 16, "lora_alpha": 32.0, "target_modules": ("qkv", "fc", "proj")}
-CALIBRATION = 64  # examples whose activations weight the errors of quantisation
+MOMENT_EXAMPLES = 64  # whose activations weight the errors of quantisation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, runtime: training.Runtime) -> None:
     metadata |= {"instruction_config": asdict(config), "lora_config": adapter and asdict(adapter)}
     metadata |= {"chat_template": tokenizer.chat_template or CHAT_TEMPLATE}
     metadata |= {"compute_dtype": str(runtime.dtype), "base_dtype": str(dtype)}
-    _prepare_model(model, encoded.train[:CALIBRATION], args, adapter, runtime)
+    _prepare_model(model, encoded.train[:MOMENT_EXAMPLES], args, adapter, runtime)
     best, provenance = _train(model, tokenizer, encoded, config, args, runtime, path, metadata)
     if runtime.rank == 0:
         runtime = training.Runtime(runtime.device, runtime.dtype)  # the other processes have left
@@ -104,7 +104,7 @@ def _encode(rows: Split, tokenizer: BPETokenizer, length: int) -> Split:
     """Token ids of all splits; truncated responses are not trained on, unless all are truncated."""
     train, *others = (encode_instructions(x, tokenizer, length) for x in vars(rows).values())
     ends = generation.stop_ids(tokenizer)
-    complete = [x for x in train if x.targets[-1] in ends or x.targets[-2] in ends]
+    complete = [x for x in train if {*x.targets[-2:]} & {*ends}]  # a line break may follow
     if complete and (n_cut := len(train) - len(complete)):
         log0(f"skipped {n_cut:,} training responses: too long for the context")
     return Split(complete or train, *others)

@@ -431,7 +431,7 @@ def parse_for_base(
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: create it with `{command_for(path)}`")
     args.base, args.public_recipe = path, public_recipe if is_public else {}
-    if args.out_dir is None:  # by default, what comes with the clone is never overwritten
+    if args.out_dir is None:  # by default, models/shipped is never overwritten
         args.out_dir = Path("models") if path.parent.name == "shipped" else path.parent
     return args
 

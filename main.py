@@ -2,7 +2,7 @@
 
     python main.py                                    # TinyShakespeare, eight minutes on two cores
     python main.py --preset tiny                      # thirty seconds, for a first look
-    python main.py --data my_texts/ --steps 3000      # your own UTF-8 text
+    python main.py --data my_texts/ --steps 3000      # your own text
     torchrun --nproc_per_node=2 main.py --preset gpu  # several processes
     python main.py --pretrained smollm2-135m-instruct # a public model: fetch, convert, sample
     python main.py --pretrained gpt2 --steps 200      # and train it further
@@ -153,11 +153,11 @@ def import_pretrained(args: argparse.Namespace, runtime: training.Runtime) -> Pa
         if path.is_file():
             held = training.load_checkpoint(path, "base", training.command_line())
             if (held := held.get("pretrained", "a model of yours")) != source:
-                raise ValueError(f"{path} holds {held}: use --out-dir")
+                raise ValueError(f"{path} holds {held}: move it, or use --out-dir without --steps")
             log0(f"using {path}: delete it to convert {source} again")
             return path
-        adapters = training.dependents(path.parent, [BASE])
-        published = data_loader.open_pretrained(source, find_data_dir(args.data_dir), adapters)
+        note = training.dependents(path.parent, [BASE])
+        published = data_loader.open_pretrained(source, find_data_dir(args.data_dir), note)
         try:
             config = config_from_hf(published.config)
             tokenizer = BPETokenizer.load(published.folder / "tokenizer.json")
@@ -219,9 +219,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for name in sorted(fixed - {"context_length"}):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: already set by the trained model")
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
-    idle = {n for n, v in given.items() if v is not None} - {"pretrained", "out_dir", "data_dir"}
-    if args.steps is None and idle:  # without a training, only these three do something
+    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # so that no default applies
+    given = {n for n, v in vars(parser.parse_args(argv, blank)).items() if v is not None}
+    if args.steps is None and (idle := given - {"pretrained", "out_dir", "data_dir"}):
         raise ValueError(f"--{min(idle).replace('_', '-')} with --pretrained needs --steps")
     return args
 

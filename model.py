@@ -40,7 +40,7 @@ class CausalSelfAttention(nn.Module):
         """(B, T, C) to (B, T, C); `mask` (T, S) is 0 where a token may attend and -inf elsewhere.
         Each key/value head serves H / K query heads (Ainslie et al. 2023,
         https://arxiv.org/abs/2305.13245). PyTorch's kernel computes single tokens, prompts in fp32,
-        and all on CUDA; else attention is spelled out, which in bf16 on a CPU is faster."""
+        and all on CUDA; else, in training or bf16, attention is spelled out: faster in bf16."""
         (B, T, _), K = x.shape, self.n_kv_head
         q, k, v = self.project(x, rotary)
         k, v = store(k, v) if store else (k, v)
@@ -137,7 +137,7 @@ class GPTConfig:
         rotary_base: The slowest pair of a head turns by about 1 / rotary_base radians per token.
         norm: "layer" or "rms" (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
         norm_eps: Added to the variance before its root is taken.
-        qk_norm: Whether to normalise q and k (Dehghani et al. 2023, https://arxiv.org/abs/2302.05442).
+        qk_norm: Whether to normalise q, k (Dehghani et al. 2023, https://arxiv.org/abs/2302.05442).
         tie_weights: Whether the head shares the weights of the token embedding, as in GPT-2."""
 
     vocab_size: int = 2048

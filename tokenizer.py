@@ -176,7 +176,7 @@ class BPETokenizer:
         linked list, so that a pre-token of n bytes takes O(n log n)."""
         if self._layout["model"].get("ignore_merges") and word.encode() in self._ids:
             return [self._ids[word.encode()]]  # Llama 3 looks up the whole pre-token first
-        symbols, ranks = [*self._symbols(word), -1], self._ranks  # -1 is in no pair: ends the list
+        symbols, ranks = [*self._symbols(word), -1], self._ranks  # -1, in no pair, is both ends
         after = list(range(1, len(symbols) + 1))
         before = list(range(-1, len(symbols) - 1))
         heap = [(ranks[p], i) for i, p in enumerate(zip(symbols, symbols[1:])) if p in ranks]

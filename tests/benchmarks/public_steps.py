@@ -2,8 +2,8 @@
 
     python tests/benchmarks/public_steps.py [--base smollm2-135m-instruct] [--repeats 3] [--steps 8]
 
-LoRA: 16 reviews of 128 tokens, rank 8 on attention, and a classification head. QLoRA: 8
-instructions of 256 tokens, half of them a response, rank 16 on all linear layers of an NF4 base.
+LoRA: 16 rows of 128 random tokens, rank 8 on attention, and a classification head. QLoRA: 8 rows of
+256, half of them a response, rank 16 on all linear layers of an NF4 base.
 Ours are those of the fine-tuning scripts, with their micro-batches; `peft` has one batch, under
 bfloat16 autocast where that is faster, as in its documentation. Every measurement is a process of
 its own, the contestants taking turns; medians over the repeats. Memory is the peak of the whole
