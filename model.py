@@ -23,8 +23,7 @@ Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None  # KVCache: T n
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention of each token to itself and to earlier tokens (Vaswani et al. 2017,
-    https://arxiv.org/abs/1706.03762)."""
+    """Causal multi-head attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762)."""
 
     def __init__(self, config: "GPTConfig"):
         super().__init__()

@@ -9,6 +9,7 @@ import re
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,12 +156,31 @@ def test_an_interrupted_text_stays_as_it_was_on_the_screen(
 
     count, shown = itertools.count(), {}
     monkeypatch.setattr(app.st, "empty", Place)
+    monkeypatch.setattr(app, "DRAW_SECONDS", 0)
     _, tokenizer, _ = load_model(all_models / "model_weights.pth")
     with pytest.raises(StopException):
         app.stream_text(shown, "text", iter(tokenizer.encode("a long story")), tokenizer, "ROMEO")
     assert shown["text"][0] == screen["text"]
     if drawings % 2 == 0:
         assert shown["text"][1] == screen["caption"]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_tokens_that_arrive_together_are_drawn_together(
+    all_models: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+):
+    """Every drawing takes the browser's time, which on the same cores is the model's."""
+    drawn: list[str] = []
+    place = SimpleNamespace(text=drawn.append, caption=lambda text: None)
+    monkeypatch.setattr(app.st, "empty", lambda: place)
+    monkeypatch.setattr(app, "DRAW_SECONDS", seconds)
+    _, tokenizer, _ = load_model(all_models / "model_weights.pth")
+    ids, shown = tokenizer.encode("a long story"), {}
+    app.stream_text(shown, "text", iter(ids), tokenizer, "ROMEO")
+    whole = "ROMEOa long story"
+    parts = [tokenizer.decode(ids[:n]) for n in range(1, len(ids) + 1)] if not seconds else []
+    assert drawn == [*(f"ROMEO{part}" for part in parts), whole] and shown["text"][0] == whole
+    assert shown["text"][1].startswith(f"{len(ids)} tokens, ")
 
 
 def test_an_empty_prompt_is_no_error(models: Path):
