@@ -130,7 +130,7 @@ def run(args: argparse.Namespace, lora: LoRAConfig | None = None) -> None:
 
 
 def _review_lm(base, tokenizer, split, config, origin, args, runtime):
-    """Pretrains the base further on the reviews, or loads the cached result; and its origin."""
+    """The base, pretrained further on the reviews or loaded from an earlier run; and its origin."""
     path, steps = args.out_dir / REVIEW_LM, config.review_lm_steps
     metadata = {"model_config": asdict(base.config), **origin, "review_lm_steps": steps}
     if not (cached := generation.cached_model(path, metadata)):
