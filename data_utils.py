@@ -233,8 +233,9 @@ def split_examples(examples: Examples[Example]) -> Split[Example]:
     for name, rows in vars(split).items():
         for label in {*range(len(examples.labels))} - {row.label for row in rows}:
             few = f"{examples.labels[label]!r}: {counts[label]:,}, none of them in the {name} split"
-            hint = f" (if it is a header, {data_loader.HINT})" if counts[label] < 2 else ""
-            raise ValueError(f"{examples.name} has too few rows with the label {few}{hint}")
+            if counts[label] < 2 and examples.labels != data_loader.LABELS:
+                few += f" (if it is a header, {data_loader.HINT})"
+            raise ValueError(f"{examples.name} has too few rows with the label {few}")
     return split
 
 

@@ -307,7 +307,7 @@ def load_model(
 
 @contextlib.contextmanager
 def open_checkpoint(path: str | Path, kinds: str | tuple[str, ...] = ANY_KIND) -> Iterator[dict]:
-    """Reads a checkpoint for the body to open; errors there name the file, and its command."""
+    """Reads a checkpoint; errors in the body name the file and the command that creates it."""
     hint = command_for(path)
     checkpoint = load_checkpoint(path, kinds, hint)
     try:

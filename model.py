@@ -39,7 +39,7 @@ class CausalSelfAttention(nn.Module):
         """(B, T, C) to (B, T, C); `mask` (T, S) is 0 where a token may attend and -inf elsewhere.
         Each key/value head serves H / K query heads (Ainslie et al. 2023,
         https://arxiv.org/abs/2305.13245). PyTorch's kernel computes single tokens, prompts in fp32,
-        and all on CUDA; else, in training or bf16, attention is spelled out: faster in bf16."""
+        and all on CUDA; else, in training or bf16, it is spelled out, which in bf16 is faster."""
         (B, T, _), K = x.shape, self.n_kv_head
         q, k, v = self.project(x, rotary)
         k, v = store(k, v) if store else (k, v)
@@ -343,7 +343,7 @@ FAMILIES = {  # model type: column above, values of OURS, and the only values we
 
 
 def config_from_hf(data: dict[str, Any]) -> GPTConfig:
-    """Our config for a `config.json` of gpt2, llama or qwen3; a ValueError names what we lack."""
+    """Our config for a `config.json` of gpt2, llama or qwen3; ValueError if we lack a setting."""
     if (kind := data.get("model_type")) not in ("gpt2", "llama", "qwen3"):
         raise ValueError(f"model_type {kind!r} is not supported: only gpt2, llama and qwen3")
     column, ours, fixed = FAMILIES[kind]

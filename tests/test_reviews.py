@@ -455,18 +455,24 @@ def test_a_fixed_test_part_stays_and_loses_what_stands_before_it():
         ([Review(f"t{i}", 1) for i in range(50)], "has the label positive only"),
         (
             [Review(f"t{i}", int(i == 7)) for i in range(50)],
-            r"'positive': 1, none of them in the \w+ split \(if it is a header, name the columns",
+            r"'positive': 1, none of them .* split$",
         ),
-        (
-            [Review(f"t{i}", 1 + (i > 9)) for i in range(50)],
-            r"'negative': 0, .*\(if it is a header",
-        ),
-        ([Review(f"t{i}", int(i in (7, 8))) for i in range(50)], r"'positive': 2, none .* split$"),
     ],
 )
 def test_too_few_rows_of_a_class_are_an_error(rows: list[Review], message: str):
     with pytest.raises(ValueError, match=message):
         split_examples(Examples("r", rows, LABELS))
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 2])
+def test_a_header_that_was_read_as_a_label_names_the_options(n_rows: int):
+    """Of many rows, the header itself may not be in the sample. Our own data sets have none."""
+    rows = [Review(f"t{i}", 2 if i < n_rows else i % 2) for i in range(50)]
+    message = f"r has too few rows with the label 'stars': {n_rows}, none of them in the "
+    hint = " (if it is a header, name the columns with --text-column and --label-column)"
+    with pytest.raises(ValueError, match=message) as refusal:
+        split_examples(Examples("r", rows, ("bad", "good", "stars")))
+    assert str(refusal.value).endswith(f" split{hint if n_rows < 2 else ''}")
 
 
 # ---- tensors
